@@ -1,0 +1,1 @@
+"""Whole clusters: configuration, processes, launchers, benchmarks, command line."""

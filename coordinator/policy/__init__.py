@@ -1,0 +1,1 @@
+"""Policies: pure functions from frozen views to choices."""

@@ -1,0 +1,568 @@
+"""Every message on Pythia's wire.
+
+Control (core <-> API processes and workers), one msgpack frame each::
+
+    worker                    core                     API process
+      | Ready                  |                        | Hello
+      |----------------------->|<-----------------------|
+      | Welcome | Refused      |  Welcome | Refused     |
+      |<-----------------------|----------------------->|  WorkerUp*
+      | Beat ...               |                        | ApiBeat ...
+      |----------------------->|<-----------------------|
+      | Probe / ProbeRead      |                        | Submit
+      |<-----------------------|<-----------------------|
+      | Probed / ProbeFinished |                        |
+      |----------------------->|  Plan | Rejected       |
+      |                        |----------------------->|
+      |                        |  Prefilled, Started    |
+      |                        |<-----------------------|
+      |                        |  Finished | Failed     |
+      |                        |<-----------------------|
+      |                        |  Check, Stop, WorkerGone
+      |                        |----------------------->|
+
+Data (API process <-> worker, direct), a msgpack header frame and, for
+``Prefill``, ``Decode``, ``Deltas``, ``Utility`` and ``UtilityReply``, the frames
+of vLLM's own encoder behind it::
+
+    API process                            worker
+      | Prefill  + EngineCoreRequest          |
+      |-------------------------------------->|
+      | PrefillDone (handle) | CallFailed     |
+      |<--------------------------------------|
+      | Decode (handle or none) + request     |
+      |-------------------------------------->|
+      | Deltas + EngineCoreOutputs ...        |   one per engine step and API process
+      |<--------------------------------------|
+      | Abort, Discard                        |
+      |-------------------------------------->|
+
+Every message that concerns a call names ``request`` and ``attempt``; every message
+that concerns a worker names its ``incarnation``, so that a late one can be told
+from a current one. Handles and prompts are opaque here: the core never sees them.
+
+Schema evolution: fields only grow, at the end, with defaults; unknown fields are
+ignored by receivers. ``PROTOCOL_VERSION`` changes when a peer could misunderstand.
+Nothing is ever pickled.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+PROTOCOL_VERSION = 1
+
+MESSAGE_BYTES_MAX = 64 * 1024 * 1024
+"""Frames larger than this are refused by every socket (ZMQ_MAXMSGSIZE)."""
+
+Role = Literal["prefill", "decode", "mixed"]
+BLOCK_HASH_BYTES = 8
+
+
+class Message(msgspec.Struct, frozen=True, gc=False, tag=True, omit_defaults=True):
+    """Base of all messages. New fields go last and have defaults."""
+
+
+class CallContext(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
+    """Who speaks: the workflow, run and agent that a call belongs to.
+
+    A hint: it may make serving faster or slower, never wrong.
+    """
+
+    workflow: str = ""
+    run: str = ""
+    agent: str = ""
+    parent: str = ""
+    final: bool = False
+
+
+class EngineFacts(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
+    """What a worker's engine is: compared at registration, used for placement.
+
+    ``block_size`` and ``max_model_len`` are in tokens, ``kv_blocks`` counts blocks of
+    ``block_size`` tokens. ``model_fingerprint`` is equal iff KV may be exchanged.
+    ``kv_bytes_per_block`` is what one block weighs on the wire.
+    """
+
+    vllm_version: str
+    model: str
+    model_fingerprint: str
+    block_size: int
+    kv_blocks: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    kv_bytes_per_block: int = 0
+    kv_lease_s: float = 30.0
+
+
+class Load(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
+    """How busy a worker is, as its engine says. KV in blocks."""
+
+    running: int = 0
+    waiting: int = 0
+    kv_blocks_used: int = 0
+    prefill_tokens_total: int = 0
+    decode_tokens_total: int = 0
+    external_tokens_total: int = 0
+    preemptions_total: int = 0
+    garbage_frames_total: int = 0
+
+
+# --- worker -> core -----------------------------------------------------------
+
+
+class Ready(Message, frozen=True, gc=False, tag=True):
+    """A worker is up and asks to be taken in. Sent again until answered."""
+
+    worker: str
+    incarnation: str
+    role: Role
+    data_address: str
+    facts: EngineFacts
+    protocol_version: int = PROTOCOL_VERSION
+    host: str = ""
+    devices: str = ""
+
+
+class Beat(Message, frozen=True, gc=False, tag=True):
+    """A worker is alive, and how busy it is."""
+
+    worker: str
+    incarnation: str
+    load: Load
+
+
+class Leaving(Message, frozen=True, gc=False, tag=True):
+    """A worker stops on purpose; nothing more will come from it."""
+
+    worker: str
+    incarnation: str
+    reason: str = ""
+
+
+class Probed(Message, frozen=True, gc=False, tag=True):
+    """Answer to ``Probe``: a handle for a small prompt, or why there is none."""
+
+    worker: str
+    incarnation: str
+    probe: int
+    handle: bytes = b""
+    error: str = ""
+
+
+class ProbeFinished(Message, frozen=True, gc=False, tag=True):
+    """Answer to ``ProbeRead``: the KV arrived (``tokens_moved`` > 0), or why not."""
+
+    worker: str
+    incarnation: str
+    probe: int
+    elapsed_s: float = 0.0
+    tokens_moved: int = 0
+    error: str = ""
+
+
+# --- API process -> core --------------------------------------------------------
+
+
+class Hello(Message, frozen=True, gc=False, tag=True):
+    """An API process is up. ``api`` is unique per process start."""
+
+    api: str
+    protocol_version: int = PROTOCOL_VERSION
+    model: str = ""
+
+
+class ApiBeat(Message, frozen=True, gc=False, tag=True):
+    """An API process is alive. ``open_calls`` counts calls it has not finished."""
+
+    api: str
+    open_calls: int = 0
+
+
+class Submit(Message, frozen=True, gc=False, tag=True):
+    """A call asks for a plan. Sent again, unchanged, until ``Plan`` or ``Rejected``.
+
+    ``block_hashes``: the prompt's full blocks, ``BLOCK_HASH_BYTES`` each, chained and
+    salted. ``aggregated``: may not be split over two workers. Calls with equal
+    non-empty ``group`` are siblings (``n`` > 1) and go to one worker.
+    ``priority``: lower is earlier. ``deadline_s``: seconds from now for the whole
+    call, 0 for the cluster's default.
+    """
+
+    api: str
+    request: str
+    attempt: int
+    prompt_tokens: int
+    max_output_tokens: int
+    block_hashes: bytes = b""
+    aggregated: bool = False
+    group: str = ""
+    priority: int = 0
+    deadline_s: float = 0.0
+    context: CallContext = CallContext()
+
+
+class Prefilled(Message, frozen=True, gc=False, tag=True):
+    """The prefill worker is done and its handle goes to the decode worker now."""
+
+    api: str
+    request: str
+    attempt: int
+
+
+class Started(Message, frozen=True, gc=False, tag=True):
+    """The first token came."""
+
+    api: str
+    request: str
+    attempt: int
+
+
+class Finished(Message, frozen=True, gc=False, tag=True):
+    """A call ended; what really happened. ``outcome``: stop, length, abort, error, gone.
+
+    ``prefill_cached_tokens``: found in the cache of whoever prefilled;
+    ``moved_tokens``: came to the decode worker by KV transfer;
+    ``local_cached_tokens``: found in the decode worker's own cache.
+    """
+
+    api: str
+    request: str
+    attempt: int
+    outcome: str
+    output_tokens: int = 0
+    prefill_cached_tokens: int = 0
+    local_cached_tokens: int = 0
+    moved_tokens: int = 0
+    ttft_s: float = 0.0
+    elapsed_s: float = 0.0
+
+
+class Failed(Message, frozen=True, gc=False, tag=True):
+    """An attempt failed through no fault of the client: asks for another plan.
+
+    ``worker`` is whom the API process holds responsible; ``generated_tokens`` is what
+    the client has already got (they are part of the prompt of the next attempt).
+    """
+
+    api: str
+    request: str
+    attempt: int
+    worker: str
+    reason: str
+    generated_tokens: int = 0
+
+
+CheckedPhase = Literal["prefilling", "loading", "decoding", "gone"]
+
+
+class Checked(Message, frozen=True, gc=False, tag=True):
+    """Answer to ``Check``: where the call stands in the API process."""
+
+    api: str
+    request: str
+    attempt: int
+    phase: CheckedPhase
+
+
+class Inspect(Message, frozen=True, gc=False, tag=True):
+    """Anyone allowed to connect asks for a ``Snapshot``."""
+
+    token: int = 0
+
+
+# --- core -> worker -------------------------------------------------------------
+
+
+class Welcome(Message, frozen=True, gc=False, tag=True):
+    """Taken in. ``beat_interval_s``: how often to beat."""
+
+    beat_interval_s: float
+    core: str
+    block_size: int = 0
+
+
+class Refused(Message, frozen=True, gc=False, tag=True):
+    """Not taken in, and why; the peer should stop."""
+
+    reason: str
+
+
+class Unknown(Message, frozen=True, gc=False, tag=True):
+    """The core does not know the peer (it restarted): say ``Ready``/``Hello`` again."""
+
+    core: str
+
+
+class Probe(Message, frozen=True, gc=False, tag=True):
+    """Prefill a small random prompt and answer with its handle."""
+
+    probe: int
+    incarnation: str
+    seed: int
+    prompt_tokens: int
+
+
+class ProbeRead(Message, frozen=True, gc=False, tag=True):
+    """Pull that prompt's KV from the peer behind ``handle`` and answer how it went."""
+
+    probe: int
+    incarnation: str
+    seed: int
+    prompt_tokens: int
+    source: str
+    handle: bytes
+
+
+class Leave(Message, frozen=True, gc=False, tag=True):
+    """The cluster is being stopped: finish up and exit."""
+
+    incarnation: str
+    reason: str = ""
+
+
+# --- core -> API process ----------------------------------------------------------
+
+
+class WorkerUp(Message, frozen=True, gc=False, tag=True):
+    """A worker can be used from now on: connect to its data address."""
+
+    worker: str
+    incarnation: str
+    role: Role
+    data_address: str
+    facts: EngineFacts
+
+
+class WorkerGone(Message, frozen=True, gc=False, tag=True):
+    """A worker is lost or left: what it was doing will not be finished."""
+
+    worker: str
+    incarnation: str
+    reason: str
+
+
+class Placed(msgspec.Struct, frozen=True, gc=False):
+    """A worker in a plan."""
+
+    worker: str
+    incarnation: str
+
+
+class Plan(Message, frozen=True, gc=False, tag=True):
+    """Where a call runs. ``prefill`` is None for a local prefill on ``decode``.
+
+    KV room on the decode worker is reserved from now on.
+    """
+
+    request: str
+    attempt: int
+    decode: Placed
+    prefill: Placed | None = None
+    reason: str = ""
+
+
+class Rejected(Message, frozen=True, gc=False, tag=True):
+    """No plan. ``status`` is the HTTP status to answer with (429, 503 or 504)."""
+
+    request: str
+    attempt: int
+    status: int
+    reason: str
+    retry_after_s: float = 0.0
+
+
+class Check(Message, frozen=True, gc=False, tag=True):
+    """A phase took long: is the call still there, and in which phase?"""
+
+    request: str
+    attempt: int
+
+
+class Stop(Message, frozen=True, gc=False, tag=True):
+    """The call is over its deadline or beyond its attempts: end it with an error."""
+
+    request: str
+    attempt: int
+    status: int
+    reason: str
+
+
+# --- core -> whoever asked ----------------------------------------------------------
+
+
+class WorkerStatus(msgspec.Struct, frozen=True, gc=False):
+    """One row of ``pythia status``."""
+
+    worker: str
+    incarnation: str
+    role: Role
+    state: str
+    host: str
+    devices: str
+    load: Load
+    kv_blocks: int
+    block_size: int
+    calls: int
+    kv_blocks_reserved: int
+    last_beat_age_s: float
+    warm_peers: int
+    peers: int
+
+
+class CallStatus(msgspec.Struct, frozen=True, gc=False):
+    """One recent or live call."""
+
+    request: str
+    phase: str
+    attempt: int
+    context: CallContext
+    prefill: str
+    decode: str
+    prompt_tokens: int
+    output_tokens: int = 0
+    prefill_cached_tokens: int = 0
+    local_cached_tokens: int = 0
+    moved_tokens: int = 0
+    ttft_s: float = 0.0
+    elapsed_s: float = 0.0
+    outcome: str = ""
+    reason: str = ""
+
+
+class Snapshot(Message, frozen=True, gc=False, tag=True):
+    """The core's view of the cluster, for people and programs to look at."""
+
+    token: int
+    core: str
+    model: str
+    uptime_s: float
+    workers: list[WorkerStatus]
+    apis: int
+    queued: int
+    queue_limit: int
+    active: int
+    calls: list[CallStatus]
+    counters: dict[str, int]
+
+
+# --- API process -> worker (data) ---------------------------------------------------
+
+
+class Prefill(Message, frozen=True, gc=False, tag=True):
+    """Compute the prompt's KV, hold it, answer ``PrefillDone``. Request frames follow."""
+
+    request: str
+    attempt: int
+    incarnation: str
+
+
+class Decode(Message, frozen=True, gc=False, tag=True):
+    """Generate, pulling the prompt's KV by ``handle`` if there is one. Request frames follow."""
+
+    request: str
+    attempt: int
+    incarnation: str
+    handle: bytes = b""
+    skip_tokens: int = 0
+
+
+class Abort(Message, frozen=True, gc=False, tag=True):
+    """Forget these attempts, whatever they are doing. Each is (request, attempt)."""
+
+    calls: list[tuple[str, int]]
+
+
+class Discard(Message, frozen=True, gc=False, tag=True):
+    """This handle will not be read: tell its owner to free the blocks."""
+
+    request: str
+    attempt: int
+    incarnation: str
+    handle: bytes
+
+
+class Utility(Message, frozen=True, gc=False, tag=True):
+    """Call one of the engine's utility methods (LoRA, caches). Argument frames follow."""
+
+    call: int
+    method: str
+
+
+# --- worker -> API process (data) ---------------------------------------------------
+
+
+class PrefillDone(Message, frozen=True, gc=False, tag=True):
+    """The prompt's KV is held for ``lease_s`` seconds from now, behind ``handle``."""
+
+    request: str
+    attempt: int
+    incarnation: str
+    handle: bytes
+    prompt_tokens: int
+    cached_tokens: int
+    lease_s: float
+
+
+class Deltas(Message, frozen=True, gc=False, tag=True):
+    """What one engine step produced for one API process. Output frames follow.
+
+    The outputs' request ids are ``engine_request_id(request, attempt)``.
+    """
+
+    incarnation: str
+
+
+class CallFailed(Message, frozen=True, gc=False, tag=True):
+    """An attempt could not be carried out. ``retryable``: another worker might."""
+
+    request: str
+    attempt: int
+    incarnation: str
+    reason: str
+    retryable: bool = True
+
+
+class UtilityReply(Message, frozen=True, gc=False, tag=True):
+    """Result of a ``Utility``; ``error`` is empty on success. Result frames follow."""
+
+    call: int
+    incarnation: str
+    error: str = ""
+
+
+WorkerToCore = Ready | Beat | Leaving | Probed | ProbeFinished
+ApiToCore = (
+    Hello | ApiBeat | Submit | Prefilled | Started | Finished | Failed | Checked
+)
+ToCore = WorkerToCore | ApiToCore | Inspect
+CoreToWorker = Welcome | Refused | Unknown | Probe | ProbeRead | Leave
+CoreToApi = (
+    Welcome | Refused | Unknown | WorkerUp | WorkerGone | Plan | Rejected | Check | Stop | Snapshot
+)
+ApiToWorker = Prefill | Decode | Abort | Discard | Utility
+WorkerToApi = PrefillDone | Deltas | CallFailed | UtilityReply
+
+encode = msgspec.msgpack.Encoder().encode
+decode_to_core = msgspec.msgpack.Decoder(ToCore).decode
+decode_core_to_worker = msgspec.msgpack.Decoder(CoreToWorker).decode
+decode_core_to_api = msgspec.msgpack.Decoder(CoreToApi).decode
+decode_api_to_worker = msgspec.msgpack.Decoder(ApiToWorker).decode
+decode_worker_to_api = msgspec.msgpack.Decoder(WorkerToApi).decode
+decode_snapshot = msgspec.msgpack.Decoder(Snapshot).decode
+
+
+def engine_request_id(request: str, attempt: int) -> str:
+    """The id an engine knows an attempt by; unique per attempt."""
+    return f"{request}~{attempt}"
+
+
+def split_engine_request_id(engine_id: str) -> tuple[str, int]:
+    """Inverse of ``engine_request_id``; ValueError for anything else."""
+    request, _, attempt = engine_id.rpartition("~")
+    if not request:
+        raise ValueError(f"not an engine request id: {engine_id!r}")
+    return request, int(attempt)
