@@ -35,7 +35,7 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     decode_check_s: Seconds = 60.0
     """How long a decode may go unheard of before the core asks."""
     check_s: Seconds = 10.0
-    """How long an answer to ``Check`` may take before the API process counts as lost to the call."""
+    """How long an answer to ``Check`` may take before the call is closed."""
     call_s: Seconds = 1800.0
     """Longest life of a call from its first ``Submit``; then 504."""
     beat_s: Seconds = 1.0

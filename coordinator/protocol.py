@@ -496,7 +496,8 @@ class Utility(Message, frozen=True, gc=False, tag=True):
 
 
 class PrefillDone(Message, frozen=True, gc=False, tag=True):
-    """The prompt's KV is held for ``lease_s`` seconds from now, behind ``handle``."""
+    """The prompt's KV is held behind ``handle``, for ``lease_s`` seconds from
+    ``held_at_unix_s`` (the worker's wall clock)."""
 
     request: str
     attempt: int
@@ -505,6 +506,7 @@ class PrefillDone(Message, frozen=True, gc=False, tag=True):
     prompt_tokens: int
     cached_tokens: int
     lease_s: float
+    held_at_unix_s: float = 0.0
 
 
 class Deltas(Message, frozen=True, gc=False, tag=True):
@@ -535,9 +537,7 @@ class UtilityReply(Message, frozen=True, gc=False, tag=True):
 
 
 WorkerToCore = Ready | Beat | Leaving | Probed | ProbeFinished
-ApiToCore = (
-    Hello | ApiBeat | Submit | Prefilled | Started | Finished | Failed | Checked
-)
+ApiToCore = Hello | ApiBeat | Submit | Prefilled | Started | Finished | Failed | Checked
 ToCore = WorkerToCore | ApiToCore | Inspect
 CoreToWorker = Welcome | Refused | Unknown | Probe | ProbeRead | Leave
 CoreToApi = (

@@ -1,0 +1,297 @@
+"""``pythia bench transfer``: KV moved between two engines against the same bytes in bare NIXL.
+
+Two vLLM engines with Pythia's connector, and two processes with nothing but NIXL, all under
+the same UCX settings. Each pair: one engine computes a fresh prompt and holds its KV, the
+other pulls it; then bare NIXL reads as many bytes in as many descriptors, and once more in a
+single one. While one side is measured the other does not run.
+
+    engine_s   the read as vLLM counts it: from posting it to noticing that it is over
+    wall_s     what the pull adds to the reader's time to first token, over finding all of
+               the prompt in its own cache: scheduling, reading, noticing, one more step
+    bare_s     the same bytes and descriptors in bare NIXL, polled without pause
+
+The model is made up on the spot: hardly any computation, much KV per token. Its numbers say
+something about moving KV and nothing about models.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import statistics
+import tempfile
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from rich.console import Console
+from rich.progress import Progress
+
+from cluster.bench.child import Child
+from cluster.bench.report import table, write
+from cluster.process import free_port, usable_cores
+from transfer.settings import kv_transfer_config, progress_delay_us, transfer_environment
+
+COMMAND = "pythia bench transfer"
+HOST = "127.0.0.1"
+VOCABULARY = 512
+BLOCK_TOKENS = 32
+PIECES_OF_CPU = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+}
+"""How an engine is run where cores are few; see ARCHITECTURE."""
+
+
+class Setup(msgspec.Struct, frozen=True):
+    """What is measured. ``heads``, ``head_dim`` and ``layers`` shape the KV."""
+
+    mebibytes: int = 64
+    pairs: int = 10
+    warm_up_pairs: int = 2
+    device: str = "cpu"
+    nixl_threads: int = 0
+    progress_delay_us: int | None = None
+    layers: int = 2
+    heads: int = 32
+    head_dim: int = 128
+
+    @property
+    def token_bytes(self) -> int:
+        """KV of one token: keys and values of all layers in float32."""
+        return 2 * self.layers * self.heads * self.head_dim * 4
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens whose KV is ``mebibytes``, in whole blocks."""
+        blocks = -(-self.mebibytes * 2**20 // (self.token_bytes * BLOCK_TOKENS))
+        return blocks * BLOCK_TOKENS
+
+    @property
+    def delay_us(self) -> int:
+        """The progress threads' sleep, chosen by cores unless given."""
+        if self.progress_delay_us is not None:
+            return self.progress_delay_us
+        return progress_delay_us((usable_cores() - 2) // 2)
+
+
+class Bench:
+    """The four processes, and what they are asked."""
+
+    def __init__(self, setup: Setup, folder: Path) -> None:
+        self._setup = setup
+        self._folder = folder
+        self._random = random.Random(0)
+        self._requests = 0
+        self._source: Child
+        self._reader: Child
+        self._bare_source: Child
+        self._bare_reader: Child
+
+    async def start(self, stack: AsyncExitStack) -> None:
+        """Start everything and wait until it is ready; ``stack`` stops it."""
+        model = self._folder / "model"
+        model.mkdir()
+        (model / "config.json").write_text(json.dumps(_model_config(self._setup)))
+        self._source = await self._start_engine(stack, "source", model)
+        self._reader = await self._start_engine(stack, "reader", model)
+        for engine in (self._source, self._reader):
+            await engine.answer(300)
+        self._bare_source = await self._start_bare(stack, "bare-source")
+        facts = await self._bare_source.answer(60)
+        self._bare_reader = await self._start_bare(stack, "bare-reader")
+        await self._bare_reader.answer(60)
+        await self._bare_reader.ask({"meet": facts})
+        self._pause_bare()
+
+    async def pair(self) -> dict[str, float]:
+        """One transfer by the engines, one by bare NIXL, one of those in a single piece."""
+        row = await self._engine_transfer()
+        for child in (self._bare_source, self._bare_reader):
+            child.resume()
+        size_bytes, pieces = int(row["bytes"]), int(row["descriptors"])
+        row["bare_s"] = await self._bare_read(size_bytes, pieces)
+        row["bare_single_s"] = await self._bare_read(size_bytes, 1)
+        self._pause_bare()
+        row["ratio"] = row["bare_s"] / row["engine_s"]
+        row["wall_ratio"] = row["bare_s"] / row["wall_s"]
+        return row
+
+    async def _engine_transfer(self) -> dict[str, float]:
+        prompt = self._random.choices(range(10, VOCABULARY), k=self._setup.prompt_tokens)
+        hold = {"do_remote_decode": True, "do_remote_prefill": False}
+        held = await self._generate(self._source, prompt, hold)
+        before = await self._reader.ask({})
+        pulled = await self._generate(self._reader, prompt, held["kv_transfer_params"])
+        after = await self._settled(before)
+        found = await self._generate(self._reader, prompt, None)
+        if not pulled["token"] == held["token"] == found["token"]:
+            raise RuntimeError("the engines disagree on the next token: KV was damaged")
+        moved = {name: after[name] - before[name] for name in after}
+        return {
+            "bytes": moved["bytes"],
+            "descriptors": moved["descriptors"],
+            "engine_s": moved["xfer_s"],
+            "post_s": moved["post_s"],
+            "wall_s": pulled["elapsed_s"] - found["elapsed_s"],
+        }
+
+    async def _settled(self, before: dict[str, Any]) -> dict[str, Any]:
+        """The reader's counters once they include the read; they trail the tokens a little."""
+        for _ in range(100):
+            after = await self._reader.ask({})
+            if after["transfers"] > before["transfers"]:
+                return after
+            await asyncio.sleep(0.05)
+        raise RuntimeError("nothing was moved by NIXL: the reader computed the prompt itself")
+
+    async def _generate(
+        self, engine: Child, prompt: list[int], params: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        self._requests += 1
+        return await engine.ask(
+            {"prompt": prompt, "kv_transfer_params": params, "request": f"b{self._requests}~1"}
+        )
+
+    async def _bare_read(self, size_bytes: int, pieces: int) -> float:
+        answer = await self._bare_reader.ask({"size_bytes": size_bytes, "pieces": pieces})
+        return float(answer["elapsed_s"])
+
+    def _pause_bare(self) -> None:
+        for child in (self._bare_source, self._bare_reader):
+            child.pause()
+
+    async def _start_engine(self, stack: AsyncExitStack, name: str, model: Path) -> Child:
+        setup = self._setup
+        environment = {
+            **transfer_environment(HOST, free_port(HOST), loopback=setup.device == "cpu"),
+            "VLLM_CPU_KVCACHE_SPACE": "2",
+        }
+        arguments: dict[str, Any] = {
+            "model": str(model),
+            "load_format": "dummy",
+            "skip_tokenizer_init": True,
+            "dtype": "float32",
+            "enforce_eager": True,
+            "block_size": BLOCK_TOKENS,
+            "max_model_len": setup.prompt_tokens + BLOCK_TOKENS,
+            "max_num_batched_tokens": setup.prompt_tokens + BLOCK_TOKENS,
+            "max_num_seqs": 4,
+            "kv_transfer_config": kv_transfer_config(
+                f"{name}-{free_port(HOST)}",
+                nixl_progress_delay_us=setup.delay_us,
+                nixl_threads=setup.nixl_threads,
+            ),
+        }
+        if setup.device == "cpu":
+            environment |= PIECES_OF_CPU
+            arguments["distributed_executor_backend"] = "uni"
+        else:
+            arguments["gpu_memory_utilization"] = 0.3
+        child = await Child.start(
+            "cluster.bench.transfer_engine", arguments, environment, self._folder / f"{name}.log"
+        )
+        stack.push_async_callback(child.stop)
+        return child
+
+    async def _start_bare(self, stack: AsyncExitStack, name: str) -> Child:
+        setup = self._setup
+        child = await Child.start(
+            "cluster.bench.transfer_bare",
+            {
+                "name": name,
+                "size_bytes": setup.prompt_tokens * setup.token_bytes,
+                "device": setup.device,
+                "threads": setup.nixl_threads,
+            },
+            transfer_environment(HOST, free_port(HOST), loopback=setup.device == "cpu"),
+            self._folder / f"{name}.log",
+        )
+        stack.push_async_callback(child.stop)
+        return child
+
+
+def run(setup: Setup | None = None, console: Console | None = None) -> dict[str, Any]:
+    """Measure. Returns ``{"figures": ..., "rows": ...}``; ChildError if a process fails."""
+    setup = setup or Setup()
+    rows = asyncio.run(_measure(setup, console or Console(stderr=True)))
+    return {"figures": _figures(rows), "rows": rows}
+
+
+def main(json_path: Path | None = None, **options: Any) -> int:
+    """The command: a table, and with ``json_path`` a JSON file. ``options`` make a ``Setup``."""
+    console = Console()
+    result = run(Setup(**options))
+    report = write(json_path, COMMAND, result["figures"], result["rows"])
+    table(console, "KV transfer, engine against bare NIXL", report["rows"])
+    figures = [{"figure": name, "value": value} for name, value in report["figures"].items()]
+    table(console, "medians over all pairs", figures)
+    return 0
+
+
+async def _measure(setup: Setup, console: Console) -> list[dict[str, float]]:
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="pythia-bench-") as folder:
+        async with AsyncExitStack() as stack:
+            with Progress(console=console, transient=True) as progress:
+                bench = Bench(setup, Path(folder))
+                total = setup.warm_up_pairs + setup.pairs
+                task = progress.add_task("starting two engines", total=None)
+                await bench.start(stack)
+                progress.update(task, total=total)
+                for index in range(total):
+                    progress.update(task, description=f"pair {index + 1} of {total}")
+                    row = await bench.pair()
+                    if index >= setup.warm_up_pairs:
+                        rows.append(row)
+                    progress.advance(task)
+    return rows
+
+
+def _figures(rows: list[dict[str, float]]) -> dict[str, float]:
+    def median(name: str) -> float:
+        return statistics.median(row[name] for row in rows)
+
+    def quartiles(name: str) -> list[float]:
+        values = [row[name] for row in rows]
+        return statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+
+    size_bytes = median("bytes")
+    return {
+        "transfer_ratio_to_bare_nixl": median("ratio"),
+        "transfer_ratio_q1": quartiles("ratio")[0],
+        "transfer_ratio_q3": quartiles("ratio")[2],
+        "transfer_wall_ratio_to_bare_nixl": median("wall_ratio"),
+        "transfer_gbytes_per_s": size_bytes / median("engine_s") / 1e9,
+        "transfer_wall_gbytes_per_s": size_bytes / median("wall_s") / 1e9,
+        "bare_gbytes_per_s": size_bytes / median("bare_s") / 1e9,
+        "bare_single_gbytes_per_s": size_bytes / median("bare_single_s") / 1e9,
+        "bytes_per_transfer": size_bytes,
+        "descriptors_per_transfer": median("descriptors"),
+        "pairs": len(rows),
+    }
+
+
+def _model_config(setup: Setup) -> dict[str, Any]:
+    """A Llama that computes little and keeps much."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": setup.layers,
+        "num_attention_heads": setup.heads,
+        "num_key_value_heads": setup.heads,
+        "head_dim": setup.head_dim,
+        "max_position_embeddings": setup.prompt_tokens + BLOCK_TOKENS,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+    }

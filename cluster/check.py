@@ -1,0 +1,187 @@
+"""What can be wrong with a cluster file beyond its types: values that exclude each other.
+
+Every check reports to the ``Document``, which knows the lines; none raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from cluster.arguments import (
+    RESERVED_API_ARGUMENTS,
+    RESERVED_ENGINE_ARGUMENTS,
+    api_argument_names,
+    engine_argument_names,
+)
+from cluster.document import Document, Path, suggestion
+from cluster.schema import ClusterConfig, WorkerEntry
+
+CPU_BLOCK_TOKENS = 32
+SAME_EVERYWHERE = ("block_size", "dtype", "kv_cache_dtype")
+"""Engine arguments in which workers that exchange KV may not differ."""
+
+
+def engine_arguments(document: Document) -> None:
+    """Names under ``engine`` (here and at each worker) and ``api.arguments``."""
+    data = document.data if isinstance(document.data, dict) else {}
+    engine_names = engine_argument_names()
+    _names(document, data, ("engine",), engine_names, RESERVED_ENGINE_ARGUMENTS)
+    workers = data.get("workers")
+    for index in range(len(workers) if isinstance(workers, list) else 0):
+        path = ("workers", index, "engine")
+        _names(document, data, path, engine_names, RESERVED_ENGINE_ARGUMENTS)
+    _names(document, data, ("api", "arguments"), api_argument_names(), RESERVED_API_ARGUMENTS)
+
+
+def cluster(document: Document, config: ClusterConfig) -> None:
+    """Everything that concerns more than one value."""
+    _worker_names(document, config)
+    _roles(document, config)
+    _devices(document, config)
+    _ports(document, config)
+    _engines(document, config)
+
+
+def _names(
+    document: Document,
+    data: Any,
+    path: Path,
+    known: frozenset[str] | None,
+    reserved: Mapping[str, str],
+) -> None:
+    for part in path:
+        if isinstance(data, list) and isinstance(part, int):
+            data = data[part]
+        else:
+            data = data.get(part) if isinstance(data, dict) else None
+    if not isinstance(data, dict):
+        return
+    for name in data:
+        if name in reserved:
+            document.problem((*path, name), f"may not be set here: {reserved[name]}")
+        elif known is not None and name not in known:
+            usable = known - reserved.keys()
+            document.problem((*path, name), f"vLLM has no such argument{suggestion(name, usable)}")
+
+
+def _worker_names(document: Document, config: ClusterConfig) -> None:
+    first: dict[str, int] = {}
+    for index, entry in enumerate(config.workers):
+        if entry.name in first:
+            line = document.line(("workers", first[entry.name], "name"))
+            document.problem(
+                ("workers", index, "name"), f"{entry.name!r} is taken by the worker on line {line}"
+            )
+        if entry.name == "coordinator":
+            document.problem(("workers", index, "name"), "'coordinator' is not a worker's name")
+        first.setdefault(entry.name, index)
+
+
+def _roles(document: Document, config: ClusterConfig) -> None:
+    if not any(entry.role in ("decode", "mixed") for entry in config.workers):
+        document.problem(("workers",), "at least one worker must have the role decode or mixed")
+
+
+def _devices(document: Document, config: ClusterConfig) -> None:
+    owner: dict[tuple[str, int], str] = {}
+    for index, entry in enumerate(config.workers):
+        for position, device in enumerate(entry.devices):
+            place = (entry.host, device)
+            if place in owner:
+                document.problem(
+                    ("workers", index, "devices", position),
+                    f"GPU {device} of {entry.host} is already used by worker {owner[place]!r}",
+                )
+            owner.setdefault(place, entry.name)
+
+
+def _ports(document: Document, config: ClusterConfig) -> None:
+    """Fixed ports that two servers of one host would both want."""
+    wanted: list[tuple[str, int, Path]] = [
+        (config.coordinator.host, config.coordinator.port, ("coordinator", "port")),
+        (config.api.host, config.api.port, ("api", "port")),
+    ]
+    base = config.network.side_channel_port_base
+    last = base + len(config.workers) - 1
+    if base and last > 65535:
+        document.problem(
+            ("network", "side_channel_port_base"),
+            f"leaves no room for {len(config.workers)} workers (the last would get port {last})",
+        )
+    for index, entry in enumerate(config.workers):
+        wanted.append((entry.host, entry.data_port, ("workers", index, "data_port")))
+        wanted.append((entry.host, entry.metrics_port, ("workers", index, "metrics_port")))
+        if base:
+            wanted.append((entry.host, base + index, ("network", "side_channel_port_base")))
+    taken: dict[int, list[tuple[str, Path]]] = {}
+    for host, port, path in wanted:
+        for other_host, other in taken.get(port, []) if port else []:
+            if _overlap(host, other_host):
+                line = document.line(other)
+                document.problem(
+                    path, f"port {port} on {host} is already taken by the key on line {line}"
+                )
+        taken.setdefault(port, []).append((host, path))
+
+
+def _overlap(host: str, other: str) -> bool:
+    everywhere = ("0.0.0.0", "::")
+    return host == other or host in everywhere or other in everywhere
+
+
+def _engines(document: Document, config: ClusterConfig) -> None:
+    for name in SAME_EVERYWHERE:
+        _same_everywhere(document, config, name)
+    for index, entry in enumerate(config.workers):
+        _parallelism(document, config, index, entry)
+        block_size = (config.engine | entry.engine).get("block_size", CPU_BLOCK_TOKENS)
+        if not entry.devices and isinstance(block_size, int) and block_size % CPU_BLOCK_TOKENS:
+            document.problem(
+                _engine_path(config, index, "block_size"),
+                f"must be a multiple of {CPU_BLOCK_TOKENS} on CPU (got {block_size})",
+            )
+
+
+def _same_everywhere(document: Document, config: ClusterConfig, name: str) -> None:
+    values = [(config.engine | entry.engine).get(name) for entry in config.workers]
+    for index, value in enumerate(values):
+        if value != values[0]:
+            document.problem(
+                _engine_path(config, index, name),
+                f"{name} of {config.workers[index].name!r} is {value!r} and that of"
+                f" {config.workers[0].name!r} is {values[0]!r}; workers that exchange KV"
+                " must agree",
+            )
+
+
+def _parallelism(document: Document, config: ClusterConfig, index: int, entry: WorkerEntry) -> None:
+    engine = config.engine | entry.engine
+    needed = 1
+    for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+        size = engine.get(name, 1)
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            document.problem(
+                _engine_path(config, index, name),
+                f"must be a whole number of at least 1 (got {size!r})",
+            )
+            return
+        needed *= size
+    given = len(entry.devices)
+    if given and "tensor_parallel_size" not in engine:
+        fits = given % needed == 0
+    else:
+        fits = given in (0, needed)
+    if not fits:
+        document.problem(
+            ("workers", index, "devices"),
+            f"{given} GPUs do not fit the {needed} that tensor_parallel_size times"
+            " pipeline_parallel_size need",
+        )
+
+
+def _engine_path(config: ClusterConfig, index: int, name: str) -> Path:
+    """Where the argument was given: at the worker, else for all."""
+    if name in config.workers[index].engine:
+        return ("workers", index, "engine", name)
+    return ("engine", name)

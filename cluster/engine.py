@@ -1,0 +1,187 @@
+"""A worker's vLLM engine: ``AsyncLLM`` whose outputs are passed on, not consumed.
+
+vLLM's front half (tokenising, detokenising, stop strings) lives in the API processes;
+here the raw outputs of each engine step go to ``on_step`` and only vLLM's own
+statistics are kept, so that its metrics stay true.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from typing import Any
+
+from vllm.config import KVTransferConfig, VllmConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.output_processor import OutputProcessor, OutputProcessorOutput
+from vllm.v1.metrics.stats import IterationStats, SchedulerStats
+from vllm.version import __version__ as vllm_version
+
+from coordinator.protocol import EngineFacts, Load
+
+OnStep = Callable[[list[EngineCoreOutput], float], None]
+
+
+class Relay(OutputProcessor):
+    """Keeps vLLM's per-request statistics and hands each step's outputs on."""
+
+    def __init__(self, original: OutputProcessor, on_step: OnStep) -> None:
+        # No tokenizer: nothing is detokenised in this process.
+        super().__init__(
+            None,
+            log_stats=original.log_stats,
+            tracing_enabled=original.tracing_enabled,
+        )
+        self.on_step = on_step
+        self.scheduler_stats: SchedulerStats | None = None
+        self.prefill_tokens = 0
+        self.decode_tokens = 0
+        self.external_tokens = 0
+
+    def process_outputs(
+        self,
+        engine_core_outputs: list[EngineCoreOutput],
+        engine_core_timestamp: float | None = None,
+        iteration_stats: IterationStats | None = None,
+        weight_version: str | None = None,
+    ) -> OutputProcessorOutput:
+        """Count, pass on, forget what is finished."""
+        for output in engine_core_outputs:
+            state = self.request_states.get(output.request_id)
+            if state is None:
+                continue
+            self._update_stats_from_output(state, output, engine_core_timestamp, iteration_stats)
+            self.decode_tokens += len(output.new_token_ids)
+            if state.is_prefilling:
+                state.is_prefilling = False
+                if (stats := output.prefill_stats) is not None:
+                    state.num_cached_tokens = stats.num_cached_tokens
+                    self.prefill_tokens += stats.num_computed_tokens
+                    self.external_tokens += stats.num_external_cached_tokens
+            if output.finish_reason is not None:
+                self._finish_request(state)
+                self._update_stats_from_finished(state, output.finish_reason, iteration_stats)
+        self.on_step(engine_core_outputs, engine_core_timestamp or 0.0)
+        return OutputProcessorOutput(request_outputs=[], reqs_to_abort=[])
+
+    def update_scheduler_stats(self, scheduler_stats: SchedulerStats | None) -> None:
+        """Remember the newest; the beats report it."""
+        if scheduler_stats is not None:
+            self.scheduler_stats = scheduler_stats
+        super().update_scheduler_stats(scheduler_stats)
+
+    def propagate_error(self, e: Exception) -> None:
+        """The engine is dead. Nobody waits here; the worker's watch ends the process."""
+
+
+def _ignore(outputs: list[EngineCoreOutput], timestamp_s: float) -> None:
+    """Until someone listens, outputs have no reader."""
+
+
+class WorkerEngine(AsyncLLM):
+    """An engine that takes ready-made engine requests and reports every step."""
+
+    output_processor: OutputProcessor
+    on_step: OnStep = staticmethod(_ignore)
+    """Gets each step's outputs and the engine's clock; set before the first request."""
+
+    def _run_output_handler(self) -> None:
+        # The handler captures the processor when it starts: swap it before that.
+        if not isinstance(self.output_processor, Relay):
+            self.output_processor = Relay(self.output_processor, self._step)
+        super()._run_output_handler()
+
+    def _step(self, outputs: list[EngineCoreOutput], timestamp_s: float) -> None:
+        self.on_step(outputs, timestamp_s)
+
+    async def submit(self, request: EngineCoreRequest) -> None:
+        """Give a request to the engine. Its outputs come through ``on_step``."""
+        self._run_output_handler()
+        self.output_processor.add_request(request, None)
+        await self.engine_core.add_request_async(request)
+
+    async def forget(self, engine_ids: list[str]) -> None:
+        """Abort requests by their engine ids; unknown ones are ignored by the engine."""
+        self.output_processor.abort_requests(engine_ids, internal=True)
+        await self.engine_core.abort_requests_async(engine_ids)
+
+    def load(self, garbage_frames: int) -> Load:
+        """How busy the engine is, from its latest step."""
+        relay = self.output_processor
+        if not isinstance(relay, Relay):
+            return Load()
+        stats = relay.scheduler_stats or SchedulerStats()
+        blocks = self.vllm_config.cache_config.num_gpu_blocks or 0
+        return Load(
+            running=stats.num_running_reqs,
+            waiting=stats.num_waiting_reqs + stats.num_skipped_waiting_reqs,
+            kv_blocks_used=round(stats.kv_cache_usage * blocks),
+            prefill_tokens_total=relay.prefill_tokens,
+            decode_tokens_total=relay.decode_tokens,
+            external_tokens_total=relay.external_tokens,
+            garbage_frames_total=garbage_frames,
+        )
+
+
+def start_engine(arguments: dict[str, Any]) -> WorkerEngine:
+    """Load the model and start the engine; blocks until it is ready."""
+    transfer = KVTransferConfig(**arguments["kv_transfer_config"])
+    engine = WorkerEngine.from_engine_args(
+        AsyncEngineArgs(**{**arguments, "kv_transfer_config": transfer})
+    )
+    assert isinstance(engine, WorkerEngine)
+    return engine
+
+
+def engine_facts(config: VllmConfig, model: str, kv_lease_s: float) -> EngineFacts:
+    """What the core compares and counts with."""
+    cache = config.cache_config
+    scheduler = config.scheduler_config
+    block_size = cache.effective_attention_block_size or cache.block_size
+    return EngineFacts(
+        vllm_version=vllm_version,
+        model=model,
+        model_fingerprint=model_fingerprint(config),
+        block_size=block_size,
+        kv_blocks=cache.num_gpu_blocks or 0,
+        max_model_len=config.model_config.max_model_len,
+        max_num_seqs=scheduler.max_num_seqs,
+        max_num_batched_tokens=scheduler.max_num_batched_tokens,
+        kv_bytes_per_block=_kv_bytes_per_block(config, block_size),
+        kv_lease_s=kv_lease_s,
+    )
+
+
+def model_fingerprint(config: VllmConfig) -> str:
+    """Equal for two engines iff one may read the other's KV.
+
+    Over what vLLM's own handshake compares: architecture, weights' configuration, dtype
+    of model and cache. Tensor parallel size and memory may differ.
+    """
+    hf_config = config.model_config.hf_config.to_dict()
+    for volatile in ("_name_or_path", "transformers_version", "name_or_path"):
+        hf_config.pop(volatile, None)
+    material = json.dumps(
+        [
+            hf_config,
+            str(config.model_config.dtype),
+            str(config.cache_config.cache_dtype),
+            config.model_config.quantization,
+        ],
+        sort_keys=True,
+        default=str,
+    )
+    return hashlib.sha256(material.encode()).hexdigest()[:16]
+
+
+def _kv_bytes_per_block(config: VllmConfig, block_size: int) -> int:
+    model = config.model_config
+    heads = model.get_total_num_kv_heads()
+    layers = model.get_num_layers(config.parallel_config) * (
+        config.parallel_config.pipeline_parallel_size
+    )
+    itemsize: int = getattr(model.dtype, "itemsize", 2)
+    return int(2 * layers * heads * model.get_head_size() * itemsize * block_size)

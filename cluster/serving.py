@@ -1,0 +1,428 @@
+"""A worker: one process around one vLLM engine, prefilling or decoding as it is asked.
+
+Talks to the core (control) and to the API processes (data). What to do with a request
+is said by ``prefill.worker`` and ``decode.worker``; where it goes was said by the core.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import signal
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import Coroutine
+from typing import Any, Literal
+
+import msgspec
+import zmq
+import zmq.asyncio
+from prometheus_client import start_http_server
+from vllm.lora.request import LoRARequest
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+
+from cluster.config import WorkerConfig
+from cluster.engine import WorkerEngine, engine_facts
+from coordinator import protocol
+from coordinator.link import ControlLink, GarbageCounter, make_socket, post
+from coordinator.protocol import engine_request_id
+from decode.worker import decode_request, discard_request
+from prefill.worker import prefill_request, prefill_result
+from transfer import handle as handles
+from transfer.lease import Spent
+
+logger = logging.getLogger("pythia.worker")
+
+ENGINE_WATCH_S = 0.5
+PROBE_TOKEN_IDS = range(3, 250)
+UTILITIES = frozenset(
+    {"add_lora", "remove_lora", "list_loras", "pin_lora", "reset_prefix_cache", "reset_mm_cache"}
+)
+
+Kind = Literal["prefill", "decode", "probe", "probe_read"]
+
+
+class Job(msgspec.Struct, gc=False):
+    """A request that the engine has, and who waits for it."""
+
+    kind: Kind
+    api: bytes
+    request: str
+    attempt: int
+    prompt_tokens: int
+    cached_tokens: int = 0
+    moved_tokens: int = 0
+    started_s: float = 0.0
+    probe: int = 0
+
+
+class Worker:
+    """The sockets around an engine, and the table of what the engine is working on."""
+
+    def __init__(
+        self, config: WorkerConfig, engine: WorkerEngine, context: zmq.asyncio.Context
+    ) -> None:
+        self.config = config
+        self.incarnation = uuid.uuid4().hex
+        self.jobs: dict[str, Job] = {}
+        self.garbage = GarbageCounter("an API process")
+        self.stopping = asyncio.Event()
+        self.exit_code = 0
+        self.data = make_socket(context, zmq.ROUTER)
+        self.data.bind(f"tcp://{config.host}:{config.data_port or '*'}")
+        self.data_address: str = self.data.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.link = ControlLink(
+            context,
+            config.coordinator,
+            hello=self._ready,
+            beat=self._beat,
+            decode=protocol.decode_core_to_worker,
+            on_message=self._on_core,
+        )
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.engine = engine
+        self.encoder = MsgpackEncoder()
+        self.request_decoder = MsgpackDecoder(EngineCoreRequest)
+        self.argument_decoder = MsgpackDecoder()
+        self.facts = engine_facts(
+            engine.vllm_config, config.served_model_name, float(config.kv_lease_s)
+        )
+        self.spent = Spent()
+        engine.on_step = self._on_step
+
+    async def run(self) -> int:
+        """Serve until told to stop or the engine dies. Returns the exit code."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self.stopping.set)
+        tasks = [
+            asyncio.create_task(self.link.run(), name="control link"),
+            asyncio.create_task(self._serve_data(), name="data socket"),
+            asyncio.create_task(self._watch_engine(), name="engine"),
+            asyncio.create_task(self.stopping.wait(), name="stop"),
+        ]
+        done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            if (error := task.exception()) is not None:
+                logger.error("%s failed", task.get_name(), exc_info=error)
+                self.exit_code = 1
+        if self.link.refused:
+            logger.error("the core refused this worker: %s", self.link.refused)
+            self.exit_code = 3
+        self.link.send(
+            protocol.Leaving(self.config.name, self.incarnation, f"exit code {self.exit_code}")
+        )
+        await asyncio.sleep(0.05)  # lets the socket's thread put that on the wire
+        for task in pending:
+            task.cancel()
+        return self.exit_code
+
+    # --- control ---------------------------------------------------------------
+
+    def _ready(self) -> protocol.Message:
+        return protocol.Ready(
+            worker=self.config.name,
+            incarnation=self.incarnation,
+            role=self.config.role,
+            data_address=self.data_address,
+            facts=self.facts,
+            host=self.config.host,
+            devices=",".join(str(device) for device in self.config.devices),
+        )
+
+    def _beat(self) -> protocol.Message:
+        load = self.engine.load(self.garbage.total + self.link.garbage.total)
+        return protocol.Beat(self.config.name, self.incarnation, load)
+
+    def _on_core(self, message: protocol.CoreToWorker) -> None:
+        match message:
+            case protocol.Probe():
+                self._spawn(self._probe(message))
+            case protocol.ProbeRead():
+                self._spawn(self._probe_read(message))
+            case protocol.Leave():
+                logger.info("told to leave: %s", message.reason)
+                self.stopping.set()
+            case protocol.Welcome():
+                logger.info("taken in by core %s as %s", message.core, self.config.name)
+            case protocol.Refused() | protocol.Unknown():
+                raise AssertionError("the link keeps these to itself")
+
+    async def _probe(self, message: protocol.Probe) -> None:
+
+        request = self._probe_request(message.seed, message.prompt_tokens)
+        job = Job("probe", b"", f"probe-{message.probe}", 0, message.prompt_tokens)
+        job.probe = message.probe
+        await self._submit(prefill_request(request, job.request, 0), job)
+
+    async def _probe_read(self, message: protocol.ProbeRead) -> None:
+
+        try:
+            handle = handles.decode(message.handle)
+        except handles.HandleError as error:
+            self._probe_finished(message.probe, error=f"unusable handle: {error}")
+            return
+        request = self._probe_request(message.seed, message.prompt_tokens)
+        job = Job("probe_read", b"", f"probe-read-{message.probe}", 0, message.prompt_tokens)
+        job.probe = message.probe
+        await self._submit(decode_request(request, job.request, 0, handle), job)
+
+    def _probe_request(self, seed: int, prompt_tokens: int) -> EngineCoreRequest:
+
+        rng = random.Random(seed)
+        vocabulary = self.engine.model_config.get_vocab_size()
+        return EngineCoreRequest(
+            request_id="",
+            prompt_token_ids=[
+                rng.choice(PROBE_TOKEN_IDS) % vocabulary for _ in range(prompt_tokens)
+            ],
+            mm_features=None,
+            sampling_params=SamplingParams(max_tokens=1, temperature=0.0, detokenize=False),
+            pooling_params=None,
+            arrival_time=time.time(),
+            lora_request=None,
+            # Salted, so that a probe is never answered from a cache nor fills one.
+            cache_salt=f"probe-{seed}-{uuid.uuid4().hex}",
+            data_parallel_rank=None,
+        )
+
+    def _probe_finished(
+        self, probe: int, elapsed_s: float = 0.0, tokens_moved: int = 0, error: str = ""
+    ) -> None:
+        self.link.send(
+            protocol.ProbeFinished(
+                self.config.name, self.incarnation, probe, elapsed_s, tokens_moved, error
+            )
+        )
+
+    # --- data --------------------------------------------------------------------
+
+    async def _serve_data(self) -> None:
+        while True:
+            frames = await self.data.recv_multipart(copy=False)
+            api = frames[0].bytes
+            if len(frames) < 2:
+                self.garbage.add(ValueError(f"{len(frames)} frames"))
+                continue
+            try:
+                message = protocol.decode_api_to_worker(frames[1].buffer)
+                await self._on_api(api, message, frames[2:])
+            except (msgspec.MsgspecError, IndexError) as error:
+                self.garbage.add(error)
+
+    async def _on_api(self, api: bytes, message: protocol.ApiToWorker, frames: list[Any]) -> None:
+        match message:
+            case protocol.Prefill():
+                if self._is_current(api, message):
+                    await self._prefill(api, message, self._decode_request(frames))
+            case protocol.Decode():
+                if self._is_current(api, message):
+                    await self._decode(api, message, self._decode_request(frames))
+            case protocol.Abort():
+                await self._abort(
+                    [engine_request_id(request, attempt) for request, attempt in message.calls]
+                )
+            case protocol.Discard():
+                if self._is_current(api, message):
+                    await self._discard(message)
+            case protocol.Utility():
+                arguments = self.argument_decoder.decode(frames)
+                self._spawn(self._utility(api, message, arguments))
+
+    def _decode_request(self, frames: list[Any]) -> EngineCoreRequest:
+        request: EngineCoreRequest = self.request_decoder.decode(frames)
+        if request.sampling_params is None or not request.prompt_token_ids:
+            raise msgspec.ValidationError("a request without prompt tokens or sampling parameters")
+        return request
+
+    def _is_current(
+        self, api: bytes, message: protocol.Prefill | protocol.Decode | protocol.Discard
+    ) -> bool:
+        if message.incarnation == self.incarnation:
+            return True
+        reason = f"meant for incarnation {message.incarnation}"
+        self._fail(api, message.request, message.attempt, reason)
+        return False
+
+    def _fail(
+        self, api: bytes, request: str, attempt: int, reason: str, retryable: bool = True
+    ) -> None:
+        failed = protocol.CallFailed(request, attempt, self.incarnation, reason, retryable)
+        post(self.data, [api, protocol.encode(failed)])
+
+    async def _prefill(
+        self, api: bytes, message: protocol.Prefill, request: EngineCoreRequest
+    ) -> None:
+
+        job = Job(
+            "prefill",
+            api,
+            message.request,
+            message.attempt,
+            prompt_tokens=len(request.prompt_token_ids or ()),
+        )
+        await self._submit(prefill_request(request, message.request, message.attempt), job)
+
+    async def _decode(
+        self, api: bytes, message: protocol.Decode, request: EngineCoreRequest
+    ) -> None:
+
+        handle = None
+        if message.handle:
+            try:
+                handle = self._accept(message.handle)
+            except handles.HandleError as error:
+                self._fail(api, message.request, message.attempt, f"handle refused: {error}")
+                return
+        job = Job(
+            "decode",
+            api,
+            message.request,
+            message.attempt,
+            prompt_tokens=len(request.prompt_token_ids or ()),
+        )
+        await self._submit(decode_request(request, message.request, message.attempt, handle), job)
+
+    def _accept(self, frame: bytes) -> handles.Handle:
+        handle = handles.decode(frame)
+        if not self.spent.use(handle.remote_engine_id, handles.owner(handle), time.monotonic()):
+            raise handles.HandleError("used before: a handle is read once")
+        return handle
+
+    async def _submit(self, request: EngineCoreRequest, job: Job) -> None:
+        if request.request_id in self.jobs:
+            return  # sent twice: the first one is being worked on
+        job.started_s = time.monotonic()
+        self.jobs[request.request_id] = job
+        await self.engine.submit(request)
+
+    async def _abort(self, engine_ids: list[str]) -> None:
+        known = [engine_id for engine_id in engine_ids if self.jobs.pop(engine_id, None)]
+        if known:
+            await self.engine.forget(known)
+
+    async def _discard(self, message: protocol.Discard) -> None:
+
+        try:
+            handle = self._accept(message.handle)
+        except handles.HandleError as error:
+            logger.warning("nothing to discard for %s: %s", message.request, error)
+            return
+        request = discard_request([0], f"discard-{message.request}", message.attempt, handle)
+        await self.engine.engine_core.add_request_async(request)
+
+    async def _utility(self, api: bytes, message: protocol.Utility, arguments: list[Any]) -> None:
+        error = ""
+        result: object = None
+        if message.method not in UTILITIES:
+            error = f"{message.method} is not offered"
+        else:
+            try:
+                result = await self._call_engine(message.method, arguments)
+            except Exception as raised:
+                logger.exception("utility %s failed", message.method)
+                error = f"{type(raised).__name__}: {raised}"
+        reply = protocol.UtilityReply(message.call, self.incarnation, error)
+        post(self.data, [api, protocol.encode(reply), *self.encoder.encode(result)])
+
+    async def _call_engine(self, method: str, arguments: list[Any]) -> object:
+        if method == "add_lora":
+            arguments = [msgspec.convert(arguments[0], LoRARequest)]
+        result: object = await getattr(self.engine.engine_core, f"{method}_async")(*arguments)
+        return sorted(result) if isinstance(result, set) else result
+
+    # --- what the engine says -----------------------------------------------------
+
+    def _on_step(self, outputs: list[EngineCoreOutput], timestamp_s: float) -> None:
+        by_api: defaultdict[bytes, list[EngineCoreOutput]] = defaultdict(list)
+        for output in outputs:
+            job = self.jobs.get(output.request_id)
+            if job is None:
+                continue  # aborted while the step ran
+            if job.kind == "decode":
+                by_api[job.api].append(output)
+            else:
+                self._on_private(job, output)
+            if output.finish_reason is not None:
+                del self.jobs[output.request_id]
+        for api, api_outputs in by_api.items():
+            self._send_deltas(api, api_outputs, timestamp_s)
+
+    def _send_deltas(self, api: bytes, outputs: list[EngineCoreOutput], timestamp_s: float) -> None:
+
+        frames = self.encoder.encode(EngineCoreOutputs(outputs=outputs, timestamp=timestamp_s))
+        header = protocol.encode(protocol.Deltas(self.incarnation))
+        if not post(self.data, [api, header, *frames]):
+            self._api_gone(api)
+
+    def _api_gone(self, api: bytes) -> None:
+        orphans = [engine_id for engine_id, job in self.jobs.items() if job.api == api]
+        logger.warning("an API process is gone: aborting its %d calls", len(orphans))
+        self._spawn(self._abort(orphans))
+
+    def _on_private(self, job: Job, output: EngineCoreOutput) -> None:
+
+        if (stats := output.prefill_stats) is not None:
+            job.cached_tokens = stats.num_cached_tokens
+            job.moved_tokens = stats.num_external_cached_tokens
+        if job.kind == "probe_read":
+            if output.finish_reason is not None:
+                elapsed_s = time.monotonic() - job.started_s
+                error = "" if job.moved_tokens else f"nothing moved ({output.finish_reason})"
+                self._probe_finished(job.probe, elapsed_s, job.moved_tokens, error)
+            return
+        result = prefill_result(
+            output,
+            job.request,
+            job.attempt,
+            self.incarnation,
+            job.prompt_tokens,
+            job.cached_tokens,
+            self.facts.kv_lease_s,
+            time.time(),
+        )
+        if result is None:
+            return
+        if job.kind == "prefill":
+            if not post(self.data, [job.api, protocol.encode(result)]):
+                self._api_gone(job.api)
+            return
+        probed = (
+            protocol.Probed(self.config.name, self.incarnation, job.probe, handle=result.handle)
+            if isinstance(result, protocol.PrefillDone)
+            else protocol.Probed(self.config.name, self.incarnation, job.probe, error=result.reason)
+        )
+        self.link.send(probed)
+
+    async def _watch_engine(self) -> None:
+        while not self.engine.errored:  # noqa: ASYNC110  (the engine has no event for it)
+            await asyncio.sleep(ENGINE_WATCH_S)
+        raise RuntimeError("the engine died; its story is in the log above")
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._collect)
+
+    def _collect(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("a task of the worker failed", exc_info=error)
+            self.exit_code = 1
+            self.stopping.set()
+
+
+async def serve(config: WorkerConfig, engine: WorkerEngine) -> int:
+    """Serve until told to stop. Returns the process's exit code."""
+    if config.metrics_port:
+        start_http_server(config.metrics_port, addr=config.host)
+    context = zmq.asyncio.Context()
+    worker = Worker(config, engine, context)
+    try:
+        return await worker.run()
+    finally:
+        context.destroy(linger=0)

@@ -1,0 +1,40 @@
+"""A worker's process: protects its children, sets its environment, starts the engine, serves.
+
+The environment has to be right before vLLM is imported, so nothing here imports it early.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+
+import uvloop
+
+from cluster import reaper
+from cluster.config import WorkerConfig
+from cluster.process import announce
+
+logger = logging.getLogger("pythia.worker")
+
+ENGINE_STOP_S = 5.0
+
+
+def main(config: WorkerConfig) -> int:
+    """Start the engine, serve, stop. Returns the process's exit code."""
+    reaper.protect_group()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    os.environ.update(config.process_environment())
+    announce("importing vLLM")
+    from cluster.engine import start_engine
+    from cluster.serving import serve
+
+    announce(f"loading {config.model}")
+    started_s = time.monotonic()
+    engine = start_engine(config.engine_arguments())
+    announce(f"engine is up after {time.monotonic() - started_s:.0f} s")
+    try:
+        code: int = uvloop.run(serve(config, engine))
+        return code
+    finally:
+        engine.shutdown(timeout=ENGINE_STOP_S)

@@ -1,0 +1,503 @@
+"""The calls of an API process, from the request to the last token.
+
+    waiting --Plan--> prefilling --PrefillDone--> loading --first token--> decoding --> (gone)
+       |  `---------------Plan without a prefill worker--^                    |
+       ^                                                                      |
+       +------------- Failed: a worker was lost or could not -----------------+
+
+Carries plans out and tells the core what happened; it chooses nothing. All I/O goes
+through ``Wire``, so that it runs the same over sockets and in tests. A call that was
+given up leaves a tombstone for a while: the handle that may still arrive for it must
+be handed back to its owner.
+"""
+
+from __future__ import annotations
+
+import logging
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import msgspec
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
+
+from coordinator import protocol
+from coordinator.api.exchange import CallRecord, Failure
+from coordinator.blocks import hash_blocks
+from coordinator.protocol import CallContext, Placed, split_engine_request_id
+
+logger = logging.getLogger("pythia.api")
+
+RESUBMIT_S = 1.0
+TOMBSTONES_MAX = 4096
+TOMBSTONE_S = 300.0
+DISPATCH_MARGIN_S = 3.0
+"""What must be left of a lease when its handle is sent on: the way to the decode worker
+and its first renewal."""
+CLOCK_SKEW_S = 1.0
+"""How far the wall clocks of two machines of a cluster may differ."""
+
+Phase = Literal["waiting", "prefilling", "loading", "decoding"]
+MOVES: dict[Phase, frozenset[Phase]] = {
+    "waiting": frozenset({"prefilling", "loading"}),
+    "prefilling": frozenset({"loading", "waiting"}),
+    "loading": frozenset({"decoding", "waiting"}),
+    "decoding": frozenset({"waiting"}),
+}
+
+
+class Wire(Protocol):
+    """What a call needs from the world."""
+
+    def to_core(self, message: protocol.Message) -> bool:
+        """Send to the core; False if that is impossible now."""
+        ...
+
+    def to_worker(self, worker: Placed, message: protocol.Message, frames: Sequence[Any]) -> bool:
+        """Send to that incarnation of a worker; False if it is not connected."""
+        ...
+
+    def deliver(self, outputs: list[EngineCoreOutput], timestamp_s: float) -> None:
+        """Give outputs, under the request's own id, to the waiting client."""
+        ...
+
+    def fail(self, request: str, failure: Failure) -> None:
+        """End a request with an error."""
+        ...
+
+    def encode(self, request: EngineCoreRequest) -> Sequence[Any]:
+        """The request as frames."""
+        ...
+
+
+@dataclass(slots=True)
+class Call:
+    """One engine-level request on its way."""
+
+    engine_request: EngineCoreRequest
+    record: CallRecord
+    submit: protocol.Submit
+    submitted_s: float
+    asked_s: float
+    phase: Phase = "waiting"
+    attempt: int = 1
+    plan: protocol.Plan | None = None
+    frames: Sequence[Any] | None = None
+    tokens: array[int] = field(default_factory=lambda: array("I"))
+    resumed_tokens: int = 0
+    started_s: float = 0.0
+    prefill_sent_s: float = 0.0
+    prefill_done: protocol.PrefillDone | None = None
+    failed: protocol.Failed | None = None
+
+    def move(self, phase: Phase) -> None:
+        """The only writer of ``phase``."""
+        assert phase in MOVES[self.phase], f"{self.record.request}: {self.phase} -> {phase}"
+        self.phase = phase
+
+
+class Calls:
+    """All calls of this API process."""
+
+    def __init__(self, api: str, wire: Wire) -> None:
+        self.api = api
+        self.wire = wire
+        self.core = ""
+        self.block_size = 0
+        self.calls: dict[str, Call] = {}
+        self.tombstones: OrderedDict[tuple[str, int], tuple[Placed, float]] = OrderedDict()
+        self.stale = 0
+
+    # --- from the client ---------------------------------------------------------
+
+    def submit(
+        self,
+        request: EngineCoreRequest,
+        record: CallRecord,
+        context: CallContext,
+        group: str,
+        now_s: float,
+    ) -> None:
+        """Ask the core for a plan. The outcome arrives through the wire."""
+        params = request.sampling_params
+        tokens = request.prompt_token_ids or []
+        assert params is not None
+        record.prompt_tokens = len(tokens)
+        submit = protocol.Submit(
+            api=self.api,
+            request=request.request_id,
+            attempt=1,
+            prompt_tokens=len(tokens),
+            max_output_tokens=params.max_tokens or 1,
+            block_hashes=self._hashes(request),
+            aggregated=bool(group) or needs_one_worker(request),
+            group=group,
+            priority=request.priority,
+            context=context,
+        )
+        self.calls[request.request_id] = Call(request, record, submit, now_s, now_s)
+        self.wire.to_core(submit)
+
+    def end(self, requests: Iterable[str], outcome: str, now_s: float) -> None:
+        """The client is gone, or its stop string came: end these calls everywhere."""
+        for request in requests:
+            call = self.calls.pop(request, None)
+            if call is not None:
+                self._abandon(call, now_s)
+                self._finished(call, outcome, now_s)
+
+    def tick(self, now_s: float) -> None:
+        """Ask again for plans that have not come, forget old tombstones."""
+        for call in self.calls.values():
+            if call.phase == "waiting" and now_s - call.asked_s >= RESUBMIT_S:
+                call.asked_s = now_s
+                self._ask(call)
+        while self.tombstones:
+            key, (_, made_s) = next(iter(self.tombstones.items()))
+            if now_s - made_s < TOMBSTONE_S and len(self.tombstones) <= TOMBSTONES_MAX:
+                break
+            del self.tombstones[key]
+
+    # --- from the core -------------------------------------------------------------
+
+    def on_welcome(self, core: str, block_size: int) -> None:
+        """Taken in. A core that was restarted is asked anew for what is still waiting."""
+        self.block_size = block_size or self.block_size
+        restarted = bool(self.core) and core != self.core
+        self.core = core
+        if not restarted:
+            return
+        for call in self.calls.values():
+            if call.phase == "waiting" and call.failed is not None:
+                call.attempt += 1
+                call.failed = None
+
+    def on_plan(self, plan: protocol.Plan, now_s: float) -> None:
+        """Carry out a plan; a second copy of one is ignored."""
+        call = self.calls.get(plan.request)
+        if call is None or plan.attempt < call.attempt + (call.failed is not None):
+            self.stale += 1
+            return
+        if call.phase != "waiting":
+            if plan.attempt == call.attempt:
+                return
+            # The core knows better than this call how its worker is.
+            self._abandon(call, now_s)
+            call.move("waiting")
+            if call.tokens and not self._resume(call, now_s):
+                return
+        call.attempt = plan.attempt
+        call.plan = plan
+        call.prefill_done = None
+        call.failed = None
+        call.record.planned = True
+        call.record.prefill = plan.prefill.worker if plan.prefill else ""
+        call.record.decode = plan.decode.worker
+        if plan.prefill is None:
+            self._decode(call, b"", now_s)
+        else:
+            self._prefill(call, plan.prefill, now_s)
+
+    def on_rejected(self, message: protocol.Rejected, now_s: float) -> None:
+        """The core has no plan and will have none."""
+        self._fail(message.request, message.status, message.reason, message.retry_after_s, now_s)
+
+    def on_stop(self, message: protocol.Stop, now_s: float) -> None:
+        """The core gave the call up."""
+        self._fail(message.request, message.status, message.reason, 0.0, now_s)
+
+    def on_check(self, message: protocol.Check) -> None:
+        """Tell the core where a call stands."""
+        call = self.calls.get(message.request)
+        phase: protocol.CheckedPhase = "gone"
+        attempt = message.attempt
+        if call is not None:
+            attempt = call.attempt
+            if call.phase == "waiting":
+                self._ask(call)
+                return
+            phase = call.phase
+        self.wire.to_core(protocol.Checked(self.api, message.request, attempt, phase))
+
+    def on_worker_gone(self, worker: str, incarnation: str, reason: str, now_s: float) -> None:
+        """A worker is lost: whatever was on it is asked for again."""
+        lost = Placed(worker, incarnation)
+        for call in list(self.calls.values()):
+            plan = call.plan
+            if plan is None or call.phase == "waiting":
+                continue
+            busy = plan.prefill if call.phase == "prefilling" else plan.decode
+            if lost in (busy, plan.decode):
+                self._retry(call, worker, f"{worker} is lost: {reason}", now_s)
+
+    # --- from the workers ------------------------------------------------------------
+
+    def on_prefill_done(
+        self, done: protocol.PrefillDone, worker: Placed, now_s: float, unix_s: float
+    ) -> None:
+        """Send the handle on to the decode worker at once, or hand it back."""
+        call = self.calls.get(done.request)
+        if call is None or call.attempt != done.attempt or call.phase != "prefilling":
+            self._hand_back(done, worker)
+            return
+        plan = call.plan
+        assert plan is not None
+        if plan.prefill != worker:
+            self.stale += 1
+            return
+        # Two clocks bound how long the blocks have been held; the smaller bound counts.
+        held_s = min(now_s - call.prefill_sent_s, unix_s - done.held_at_unix_s + CLOCK_SKEW_S)
+        if held_s > done.lease_s - DISPATCH_MARGIN_S:
+            self._retry(call, worker.worker, f"the handle came after {held_s:.1f} s", now_s)
+            return
+        call.prefill_done = done
+        call.record.prefill_cached_tokens = done.cached_tokens
+        if self._decode(call, done.handle, now_s):
+            self.wire.to_core(protocol.Prefilled(self.api, done.request, call.attempt))
+
+    def on_outputs(
+        self, outputs: list[EngineCoreOutput], worker: Placed, timestamp_s: float, now_s: float
+    ) -> None:
+        """Tokens of one engine step: give each to its client under the client's own id."""
+        accepted = []
+        for output in outputs:
+            request, attempt = split_engine_request_id(output.request_id)
+            call = self.calls.get(request)
+            if call is None or call.attempt != attempt or not _is_decoding(call, worker):
+                self.stale += 1
+                continue
+            output.request_id = request
+            if self._on_output(call, output, now_s):
+                accepted.append(output)
+        if accepted:
+            self.wire.deliver(accepted, timestamp_s)
+
+    def on_call_failed(self, failed: protocol.CallFailed, worker: Placed, now_s: float) -> None:
+        """A worker could not: ask for another plan, or tell the client if none can help."""
+        call = self.calls.get(failed.request)
+        if call is None or call.attempt != failed.attempt or call.phase == "waiting":
+            self.stale += 1
+        elif failed.retryable:
+            self._retry(call, worker.worker, failed.reason, now_s)
+        else:
+            self._fail(failed.request, 500, failed.reason, 0.0, now_s)
+
+    # --- steps -------------------------------------------------------------------------
+
+    def _prefill(self, call: Call, prefill: Placed, now_s: float) -> None:
+        message = protocol.Prefill(call.submit.request, call.attempt, prefill.incarnation)
+        call.move("prefilling")
+        call.prefill_sent_s = now_s
+        if not self.wire.to_worker(prefill, message, self._frames(call)):
+            self._retry(call, prefill.worker, f"{prefill.worker} can't be reached", now_s)
+
+    def _decode(self, call: Call, handle: bytes, now_s: float) -> bool:
+        plan = call.plan
+        assert plan is not None
+        message = protocol.Decode(
+            call.submit.request, call.attempt, plan.decode.incarnation, handle
+        )
+        call.move("loading")
+        if self.wire.to_worker(plan.decode, message, self._frames(call)):
+            return True
+        self._retry(call, plan.decode.worker, f"{plan.decode.worker} can't be reached", now_s)
+        return False
+
+    def _frames(self, call: Call) -> Sequence[Any]:
+        if call.frames is None:
+            call.frames = self.wire.encode(call.engine_request)
+        return call.frames
+
+    def _on_output(self, call: Call, output: EngineCoreOutput, now_s: float) -> bool:
+        """False if the client must not see this output: the call goes on elsewhere."""
+        reason = output.finish_reason
+        if reason in (FinishReason.ABORT, FinishReason.ERROR):
+            # Not by this client: its worker is stopping, or could not load or compute it.
+            worker = call.plan.decode.worker if call.plan else ""
+            self._retry(call, worker, f"{worker} ended it with {reason}", now_s)
+            return False
+        if call.phase == "loading":
+            self._started(call, output, now_s)
+        call.tokens.extend(output.new_token_ids)
+        if reason is not None:
+            del self.calls[call.submit.request]
+            self._finished(call, str(reason), now_s)
+        return True
+
+    def _started(self, call: Call, output: EngineCoreOutput, now_s: float) -> None:
+        call.move("decoding")
+        record = call.record
+        first = not record.started
+        if first:
+            call.started_s = now_s
+        if (stats := output.prefill_stats) is not None:
+            record.moved_tokens = stats.num_external_cached_tokens
+            record.local_cached_tokens = stats.num_local_cached_tokens
+            if call.prefill_done is None:
+                record.prefill_cached_tokens = stats.num_cached_tokens
+            # What the client reads as cached is what no engine computed for this call.
+            output.prefill_stats.num_cached_tokens = min(
+                record.prefill_cached_tokens, record.prompt_tokens
+            )
+            if not first:
+                output.prefill_stats = None
+        record.started = True
+        self.wire.to_core(protocol.Started(self.api, call.submit.request, call.attempt))
+
+    def _retry(self, call: Call, worker: str, reason: str, now_s: float) -> None:
+        """Give this attempt up and ask for another plan."""
+        logger.warning("%s attempt %d: %s", call.submit.request, call.attempt, reason)
+        self._abandon(call, now_s)
+        call.move("waiting")
+        call.asked_s = now_s
+        if call.tokens and not self._resume(call, now_s):
+            return
+        call.failed = protocol.Failed(
+            self.api, call.submit.request, call.attempt, worker, reason, len(call.tokens)
+        )
+        self._ask(call)
+
+    def _ask(self, call: Call) -> None:
+        """Ask the core, once more, for the plan that this call waits for."""
+        if call.failed is not None:
+            self.wire.to_core(call.failed)
+            return
+        self.wire.to_core(
+            msgspec.structs.replace(
+                call.submit,
+                attempt=call.attempt,
+                prompt_tokens=call.submit.prompt_tokens + len(call.tokens),
+            )
+        )
+
+    def _resume(self, call: Call, now_s: float) -> bool:
+        """Make the request go on behind the tokens the client has already got."""
+        resumed = resume_request(call.engine_request, call.tokens[call.resumed_tokens :])
+        if resumed is None:
+            reason = "the worker was lost and this request can't be continued on another"
+            self._fail(call.submit.request, 503, reason, 0.0, now_s)
+            return False
+        call.engine_request = resumed
+        call.resumed_tokens = len(call.tokens)
+        call.frames = None
+        return True
+
+    def _abandon(self, call: Call, now_s: float) -> None:
+        """Stop an attempt on its workers, whatever it is doing there."""
+        plan = call.plan
+        if plan is None or call.phase == "waiting":
+            return
+        abort = protocol.Abort([(call.submit.request, call.attempt)])
+        if call.phase == "prefilling" and plan.prefill is not None:
+            self.wire.to_worker(plan.prefill, abort, ())
+            # The prefill may be done already, its handle on the way here.
+            self.tombstones[(call.submit.request, call.attempt)] = (plan.decode, now_s)
+        else:
+            self.wire.to_worker(plan.decode, abort, ())
+
+    def _hand_back(self, done: protocol.PrefillDone, worker: Placed) -> None:
+        """Nobody will read this KV: a decode worker tells its owner to free the blocks."""
+        self.stale += 1
+        tombstone = self.tombstones.pop((done.request, done.attempt), None)
+        if tombstone is None:
+            return
+        decode = tombstone[0]
+        message = protocol.Discard(done.request, done.attempt, decode.incarnation, done.handle)
+        if not self.wire.to_worker(decode, message, ()):
+            logger.info("%s keeps %s until its lease ends", worker.worker, done.request)
+
+    def _fail(
+        self, request: str, status: int, reason: str, retry_after_s: float, now_s: float
+    ) -> None:
+        call = self.calls.pop(request, None)
+        if call is None:
+            self.stale += 1
+            return
+        self._abandon(call, now_s)
+        self._finished(call, "error", now_s)
+        self.wire.fail(request, Failure(status, reason, retry_after_s))
+
+    def _finished(self, call: Call, outcome: str, now_s: float) -> None:
+        record = call.record
+        self.wire.to_core(
+            protocol.Finished(
+                self.api,
+                call.submit.request,
+                call.attempt,
+                outcome,
+                output_tokens=len(call.tokens),
+                prefill_cached_tokens=record.prefill_cached_tokens,
+                local_cached_tokens=record.local_cached_tokens,
+                moved_tokens=record.moved_tokens,
+                ttft_s=call.started_s - call.submitted_s if record.started else 0.0,
+                elapsed_s=now_s - call.submitted_s,
+            )
+        )
+
+    def _hashes(self, request: EngineCoreRequest) -> bytes:
+        if not self.block_size or not request.prompt_token_ids:
+            return b""
+        lora = request.lora_request.lora_name if request.lora_request else ""
+        images = "".join(feature.identifier for feature in request.mm_features or ())
+        salt = "\0".join((request.cache_salt or "", lora, images))
+        return hash_blocks(request.prompt_token_ids, self.block_size, salt)
+
+
+def _is_decoding(call: Call, worker: Placed) -> bool:
+    return (
+        call.plan is not None
+        and call.plan.decode == worker
+        and call.phase in ("loading", "decoding")
+    )
+
+
+def needs_one_worker(request: EngineCoreRequest) -> bool:
+    """Whether the prompt has to be computed where the answer is generated.
+
+    Prompt logprobs are a by-product of computing the prompt, so KV from elsewhere would
+    lose them; embeddings given instead of tokens do not name a prefix.
+    """
+    params = request.sampling_params
+    assert params is not None
+    return (
+        params.prompt_logprobs is not None
+        or getattr(params, "prompt_logprob_token_ids", None) is not None
+        or request.prompt_embeds is not None
+        or request.resumable
+    )
+
+
+def resume_request(request: EngineCoreRequest, tokens: Sequence[int]) -> EngineCoreRequest | None:
+    """The request that goes on behind ``tokens``; None where that would change the answer.
+
+    What counts or constrains generated tokens as such starts afresh on another engine:
+    grammars and output penalties. Those calls can't go on.
+    """
+    params = request.sampling_params
+    assert params is not None
+    if not _is_resumable(params) or request.prompt_token_ids is None:
+        return None
+    changed = params.clone()
+    if changed.max_tokens is not None:
+        changed.max_tokens -= len(tokens)
+    changed.min_tokens = max(0, changed.min_tokens - len(tokens))
+    return msgspec.structs.replace(
+        request,
+        prompt_token_ids=[*request.prompt_token_ids, *tokens],
+        sampling_params=changed,
+    )
+
+
+def _is_resumable(params: SamplingParams) -> bool:
+    return (
+        params.structured_outputs is None
+        and not params.presence_penalty
+        and not params.frequency_penalty
+        and params.repetition_penalty in (0.0, 1.0)
+        and params.prompt_logprobs is None
+        and not getattr(params, "thinking_token_budget", None)
+        and not params.bad_words
+    )

@@ -1,0 +1,77 @@
+"""One HTTP request and the calls made for it.
+
+Found by the calls through a context variable, so that vLLM's serving code in between
+needs to know nothing: the front fills in who speaks, the calls fill in what happened.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from http import HTTPStatus
+
+from coordinator.protocol import CallContext
+
+
+@dataclass(slots=True)
+class Failure:
+    """Why the request was not served, as the client is to be told."""
+
+    status: int
+    message: str
+    retry_after_s: float = 0.0
+
+    @property
+    def kind(self) -> str:
+        """The ``type`` of OpenAI's error object."""
+        return HTTPStatus(self.status).phrase
+
+
+@dataclass(slots=True)
+class CallRecord:
+    """What is known of one call by now."""
+
+    request: str
+    planned: bool = False
+    prefill: str = ""
+    decode: str = ""
+    prompt_tokens: int = 0
+    prefill_cached_tokens: int = 0
+    local_cached_tokens: int = 0
+    moved_tokens: int = 0
+    started: bool = False
+
+
+@dataclass(slots=True)
+class Exchange:
+    """One HTTP request."""
+
+    context: CallContext = field(default_factory=CallContext)
+    request_id: str = ""
+    calls: list[CallRecord] = field(default_factory=list)
+    failure: Failure | None = None
+
+    @property
+    def decided(self) -> bool:
+        """Whether it is known who serves every call, or that none will."""
+        if self.failure is not None:
+            return True
+        return bool(self.calls) and all(call.started for call in self.calls)
+
+    def headers(self) -> dict[str, str]:
+        """Response headers that tell where the calls ran and what they found there."""
+        if not self.calls:
+            return {}
+        headers = {
+            "X-Pythia-Prefill": ",".join(call.prefill or call.decode for call in self.calls),
+            "X-Pythia-Decode": ",".join(call.decode for call in self.calls),
+        }
+        if all(call.started for call in self.calls):
+            cached = sum(call.prefill_cached_tokens for call in self.calls)
+            moved = sum(call.moved_tokens for call in self.calls)
+            headers["X-Pythia-Cached-Tokens"] = str(cached)
+            headers["X-Pythia-Moved-Tokens"] = str(moved)
+        return headers
+
+
+current_exchange: ContextVar[Exchange | None] = ContextVar("current_exchange", default=None)

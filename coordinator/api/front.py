@@ -1,0 +1,207 @@
+"""The outermost layer of the HTTP server: what every request passes before vLLM's app.
+
+Bounds and reads the body, finds out who speaks, and holds the start of the response back
+until it is known who serves the call. So the response's headers can name the workers,
+and a call that is refused after vLLM has begun a stream still gets a real HTTP status.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from coordinator.api.exchange import Exchange, Failure, current_exchange
+from coordinator.api.identity import call_context
+
+HELD_CHUNKS_MAX = 64
+ANTHROPIC_PATH = "/v1/messages"
+ANTHROPIC_ERRORS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+
+class Front:
+    """ASGI middleware. ``body_bytes_max``: longest request body taken."""
+
+    def __init__(self, app: ASGIApp, body_bytes_max: int) -> None:
+        self.app = app
+        self.body_bytes_max = body_bytes_max
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        exchange = Exchange()
+        response = Response(exchange, scope["path"], headers.get("traceparent"), send)
+        body = b""
+        if scope["method"] in ("POST", "PUT", "PATCH"):
+            taken = await self._body(headers, receive)
+            if isinstance(taken, Failure):
+                exchange.failure = taken
+                await response.refuse(taken)
+                return
+            body = taken
+            receive = _replay(body, receive)
+        exchange.context = call_context(headers, body)
+        _accept_anthropic_key(scope, headers)
+        token = current_exchange.set(exchange)
+        try:
+            await self.app(scope, receive, response.send)
+        finally:
+            current_exchange.reset(token)
+
+    async def _body(self, headers: Headers, receive: Receive) -> bytes | Failure:
+        too_large = Failure(413, f"the request body is larger than {self.body_bytes_max} bytes")
+        length = headers.get("content-length", "0")
+        if not length.isdigit():
+            return Failure(400, "Content-Length is not a number")
+        if int(length) > self.body_bytes_max:
+            return too_large
+        body = bytearray()
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return Failure(400, "the request body is incomplete")
+            body += message.get("body", b"")
+            if len(body) > self.body_bytes_max:
+                return too_large
+            if not message.get("more_body", False):
+                return bytes(body)
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A ``receive`` that gives the body once and then whatever the client does."""
+    given = False
+
+    async def replay() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay
+
+
+def _accept_anthropic_key(scope: Scope, headers: Headers) -> None:
+    """Anthropic's clients send their key in a header of its own."""
+    key = headers.get("x-api-key")
+    if key and "authorization" not in headers and scope["path"].startswith(ANTHROPIC_PATH):
+        scope["headers"] = [*scope["headers"], (b"authorization", b"Bearer " + key.encode())]
+
+
+class Response:
+    """Holds the start of one response back until its headers are known."""
+
+    def __init__(self, exchange: Exchange, path: str, traceparent: str | None, send: Send) -> None:
+        self.exchange = exchange
+        self.path = path
+        self.traceparent = traceparent
+        self._send = send
+        self._start: Message | None = None
+        self._held: list[Message] = []
+        self._released = False
+        self._refused = False
+
+    async def send(self, message: Message) -> None:
+        """ASGI's ``send``."""
+        if self._refused:
+            return
+        if self._released:
+            await self._send(message)
+            return
+        if message["type"] == "http.response.start":
+            self._start = message
+            return
+        self._held.append(message)
+        if self._must_wait(message):
+            return
+        failure = self._failure()
+        if failure is not None:
+            await self.refuse(failure)
+        else:
+            await self._release()
+
+    def _must_wait(self, message: Message) -> bool:
+        return (
+            message.get("more_body", False)
+            and not self.exchange.decided
+            and len(self._held) < HELD_CHUNKS_MAX
+        )
+
+    def _failure(self) -> Failure | None:
+        """Why the response that vLLM began is not to be sent as it is."""
+        assert self._start is not None
+        status = self._start["status"]
+        if status == 401 and not self._is_shaped():
+            return Failure(401, "the API key is missing or wrong")
+        if status < 400:
+            return self.exchange.failure
+        return None
+
+    def _is_shaped(self) -> bool:
+        body = b"".join(message.get("body", b"") for message in self._held)
+        return b'"message"' in body
+
+    async def _release(self) -> None:
+        assert self._start is not None
+        self._released = True
+        headers = MutableHeaders(raw=list(self._start["headers"]))
+        for name, value in self._headers().items():
+            headers[name] = value
+        await self._send({**self._start, "headers": headers.raw})
+        for message in self._held:
+            await self._send(message)
+        self._held.clear()
+
+    def _headers(self) -> dict[str, str]:
+        headers = self.exchange.headers()
+        if self.traceparent:
+            headers["traceparent"] = self.traceparent
+        failure = self.exchange.failure
+        if failure is not None and failure.retry_after_s:
+            headers["Retry-After"] = str(max(1, round(failure.retry_after_s)))
+        return headers
+
+    async def refuse(self, failure: Failure) -> None:
+        """Answer with an error in the shape of the API that was asked."""
+        self._refused = True
+        body = json.dumps(error_body(self.path, failure)).encode()
+        headers = MutableHeaders(raw=[])
+        if self._start is not None:
+            for name, value in MutableHeaders(raw=list(self._start["headers"])).items():
+                if name == "x-request-id":
+                    headers[name] = value
+        for name, value in self._headers().items():
+            headers[name] = value
+        headers["content-type"] = "application/json"
+        headers["content-length"] = str(len(body))
+        await self._send(
+            {"type": "http.response.start", "status": failure.status, "headers": headers.raw}
+        )
+        await self._send({"type": "http.response.body", "body": body})
+
+
+def error_body(path: str, failure: Failure) -> dict[str, Any]:
+    """The failure in OpenAI's shape, or Anthropic's for its path."""
+    if path.startswith(ANTHROPIC_PATH):
+        kind = ANTHROPIC_ERRORS.get(failure.status, "api_error")
+        return {"type": "error", "error": {"type": kind, "message": failure.message}}
+    return {
+        "error": {
+            "message": failure.message,
+            "type": failure.kind,
+            "param": None,
+            "code": failure.status,
+        }
+    }

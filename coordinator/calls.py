@@ -1,0 +1,601 @@
+"""The life of calls: from ``Submit`` through plans, failures and silences to one end.
+
+::
+
+             +----------------------- replan (attempt + 1) ---------------------+
+             v                                                                  |
+    Submit QUEUED --Plan--> PREFILLING --Prefilled--> LOADING --Started--> DECODING
+             |                  (remote)                 ^                   |   ^
+             +-------------------Plan (local)------------+     worker lost   v   | never
+                                                                        RESUMING-+
+    any of them --> FINISHED, CANCELLED, FAILED (by the API process), STOPPED (by us),
+                    GONE (the API process is lost or does not know it); QUEUED --> REJECTED
+
+Every phase has a deadline, so that a lost message costs time, never a stuck call or a
+leaked reservation. A message with an older attempt changes nothing; where it shows that
+the API process has not seen the current plan, the plan is sent again. KV room is
+reserved with the plan and given back when the call ends, is replanned or, for the room
+on a prefill worker, has its first token.
+
+It knows nothing of connections: who may speak for a call is settled before it is asked.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import msgspec
+
+from coordinator.kv_index import KvIndex
+from coordinator.limits import Placement
+from coordinator.policy.placement import Ask, Choice, Impossible, Wait, can_ever_hold, place
+from coordinator.policy.queue import CallQueue, CompletionRate
+from coordinator.protocol import (
+    BLOCK_HASH_BYTES,
+    CallStatus,
+    Check,
+    Checked,
+    Failed,
+    Finished,
+    Placed,
+    Plan,
+    Prefilled,
+    Rejected,
+    Started,
+    Stop,
+    Submit,
+    WorkerGone,
+    WorkerUp,
+)
+from coordinator.state import Api, Call, CallKey, CallPhase, State, Worker
+from coordinator.view import call_status
+
+OUTCOME_PHASES = {
+    "abort": CallPhase.CANCELLED,
+    "error": CallPhase.FAILED,
+    "gone": CallPhase.GONE,
+}
+"""Every other outcome is FINISHED."""
+
+PHASE_ORDER = {
+    CallPhase.PREFILLING: 0,
+    CallPhase.LOADING: 1,
+    CallPhase.DECODING: 2,
+}
+CHECKED_PHASES = {
+    "prefilling": CallPhase.PREFILLING,
+    "loading": CallPhase.LOADING,
+    "decoding": CallPhase.DECODING,
+}
+
+
+class Ended(msgspec.Struct, frozen=True, gc=False):
+    """An ended call: the row to show, and what to say to an API process that missed its end."""
+
+    row: CallStatus
+    attempt: int
+    answer: Rejected | Stop | None
+
+
+class Group(msgspec.Struct, gc=False):
+    """Live calls of one group, and the worker that the first of them went to."""
+
+    calls: int = 0
+    worker: str = ""
+
+
+class Calls:
+    """All live calls, the queue and the recently ended ones."""
+
+    def __init__(self, state: State, index: KvIndex, placement: Placement) -> None:
+        self._state = state
+        self._index = index
+        self._placement = placement
+        self._arrivals = 0
+        self._rate = CompletionRate()
+        self.groups: dict[tuple[str, str], Group] = {}
+        self.queue = CallQueue()
+        self.recent: OrderedDict[CallKey, Ended] = OrderedDict()
+
+    # --- what API processes say ---------------------------------------------------
+
+    def submit(self, api: Api, message: Submit, now_s: float) -> None:
+        """A call asks for a plan; asked again, it gets the same answer."""
+        call = api.calls.get(message.request)
+        if call is not None:
+            if message.attempt > call.attempt or not call.planned:
+                self._stale(call, message.attempt)
+            else:
+                self._resend_plan(call)
+            return
+        ended = self.recent.get((api.name, message.request))
+        if ended is not None and message.attempt <= ended.attempt:
+            self._answer_again(api, ended, message.attempt)
+            return
+        refusal = self._refusal(message, now_s)
+        if refusal is not None:
+            self._state.counters["calls_rejected"] += 1
+            self._state.send(api.peer, refusal)
+            return
+        self._enqueue_new(api, message, now_s)
+
+    def prefilled(self, api: Api, message: Prefilled, now_s: float) -> None:
+        """The prompt is computed; the decode worker has it from now on."""
+        call = self._current(api, message)
+        if call is not None:
+            if call.phase is CallPhase.PREFILLING:
+                self._to_loading(call, now_s, "prefilled")
+            else:
+                self._state.counters["messages_stale"] += 1
+
+    def started(self, api: Api, message: Started, now_s: float) -> None:
+        """The first token came."""
+        call = self._current(api, message)
+        if call is not None:
+            if call.planned:
+                self._to_decoding(call, now_s, "started")
+            else:
+                self._state.counters["messages_stale"] += 1
+
+    def finished(self, api: Api, message: Finished, now_s: float) -> None:
+        """The API process is done with a call.
+
+        With an older attempt it changes nothing, but shows that the API process may not
+        know the current attempt at all: it is asked.
+        """
+        call = self._current(api, message)
+        if call is None:
+            doubtful = api.calls.get(message.request)
+            if doubtful is not None and message.attempt < doubtful.attempt:
+                self._ask(doubtful)
+            return
+        phase = OUTCOME_PHASES.get(message.outcome, CallPhase.FINISHED)
+        if phase is CallPhase.FINISHED:
+            if call.planned:
+                self._to_decoding(call, now_s, "finished")
+            self._learn(call, message)
+        self._end(call, phase, now_s, message.outcome, finished=message)
+
+    def failed(self, api: Api, message: Failed, now_s: float) -> None:
+        """An attempt failed through no fault of the client: another plan, or the end."""
+        call = api.calls.get(message.request)
+        if call is None:
+            self._failed_unknown(api, message)
+            return
+        if message.attempt > call.attempt:
+            self._state.counters["messages_stale"] += 1
+            return
+        # Also of an older attempt: what the client has got, it has got.
+        grown = max(call.generated_tokens, message.generated_tokens)
+        grown = min(grown, max(0, call.submit.max_output_tokens))
+        if message.attempt < call.attempt or call.phase is CallPhase.QUEUED:
+            call.generated_tokens = grown
+            self._stale(call, message.attempt)
+            return
+        blamed = self._blame(call, message.worker)
+        if blamed is not None and self._state.workers.get(blamed.name) is blamed:
+            # It may have failed because the API process never heard of the worker.
+            self._state.send(api.peer, worker_up(blamed))
+        call.generated_tokens = grown
+        self._replan(call, now_s, message.reason)
+
+    def checked(self, api: Api, message: Checked, now_s: float) -> None:
+        """Where the API process says that a call stands."""
+        call = self._current(api, message)
+        if call is None:
+            return
+        if message.phase == "gone":
+            self._end(call, CallPhase.GONE, now_s, "the API process does not know it")
+        elif call.phase is CallPhase.RESUMING:
+            if call.overdue:
+                call.overdue = False
+                self._set_due(call, now_s + self._state.limits.check_s)
+        elif call.phase is not CallPhase.QUEUED:
+            self._catch_up(call, CHECKED_PHASES[message.phase], now_s)
+
+    # --- what else happens ----------------------------------------------------------
+
+    def worker_lost(self, worker: Worker, now_s: float) -> None:
+        """A worker is not registered any more: its calls go elsewhere."""
+        for call in list(worker.decodes.values()):
+            if call.phase is CallPhase.DECODING:
+                self._release(call)
+                call.move(CallPhase.RESUMING, now_s, f"decode worker {worker.name} lost")
+                call.overdue = False
+                self._set_due(call, now_s + self._state.limits.check_s)
+            else:
+                self._replan(call, now_s, f"decode worker {worker.name} lost")
+        for call in list(worker.prefills.values()):
+            if call.phase is CallPhase.PREFILLING:
+                self._replan(call, now_s, f"prefill worker {worker.name} lost")
+            else:
+                self._release_prefill(call)
+
+    def api_lost(self, api: Api, now_s: float) -> None:
+        """An API process is lost: nobody waits for its calls."""
+        for call in list(api.calls.values()):
+            self._end(call, CallPhase.GONE, now_s, "the API process is lost", answered=0)
+
+    def due(self, key: CallKey, now_s: float) -> None:
+        """A call's deadline has come."""
+        call = self._state.calls[key]
+        if now_s >= call.deadline_s:
+            self._refuse(call, 504, "the call is over its deadline", now_s)
+        elif call.phase is CallPhase.QUEUED:
+            self._refuse(call, 503, "no room within the longest wait", now_s)
+        elif call.overdue:
+            self._end(call, CallPhase.GONE, now_s, "the API process does not answer")
+        else:
+            call.overdue = True
+            self._ask(call)
+            self._set_due(call, now_s + self._state.limits.check_s)
+
+    def dispatch(self, now_s: float) -> None:
+        """Plan waiting calls in order until one has to wait on."""
+        while self._state.room_changed:
+            call = self.queue.head
+            if call is None:
+                break
+            decision = self._place(call)
+            if isinstance(decision, Choice):
+                self.queue.remove(call)
+                self._plan(call, decision, now_s)
+            elif isinstance(decision, Impossible):
+                self._refuse(call, 503, decision.reason, now_s)
+            else:
+                assert isinstance(decision, Wait)
+                break
+        self._state.room_changed = False
+
+    # --- asking, answering ------------------------------------------------------------
+
+    def _current(self, api: Api, message: Prefilled | Started | Finished | Checked) -> Call | None:
+        """The live call that a message is about, if it is about the current attempt."""
+        call = api.calls.get(message.request)
+        if call is None:
+            self._state.counters["messages_unknown_call"] += 1
+        elif message.attempt != call.attempt:
+            self._stale(call, message.attempt)
+            call = None
+        return call
+
+    def _stale(self, call: Call, attempt: int) -> None:
+        """A message about another attempt; an older one means that our plan was not seen."""
+        self._state.counters["messages_stale"] += 1
+        if attempt < call.attempt and call.planned:
+            self._resend_plan(call)
+
+    def _resend_plan(self, call: Call) -> None:
+        assert call.plan is not None
+        self._state.send(call.api.peer, call.plan)
+
+    def _ask(self, call: Call) -> None:
+        self._state.counters["checks_sent"] += 1
+        if call.phase is CallPhase.RESUMING:
+            # The news of the loss may itself have been lost.
+            assert call.plan is not None
+            lost = call.plan.decode
+            gone = WorkerGone(lost.worker, lost.incarnation, "lost")
+            self._state.send(call.api.peer, gone)
+        self._state.send(call.api.peer, Check(call.request, call.attempt))
+
+    def _answer_again(self, api: Api, ended: Ended, attempt: int) -> None:
+        """The API process missed the end of a call, or its message is late."""
+        self._state.counters["messages_stale"] += 1
+        if ended.answer is not None:
+            answer = msgspec.structs.replace(ended.answer, attempt=attempt)
+            self._state.send(api.peer, answer)
+
+    def _failed_unknown(self, api: Api, message: Failed) -> None:
+        """Nobody would ever answer the API process otherwise: its call must end."""
+        ended = self.recent.get((api.name, message.request))
+        if ended is not None and message.attempt <= ended.attempt:
+            self._answer_again(api, ended, message.attempt)
+            return
+        self._state.counters["messages_unknown_call"] += 1
+        reason = "the core does not know this call"
+        self._state.send(api.peer, Stop(message.request, message.attempt, 503, reason))
+
+    def _refusal(self, message: Submit, now_s: float) -> Rejected | None:
+        """Why a new call is not taken in, None if it is."""
+        wrong = self._malformed(message)
+        status, reason, retry_after_s = 400, wrong, 0.0
+        if not wrong:
+            workers = self._state.workers.values()
+            tokens = message.prompt_tokens
+            if len(self.queue) >= self._state.limits.queue_calls:
+                status, reason = 429, "the queue is full"
+                retry_after_s = self._rate.retry_after_s(len(self.queue), now_s)
+            elif workers and not can_ever_hold(workers, tokens):
+                status, reason = 503, f"no worker can hold {tokens} prompt tokens"
+            else:
+                return None
+        return Rejected(message.request, message.attempt, status, reason, retry_after_s)
+
+    def _malformed(self, message: Submit) -> str:
+        """What is wrong with a ``Submit``, empty if nothing."""
+        limits, block_size = self._state.limits, self._state.block_size
+        blocks, odd_bytes = divmod(len(message.block_hashes), BLOCK_HASH_BYTES)
+        if not 0 < len(message.request.encode()) <= limits.request_id_bytes:
+            return f"a request id has 1 to {limits.request_id_bytes} bytes"
+        if odd_bytes or (block_size and blocks > message.prompt_tokens // block_size):
+            return "the block hashes are malformed"
+        if message.prompt_tokens < 1 or message.max_output_tokens < 1 or message.attempt < 1:
+            return "tokens and attempts are counted from 1"
+        if not 0.0 <= message.deadline_s < float("inf"):
+            return "the deadline is no time"
+        return ""
+
+    # --- moving -------------------------------------------------------------------------
+
+    def _enqueue_new(self, api: Api, message: Submit, now_s: float) -> None:
+        state = self._state
+        life_s = min(message.deadline_s or state.limits.call_s, state.limits.call_s)
+        hashes_bytes_max = state.limits.prompt_blocks * BLOCK_HASH_BYTES
+        if len(message.block_hashes) > hashes_bytes_max:
+            kept = message.block_hashes[:hashes_bytes_max]
+            message = msgspec.structs.replace(message, block_hashes=kept)
+        call = Call(
+            api=api,
+            submit=message,
+            arrival=self._arrivals,
+            submitted_s=now_s,
+            deadline_s=now_s + life_s,
+            attempt=message.attempt,
+            story=state.story(),
+        )
+        self._arrivals += 1
+        api.calls[message.request] = call
+        state.calls[call.key] = call
+        self.recent.pop(call.key, None)
+        if message.group:
+            self.groups.setdefault((api.name, message.group), Group()).calls += 1
+        state.counters["calls_submitted"] += 1
+        self._wait(call, now_s)
+
+    def _wait(self, call: Call, now_s: float) -> None:
+        """Into the queue; whoever is first there may be placed at once."""
+        self.queue.push(call)
+        self._set_due(call, now_s + self._state.limits.queue_s)
+        if self.queue.head is call:
+            self._state.room_changed = True
+
+    def _place(self, call: Call) -> Choice | Wait | Impossible:
+        submit = call.submit
+        group = self.groups.get((call.api.name, submit.group)) if submit.group else None
+        ask = Ask(
+            prompt_tokens=call.prompt_tokens,
+            output_tokens=call.output_tokens,
+            aggregated=submit.aggregated,
+            avoid=call.avoid,
+            sibling=group.worker if group else "",
+        )
+        return place(
+            ask,
+            self._state.workers.values(),
+            lambda: self._index.longest_prefix(submit.block_hashes),
+            self._state.limits,
+            self._placement,
+            self._state.block_size,
+        )
+
+    def _plan(self, call: Call, choice: Choice, now_s: float) -> None:
+        """Reserve, move, tell. The call is out of the queue."""
+        state = self._state
+        decode = state.workers[choice.decode]
+        prefill = state.workers[choice.prefill] if choice.prefill else None
+        key = call.key
+        call.decode, call.decode_blocks = decode, choice.decode_blocks
+        decode.decodes[key] = call
+        decode.kv_blocks_reserved += choice.decode_blocks
+        if prefill is not None:
+            call.prefill, call.prefill_blocks = prefill, choice.prefill_blocks
+            prefill.prefills[key] = call
+            prefill.kv_blocks_reserved += choice.prefill_blocks
+            prefill.prefilling += 1
+        call.computing = prefill or decode
+        call.computing.prefill_tokens += choice.uncached_tokens
+        call.uncached_tokens = choice.uncached_tokens
+        call.cached_blocks = choice.cached_blocks
+        call.plans += 1
+        call.plan = Plan(
+            request=call.request,
+            attempt=call.attempt,
+            decode=Placed(decode.name, decode.incarnation),
+            prefill=Placed(prefill.name, prefill.incarnation) if prefill else None,
+            reason=choice.reason,
+        )
+        call.overdue = False
+        if call.submit.group:
+            group = self.groups[call.api.name, call.submit.group]
+            group.worker = group.worker or decode.name
+        if prefill is None:
+            state.counters["plans_local"] += 1
+            call.move(CallPhase.LOADING, now_s, choice.reason)
+            self._set_due(call, now_s + state.limits.first_token_s)
+        else:
+            state.counters["plans_remote"] += 1
+            call.move(CallPhase.PREFILLING, now_s, choice.reason)
+            self._set_due(call, now_s + state.limits.prefill_s)
+        state.send(call.api.peer, call.plan)
+
+    def _to_loading(self, call: Call, now_s: float, why: str) -> None:
+        assert call.prefill is not None
+        self._computed(call)
+        self._index.stored(call.prefill.name, call.submit.block_hashes)
+        call.move(CallPhase.LOADING, now_s, why)
+        call.overdue = False
+        self._set_due(call, now_s + self._state.limits.first_token_s)
+        self._state.room_changed = True
+
+    def _to_decoding(self, call: Call, now_s: float, why: str) -> None:
+        assert call.decode is not None
+        if call.phase is CallPhase.PREFILLING:
+            self._to_loading(call, now_s, why)
+        self._computed(call)
+        self._release_prefill(call)
+        self._index.stored(call.decode.name, call.submit.block_hashes)
+        call.move(CallPhase.DECODING, now_s, why)
+        call.overdue = False
+        self._set_due(call, now_s + self._state.limits.decode_check_s)
+
+    def _catch_up(self, call: Call, phase: CallPhase, now_s: float) -> None:
+        """The API process knows better where a call stands, or agrees that it is stuck."""
+        if PHASE_ORDER[phase] > PHASE_ORDER[call.phase]:
+            step = self._to_loading if phase is CallPhase.LOADING else self._to_decoding
+            step(call, now_s, "says the API process")
+        elif not call.overdue:
+            self._state.counters["messages_stale"] += 1
+        elif call.phase is CallPhase.DECODING:
+            call.overdue = False
+            self._set_due(call, now_s + self._state.limits.decode_check_s)
+        else:
+            stuck = call.prefill if call.phase is CallPhase.PREFILLING else call.decode
+            assert stuck is not None
+            call.avoid.add((stuck.name, stuck.incarnation))
+            self._replan(call, now_s, f"stuck {call.phase.value} on {stuck.name}")
+
+    def _blame(self, call: Call, name: str) -> Worker | None:
+        """The worker of the call's plan that has this name; it is avoided from now on."""
+        for worker in (call.decode, call.prefill):
+            if worker is not None and worker.name == name:
+                call.avoid.add((worker.name, worker.incarnation))
+                return worker
+        return None
+
+    def _replan(self, call: Call, now_s: float, why: str) -> None:
+        """Another attempt, ahead of those that never had one; or none is left."""
+        if call.plans >= self._state.limits.attempts:
+            self._refuse(call, 503, f"given up after {call.plans} attempts: {why}", now_s)
+            return
+        self._release(call)
+        call.move(CallPhase.QUEUED, now_s, why)
+        call.attempt += 1
+        call.overdue = False
+        self._state.counters["replans"] += 1
+        self._wait(call, now_s)
+
+    def _refuse(self, call: Call, status: int, reason: str, now_s: float) -> None:
+        """End a call with an error: ``Rejected`` if it never had a plan, else ``Stop``."""
+        answer: Rejected | Stop
+        if call.plans == 0:
+            waiting = len(self.queue)
+            retry_after_s = self._rate.retry_after_s(waiting, now_s) if status == 503 else 0.0
+            answer = Rejected(call.request, call.attempt, status, reason, retry_after_s)
+            phase = CallPhase.REJECTED
+        else:
+            answer = Stop(call.request, call.attempt, status, reason)
+            phase = CallPhase.STOPPED
+        self._state.send(call.api.peer, answer)
+        self._end(call, phase, now_s, reason, answer=answer)
+
+    def _end(
+        self,
+        call: Call,
+        phase: CallPhase,
+        now_s: float,
+        why: str,
+        *,
+        finished: Finished | None = None,
+        answer: Rejected | Stop | None = None,
+        answered: int | None = None,
+    ) -> None:
+        """The one way out for a call: nothing of it is left but a row to look at.
+
+        ``answered``: the last attempt that is over, if not the current one; a process
+        that was taken for lost may come back and ask anew.
+        """
+        state = self._state
+        if call.phase is CallPhase.QUEUED:
+            self.queue.remove(call)
+            state.room_changed = True
+        self._release(call)
+        call.move(phase, now_s, why)
+        del call.api.calls[call.request]
+        del state.calls[call.key]
+        state.deadlines.drop(call.deadline_key)
+        if call.submit.group:
+            self._leave_group(call)
+        if call.plans:
+            self._rate.note(now_s)
+        state.counters[f"calls_{phase.value}"] += 1
+        if phase is CallPhase.GONE and finished is None:
+            # Should it be alive after all and still wait for a plan, it must not wait for ever.
+            answer = Stop(call.request, call.attempt, 503, why)
+        row = call_status(call, now_s, finished, "" if finished else why)
+        over = call.attempt if answered is None else answered
+        self.recent[call.key] = Ended(row, over, answer)
+        while len(self.recent) > state.limits.recent_calls:
+            self.recent.popitem(last=False)
+
+    def _leave_group(self, call: Call) -> None:
+        key = call.api.name, call.submit.group
+        group = self.groups[key]
+        group.calls -= 1
+        if group.calls == 0:
+            del self.groups[key]
+
+    # --- accounts -----------------------------------------------------------------------
+
+    def _set_due(self, call: Call, due_s: float) -> None:
+        self._state.deadlines.set(call.deadline_key, min(due_s, call.deadline_s))
+
+    def _computed(self, call: Call) -> None:
+        """Nobody has the prompt to compute any more."""
+        if call.computing is None:
+            return
+        call.computing.prefill_tokens -= call.uncached_tokens
+        if call.computing is call.prefill:
+            call.prefill.prefilling -= 1
+        call.computing = None
+
+    def _release_prefill(self, call: Call) -> None:
+        """Give back the room on the prefill worker."""
+        self._computed(call)
+        if call.prefill is not None:
+            del call.prefill.prefills[call.key]
+            self._give_back(call.prefill, call.prefill_blocks)
+            call.prefill, call.prefill_blocks = None, 0
+
+    def _release(self, call: Call) -> None:
+        """Give back all room; nothing happens if there is none."""
+        self._release_prefill(call)
+        if call.decode is not None:
+            del call.decode.decodes[call.key]
+            self._give_back(call.decode, call.decode_blocks)
+            call.decode, call.decode_blocks = None, 0
+
+    def _give_back(self, worker: Worker, blocks: int) -> None:
+        worker.kv_blocks_reserved -= blocks
+        worker.kv_blocks_used = max(0, worker.kv_blocks_used - blocks)
+        self._state.room_changed = True
+
+    def _learn(self, call: Call, message: Finished) -> None:
+        """Count what happened, and correct the index where it believed too much.
+
+        An engine that lacked what it should have had (its cache is off or under
+        pressure) is not trusted to keep it now that it has computed it again.
+        """
+        counters = self._state.counters
+        counters["tokens_prompt"] += call.submit.prompt_tokens
+        counters["tokens_output"] += max(0, message.output_tokens)
+        counters["tokens_moved"] += max(0, message.moved_tokens)
+        counters["tokens_cached_local"] += max(0, message.local_cached_tokens)
+        counters["tokens_cached_prefill"] += max(0, message.prefill_cached_tokens)
+        block_size = self._state.block_size
+        if call.decode is not None and block_size:
+            had_blocks = max(0, message.local_cached_tokens) // block_size
+            if had_blocks < call.cached_blocks:
+                beyond = call.submit.block_hashes[had_blocks * BLOCK_HASH_BYTES :]
+                self._index.removed(call.decode.name, beyond)
+
+
+def worker_up(worker: Worker) -> WorkerUp:
+    """The message that makes a worker known to an API process."""
+    return WorkerUp(
+        worker=worker.name,
+        incarnation=worker.incarnation,
+        role=worker.role,
+        data_address=worker.ready.data_address,
+        facts=worker.facts,
+    )

@@ -1,0 +1,389 @@
+"""The coordinator's brain: messages and time in, messages out.
+
+``handle`` takes what a peer said, ``tick`` the passing of time; both return what the
+shell is to send, and nothing else comes of them. No I/O, no clock, no randomness, no
+logging: the live server, the simulator and the tests drive the same object, and equal
+inputs give equal outputs.
+
+Here is membership: who the workers and API processes are, which of them still live, and
+who may speak for whom. The calls themselves are in ``calls``, the warm-up of worker
+pairs in ``pairs``, choices in ``policy``. A shell handles the messages that have already
+arrived before it ticks, or a pause of its own would look like the silence of all others.
+
+Soft state only: after a restart peers are told ``Unknown`` and introduce themselves again.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import OrderedDict
+
+from coordinator.calls import Calls, worker_up
+from coordinator.invariants import check_all
+from coordinator.kv_index import KvIndex
+from coordinator.limits import Limits, Placement
+from coordinator.pairs import Pairs
+from coordinator.protocol import (
+    PROTOCOL_VERSION,
+    ApiBeat,
+    ApiToCore,
+    Beat,
+    Checked,
+    Failed,
+    Finished,
+    Hello,
+    Inspect,
+    Leaving,
+    Prefilled,
+    Probed,
+    ProbeFinished,
+    Ready,
+    Refused,
+    Snapshot,
+    Started,
+    Submit,
+    ToCore,
+    Unknown,
+    Welcome,
+    WorkerGone,
+    WorkerToCore,
+)
+from coordinator.state import Api, Peer, Send, State, Worker, WorkerPhase
+from coordinator.view import call_status, worker_status
+
+__all__ = ["Core", "Peer", "Send"]
+
+SUSPECT_BEATS = 2
+"""Beats a worker may miss before it gets no new calls."""
+
+LIVE_CALLS_SHOWN = 256
+
+
+class Core:
+    """One cluster's coordinator."""
+
+    def __init__(
+        self,
+        limits: Limits,
+        placement: Placement,
+        core_id: str,
+        model: str = "",
+        model_fingerprint: str = "",
+        vllm_version: str = "",
+    ) -> None:
+        """``model*`` and ``vllm_version``: what workers must have; if empty the first sets it."""
+        self.core_id = core_id
+        self.model = model
+        self._model_fingerprint = model_fingerprint
+        self._vllm_version = vllm_version
+        self._limits = limits
+        self._headroom_fraction = placement.kv_headroom_fraction
+        self._started_s: float | None = None
+        self._state = State(limits)
+        self._index = KvIndex()
+        self._pairs = Pairs(self._state)
+        self._calls = Calls(self._state, self._index, placement)
+        self._latest: OrderedDict[str, str] = OrderedDict()
+        """The last registered incarnation per worker name."""
+        self._retired: OrderedDict[tuple[str, str], str] = OrderedDict()
+        """Incarnations that may not register again, and why."""
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """What happened so far, by name; the set of names is fixed."""
+        return self._state.counters
+
+    def handle(self, peer: Peer, message: ToCore, now_s: float) -> list[Send]:
+        """Something that ``peer`` said. Never raises for anything a peer can say."""
+        if self._started_s is None:
+            self._started_s = now_s
+        match message:
+            case Ready() | Beat() | Leaving() | Probed() | ProbeFinished():
+                self._from_worker(peer, message, now_s)
+            case Inspect():
+                self._state.send(peer, self.snapshot(message.token, now_s))
+            case _:
+                self._from_api(peer, message, now_s)
+        self._calls.dispatch(now_s)
+        return self._state.take_outbox()
+
+    def tick(self, now_s: float) -> list[Send]:
+        """Time passed: everything due by ``now_s`` happens."""
+        if self._started_s is None:
+            self._started_s = now_s
+        while (key := self._state.deadlines.pop(now_s)) is not None:
+            kind, *names = key
+            if kind == "call":
+                self._calls.due((names[0], names[1]), now_s)
+            elif kind == "worker":
+                self._worker_due(self._state.workers[names[0]], now_s)
+            elif kind == "api":
+                self._api_due(self._state.apis[names[0]], now_s)
+            else:
+                self._pairs.due((names[0], names[1]), now_s)
+        self._calls.dispatch(now_s)
+        return self._state.take_outbox()
+
+    def next_deadline_s(self) -> float | None:
+        """When ``tick`` has something to do next, None for never."""
+        return self._state.deadlines.next_s()
+
+    def snapshot(self, token: int, now_s: float) -> Snapshot:
+        """The cluster as the core sees it. Ended calls first, then the newest live ones."""
+        state = self._state
+        workers = [
+            worker_status(worker, len(state.workers) - 1, now_s)
+            for _, worker in sorted(state.workers.items())
+        ]
+        newest = itertools.islice(reversed(state.calls.values()), LIVE_CALLS_SHOWN)
+        live = [call_status(call, now_s) for call in newest]
+        return Snapshot(
+            token=token,
+            core=self.core_id,
+            model=self.model,
+            uptime_s=now_s - self._started_s if self._started_s is not None else 0.0,
+            workers=workers,
+            apis=len(state.apis),
+            queued=len(self._calls.queue),
+            queue_limit=self._limits.queue_calls,
+            active=len(state.calls) - len(self._calls.queue),
+            calls=[ended.row for ended in self._calls.recent.values()] + live[::-1],
+            counters=dict(state.counters),
+        )
+
+    def check(self) -> None:
+        """Assert every invariant; for tests and for chasing bugs."""
+        check_all(self._state, self._calls, self._pairs, self._index)
+        assert len(self._latest) <= 4 * self._limits.workers
+        assert len(self._retired) <= 4 * self._limits.workers
+
+    # --- workers ------------------------------------------------------------------------
+
+    def _from_worker(self, peer: Peer, message: WorkerToCore, now_s: float) -> None:
+        if isinstance(message, Ready):
+            self._ready(peer, message, now_s)
+            return
+        worker = self._state.workers.get(message.worker)
+        known = worker is not None and worker.incarnation == message.incarnation
+        if worker is None or not known or worker.peer != peer:
+            self._state.counters["messages_unknown_sender"] += 1
+            if isinstance(message, Beat):
+                self._state.send(peer, Unknown(self.core_id))
+            return
+        match message:
+            case Beat():
+                self._beat(worker, message, now_s)
+            case Leaving():
+                reason = message.reason or "left"
+                self._retire(worker.name, worker.incarnation, "it said that it was leaving")
+                self._lose(worker, WorkerPhase.LEFT, reason, now_s)
+            case Probed():
+                if not self._pairs.probed(worker, message, now_s):
+                    self._state.counters["messages_stale"] += 1
+            case ProbeFinished():
+                if not self._pairs.finished(worker, message, now_s):
+                    self._state.counters["messages_stale"] += 1
+
+    def _ready(self, peer: Peer, message: Ready, now_s: float) -> None:
+        state = self._state
+        reason = self._refusal(message)
+        if reason:
+            state.counters["peers_refused"] += 1
+            state.send(peer, Refused(reason))
+            return
+        worker = state.workers.get(message.worker)
+        if worker is not None and worker.ready == message:
+            worker.peer = peer
+            self._heard(worker, now_s)
+        else:
+            if worker is not None:
+                self._lose(worker, WorkerPhase.LOST, "replaced by a new incarnation", now_s)
+            self._register(peer, message, now_s)
+        state.send(peer, Welcome(self._limits.beat_s, self.core_id, state.block_size))
+
+    def _register(self, peer: Peer, message: Ready, now_s: float) -> None:
+        state, facts, name = self._state, message.facts, message.worker
+        former = self._latest.pop(name, message.incarnation)
+        if former != message.incarnation:
+            self._retire(name, former, "a newer incarnation has taken its place")
+        self._latest[name] = message.incarnation
+        while len(self._latest) > 4 * self._limits.workers:
+            self._latest.popitem(last=False)
+        self.model = self.model or facts.model
+        self._model_fingerprint = self._model_fingerprint or facts.model_fingerprint
+        self._vllm_version = self._vllm_version or facts.vllm_version
+        state.block_size = facts.block_size
+        worker = Worker(
+            ready=message,
+            peer=peer,
+            last_heard_s=now_s,
+            usable_blocks=max(1, int(facts.kv_blocks * (1.0 - self._headroom_fraction))),
+            story=state.story(),
+        )
+        state.workers[name] = worker
+        state.counters["workers_registered"] += 1
+        state.deadlines.set(("worker", name), self._suspect_s(worker))
+        state.room_changed = True
+        self._index.add(name, facts.kv_blocks)
+        for _, api in sorted(state.apis.items()):
+            state.send(api.peer, worker_up(worker))
+        self._pairs.add(worker)
+        self._pairs.start(now_s)
+
+    def _refusal(self, message: Ready) -> str:
+        """Why a worker is not taken in, empty if it is."""
+        if message.protocol_version != PROTOCOL_VERSION:
+            return _differs("protocol version", PROTOCOL_VERSION, message.protocol_version)
+        retired = self._retired.get((message.worker, message.incarnation))
+        if retired is not None:
+            return f"this incarnation of {message.worker} is retired: {retired}"
+        if message.worker not in self._state.workers:
+            if len(self._state.workers) >= self._limits.workers:
+                return f"the cluster has {self._limits.workers} workers already"
+            if not 0 < len(message.worker.encode()) <= self._limits.request_id_bytes:
+                return f"a worker's name has 1 to {self._limits.request_id_bytes} bytes"
+        return self._unlike_cluster(message)
+
+    def _unlike_cluster(self, message: Ready) -> str:
+        """What of a worker's engine does not fit the cluster, empty if all does."""
+        facts = message.facts
+        for what, ours, theirs in (
+            ("vLLM version", self._vllm_version, facts.vllm_version),
+            ("model fingerprint", self._model_fingerprint, facts.model_fingerprint),
+            ("block size", self._state.block_size, facts.block_size),
+        ):
+            if ours and ours != theirs:
+                return _differs(what, ours, theirs)
+        sizes = (facts.block_size, facts.kv_blocks, facts.max_model_len, facts.max_num_seqs)
+        if min(sizes) < 1:
+            return "block_size, kv_blocks, max_model_len and max_num_seqs must be positive"
+        return ""
+
+    def _beat(self, worker: Worker, message: Beat, now_s: float) -> None:
+        worker.beat(message.load)
+        self._state.room_changed = True
+        self._heard(worker, now_s)
+
+    def _heard(self, worker: Worker, now_s: float) -> None:
+        worker.last_heard_s = now_s
+        if worker.phase is WorkerPhase.SUSPECT:
+            worker.move(WorkerPhase.UP, now_s, "beats again")
+            self._state.deadlines.set(("worker", worker.name), self._suspect_s(worker))
+            self._state.room_changed = True
+            self._pairs.woke(worker, now_s)
+
+    def _worker_due(self, worker: Worker, now_s: float) -> None:
+        lost_s = worker.last_heard_s + self._silence_s(self._limits.beats_missed)
+        suspect_s = self._suspect_s(worker)
+        if now_s >= lost_s:
+            reason = f"missed {self._limits.beats_missed} beats"
+            self._lose(worker, WorkerPhase.LOST, reason, now_s)
+        elif now_s >= suspect_s:
+            if worker.phase is WorkerPhase.UP:
+                worker.move(WorkerPhase.SUSPECT, now_s, f"missed {SUSPECT_BEATS} beats")
+            self._state.deadlines.set(("worker", worker.name), lost_s)
+        else:
+            self._state.deadlines.set(("worker", worker.name), suspect_s)
+
+    def _lose(self, worker: Worker, phase: WorkerPhase, reason: str, now_s: float) -> None:
+        """A worker is out, with everything that depended on it."""
+        state = self._state
+        worker.move(phase, now_s, reason)
+        del state.workers[worker.name]
+        state.deadlines.drop(("worker", worker.name))
+        state.counters[f"workers_{phase.value}"] += 1
+        self._index.forget(worker.name)
+        for _, api in sorted(state.apis.items()):
+            state.send(api.peer, WorkerGone(worker.name, worker.incarnation, reason))
+        self._pairs.remove(worker, now_s)
+        self._calls.worker_lost(worker, now_s)
+
+    def _retire(self, name: str, incarnation: str, why: str) -> None:
+        self._retired[name, incarnation] = why
+        while len(self._retired) > 4 * self._limits.workers:
+            self._retired.popitem(last=False)
+
+    def _silence_s(self, beats: int) -> float:
+        """How long a peer is silent that has missed so many beats."""
+        return (beats + 0.5) * self._limits.beat_s
+
+    def _suspect_s(self, worker: Worker) -> float:
+        beats = min(SUSPECT_BEATS, self._limits.beats_missed)
+        return worker.last_heard_s + self._silence_s(beats)
+
+    # --- API processes -------------------------------------------------------------------
+
+    def _from_api(self, peer: Peer, message: ApiToCore, now_s: float) -> None:
+        if isinstance(message, Hello):
+            self._hello(peer, message, now_s)
+            return
+        api = self._state.apis.get(message.api)
+        if api is None or api.peer != peer:
+            self._state.counters["messages_unknown_sender"] += 1
+            if isinstance(message, ApiBeat | Submit | Failed):
+                self._state.send(peer, Unknown(self.core_id))
+            return
+        api.last_heard_s = now_s
+        self._about_call(api, message, now_s)
+
+    def _about_call(
+        self,
+        api: Api,
+        message: ApiBeat | Submit | Prefilled | Started | Finished | Failed | Checked,
+        now_s: float,
+    ) -> None:
+        match message:
+            case Submit():
+                self._calls.submit(api, message, now_s)
+            case Prefilled():
+                self._calls.prefilled(api, message, now_s)
+            case Started():
+                self._calls.started(api, message, now_s)
+            case Finished():
+                self._calls.finished(api, message, now_s)
+            case Failed():
+                self._calls.failed(api, message, now_s)
+            case Checked():
+                self._calls.checked(api, message, now_s)
+            case ApiBeat():
+                pass
+
+    def _hello(self, peer: Peer, message: Hello, now_s: float) -> None:
+        """An API process registers, or comes back over another connection."""
+        state, name = self._state, message.api
+        reason = ""
+        if message.protocol_version != PROTOCOL_VERSION:
+            reason = _differs("protocol version", PROTOCOL_VERSION, message.protocol_version)
+        elif name not in state.apis and len(state.apis) >= self._limits.apis:
+            reason = f"the cluster has {self._limits.apis} API processes already"
+        elif not 0 < len(name.encode()) <= self._limits.request_id_bytes:
+            reason = f"an API process's name has 1 to {self._limits.request_id_bytes} bytes"
+        if reason:
+            state.counters["peers_refused"] += 1
+            state.send(peer, Refused(reason))
+            return
+        api = state.apis.get(name)
+        if api is None:
+            api = state.apis[name] = Api(name, peer, now_s)
+            state.counters["apis_registered"] += 1
+            state.deadlines.set(("api", name), self._api_lost_s(api))
+        api.peer, api.last_heard_s = peer, now_s
+        state.send(peer, Welcome(self._limits.beat_s, self.core_id, state.block_size))
+        for _, worker in sorted(state.workers.items()):
+            state.send(peer, worker_up(worker))
+
+    def _api_due(self, api: Api, now_s: float) -> None:
+        lost_s = self._api_lost_s(api)
+        if now_s < lost_s:
+            self._state.deadlines.set(("api", api.name), lost_s)
+            return
+        self._calls.api_lost(api, now_s)
+        del self._state.apis[api.name]
+        self._state.counters["apis_lost"] += 1
+
+    def _api_lost_s(self, api: Api) -> float:
+        return api.last_heard_s + self._silence_s(self._limits.beats_missed)
+
+
+def _differs(what: str, ours: object, theirs: object) -> str:
+    return f"the cluster's {what} is {ours}, not {theirs}"

@@ -1,0 +1,116 @@
+"""What must always be true of the core's state, recomputed from scratch.
+
+Slow and thorough: for tests, simulations and people who chase a bug. Every account that
+the core keeps incrementally is summed up anew from the calls themselves. It changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from coordinator.calls import Calls
+from coordinator.kv_index import KvIndex
+from coordinator.pairs import Pairs
+from coordinator.policy.queue import rank
+from coordinator.state import COUNTERS, Call, CallPhase, State, Worker, WorkerPhase
+
+LIVE_PHASES = frozenset(
+    {
+        CallPhase.QUEUED,
+        CallPhase.PREFILLING,
+        CallPhase.LOADING,
+        CallPhase.DECODING,
+        CallPhase.RESUMING,
+    }
+)
+
+
+def check_all(state: State, calls: Calls, pairs: Pairs, index: KvIndex) -> None:
+    """AssertionError if anything is not as it must be."""
+    for call in state.calls.values():
+        _check_call(call, state)
+    _check_queue(state, calls)
+    _check_groups(state, calls)
+    for name, worker in state.workers.items():
+        assert worker.name == name
+        _check_worker(worker, state)
+    for name, api in state.apis.items():
+        assert api.name == name
+        assert state.deadlines.get(("api", name)) is not None, name
+        for request, call in api.calls.items():
+            assert state.calls[name, request] is call
+    assert sum(len(api.calls) for api in state.apis.values()) == len(state.calls)
+    assert state.counters.keys() == set(COUNTERS)
+    assert all(count >= 0 for count in state.counters.values())
+    assert len(calls.recent) <= state.limits.recent_calls
+    assert not calls.recent.keys() & state.calls.keys()
+    assert not state.room_changed
+    pairs.check()
+    index.check()
+
+
+def _check_call(call: Call, state: State) -> None:
+    key = call.key
+    assert state.calls[key] is call
+    assert state.apis[call.api.name] is call.api
+    assert call.api.calls[call.request] is call
+    assert call.phase in LIVE_PHASES, key
+    assert call.plans <= state.limits.attempts
+    assert len(call.story.lines) <= state.limits.story_lines
+    due_s = state.deadlines.get(call.deadline_key)
+    assert due_s is not None, f"{key} waits for ever"
+    assert due_s <= call.deadline_s
+    decodes = call.phase in (CallPhase.PREFILLING, CallPhase.LOADING, CallPhase.DECODING)
+    assert (call.decode is not None) == decodes, key
+    assert (call.decode_blocks > 0) == decodes, key
+    if call.decode is not None:
+        assert state.workers.get(call.decode.name) is call.decode, f"{key} is on a lost worker"
+        assert call.plan is not None
+        assert call.plan.attempt == call.attempt
+        assert call.plan.decode.incarnation == call.decode.incarnation
+    if call.prefill is not None:
+        assert state.workers.get(call.prefill.name) is call.prefill, f"{key} is on a lost worker"
+        assert call.phase in (CallPhase.PREFILLING, CallPhase.LOADING), key
+    else:
+        assert call.prefill_blocks == 0
+        assert call.phase is not CallPhase.PREFILLING, key
+    if call.computing is not None:
+        assert call.computing in (call.prefill, call.decode), key
+        assert call.phase in (CallPhase.PREFILLING, CallPhase.LOADING), key
+
+
+def _check_queue(state: State, calls: Calls) -> None:
+    waiting = list(calls.queue)
+    assert [rank(call) for call in waiting] == sorted(rank(call) for call in waiting)
+    expected = {key for key, call in state.calls.items() if call.phase is CallPhase.QUEUED}
+    assert {call.key for call in waiting} == expected
+    fresh = sum(call.plans == 0 for call in waiting)
+    assert fresh <= state.limits.queue_calls
+
+
+def _check_groups(state: State, calls: Calls) -> None:
+    members = Counter(
+        (call.api.name, call.submit.group) for call in state.calls.values() if call.submit.group
+    )
+    assert members == {key: group.calls for key, group in calls.groups.items()}
+
+
+def _check_worker(worker: Worker, state: State) -> None:
+    limits = state.limits
+    assert worker.phase in (WorkerPhase.UP, WorkerPhase.SUSPECT), worker.name
+    assert worker.up == (worker.phase is WorkerPhase.UP), worker.name
+    assert state.deadlines.get(("worker", worker.name)) is not None, worker.name
+    everyone = state.calls.values()
+    assert worker.decodes == {call.key: call for call in everyone if call.decode is worker}
+    assert worker.prefills == {call.key: call for call in everyone if call.prefill is worker}
+    reserved = sum(call.decode_blocks for call in worker.decodes.values())
+    reserved += sum(call.prefill_blocks for call in worker.prefills.values())
+    assert worker.kv_blocks_reserved == reserved, worker.name
+    assert reserved <= worker.usable_blocks, worker.name
+    prefilling = [each for each in worker.prefills.values() if each.phase is CallPhase.PREFILLING]
+    assert worker.prefilling == len(prefilling), worker.name
+    computing = [call.uncached_tokens for call in everyone if call.computing is worker]
+    assert worker.prefill_tokens == sum(computing), worker.name
+    assert len(worker.decodes) <= limits.calls_per_worker
+    assert worker.prefilling <= limits.prefills_per_worker
+    assert len(worker.story.lines) <= limits.story_lines

@@ -1,0 +1,173 @@
+"""Sockets of ours, made in one place, and the peer's end of the control connection.
+
+``ControlLink`` says who we are until the core answers, beats, and says it again when
+a restarted core does not know us. It loses messages when the core is away: whoever
+needs an answer asks again (see ``protocol``). It decides nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar, cast
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from coordinator import protocol
+
+logger = logging.getLogger("pythia.link")
+
+HEARTBEAT_MS = 2_000
+HEARTBEAT_TIMEOUT_MS = 10_000
+SEND_QUEUE_MESSAGES = 100_000
+HELLO_INTERVAL_S = 0.5
+
+M = TypeVar("M")
+
+
+def make_socket(context: zmq.asyncio.Context, kind: int) -> zmq.asyncio.Socket:
+    """A socket with the project's limits: bounded queues and frames, peers watched."""
+    socket = context.socket(kind)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.MAXMSGSIZE, protocol.MESSAGE_BYTES_MAX)
+    socket.setsockopt(zmq.SNDHWM, SEND_QUEUE_MESSAGES)
+    socket.setsockopt(zmq.RCVHWM, SEND_QUEUE_MESSAGES)
+    socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+    socket.setsockopt(zmq.HEARTBEAT_TTL, HEARTBEAT_TIMEOUT_MS)
+    socket.setsockopt(zmq.RECONNECT_IVL, 100)
+    socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2_000)
+    if kind == zmq.ROUTER:
+        # A peer that is gone is an event for the caller, not a message lost in silence.
+        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    return socket
+
+
+def post(socket: zmq.asyncio.Socket, frames: Sequence[Any]) -> bool:
+    """Send without waiting. False if the peer is gone or its queue is full."""
+    future = cast(
+        "asyncio.Future[Any]", socket.send_multipart(frames, flags=zmq.NOBLOCK, copy=False)
+    )
+    if not future.done():
+        future.add_done_callback(_collect)
+        return True
+    error = future.exception()
+    if error is None:
+        return True
+    if isinstance(error, zmq.ZMQError) and error.errno in (zmq.EHOSTUNREACH, zmq.EAGAIN):
+        return False
+    raise error
+
+
+def _collect(future: asyncio.Future[Any]) -> None:
+    if not future.cancelled() and (error := future.exception()) is not None:
+        logger.warning("a message could not be sent: %s", error)
+
+
+class GarbageCounter:
+    """Counts frames that are not messages; says so once per kind of peer."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.total = 0
+
+    def add(self, error: Exception) -> None:
+        self.total += 1
+        if self.total == 1:
+            logger.warning(
+                "dropped a frame that is no message from %s (%s); further ones are only counted",
+                self.what,
+                type(error).__name__,
+            )
+
+
+class ControlLink(Generic[M]):
+    """A peer's connection to the core.
+
+    ``hello`` makes the message that introduces us, ``beat`` the one that says we live;
+    ``on_message`` gets whatever else arrives. ``refused`` is set, with the reason, when
+    the core will not have us; ``run`` then returns.
+    """
+
+    def __init__(
+        self,
+        context: zmq.asyncio.Context,
+        address: str,
+        hello: Callable[[], protocol.Message],
+        beat: Callable[[], protocol.Message],
+        decode: Callable[[bytes], M],
+        on_message: Callable[[M], None],
+    ) -> None:
+        self.socket = make_socket(context, zmq.DEALER)
+        self.socket.connect(address)
+        self.address = address
+        self.core = ""
+        self.welcome: protocol.Welcome | None = None
+        self.refused = ""
+        self.garbage = GarbageCounter("the core")
+        self._hello = hello
+        self._beat = beat
+        self._decode = decode
+        self._on_message = on_message
+        self._welcomed = asyncio.Event()
+        self._closed = asyncio.Event()
+
+    def send(self, message: protocol.Message) -> bool:
+        """Send to the core without waiting; False if that is impossible now."""
+        return post(self.socket, [protocol.encode(message)])
+
+    async def welcomed(self) -> None:
+        """Wait until the core has taken us in."""
+        await self._welcomed.wait()
+
+    async def run(self) -> None:
+        """Introduce, beat and receive until closed or refused."""
+        async with asyncio.TaskGroup() as group:
+            receiving = group.create_task(self._receive())
+            beating = group.create_task(self._beat_forever())
+            await self._closed.wait()
+            receiving.cancel()
+            beating.cancel()
+
+    def close(self) -> None:
+        """Make ``run`` return."""
+        self._closed.set()
+
+    async def _beat_forever(self) -> None:
+        while True:
+            if self.welcome is None:
+                self.send(self._hello())
+                interval_s = HELLO_INTERVAL_S
+            else:
+                self.send(self._beat())
+                interval_s = self.welcome.beat_interval_s
+            await asyncio.sleep(interval_s)
+
+    async def _receive(self) -> None:
+        while True:
+            frames = await self.socket.recv_multipart()
+            try:
+                message = self._decode(frames[0])
+            except msgspec.MsgspecError as error:
+                self.garbage.add(error)
+                continue
+            self._handle(message)
+
+    def _handle(self, message: M) -> None:
+        if isinstance(message, protocol.Welcome):
+            self.welcome = message
+            self.core = message.core
+            self._welcomed.set()
+            self._on_message(message)
+        elif isinstance(message, protocol.Unknown):
+            self.welcome = None
+            self._welcomed.clear()
+            self.send(self._hello())
+        elif isinstance(message, protocol.Refused):
+            self.refused = message.reason
+            self._closed.set()
+        else:
+            self._on_message(message)

@@ -1,0 +1,230 @@
+"""Warm-up of pairs of workers: a transfer is tried before a call depends on it.
+
+The first transfer between two engines pays for a handshake, and may not work at all. So
+every ordered pair is probed once::
+
+    COLD --> SOURCE --> TARGET --> WARM
+     ^         |          |
+     +---------+----------+--> FAILED after the last attempt
+
+The source prefills a small prompt (``Probe``, ``Probed``), the target pulls its KV
+(``ProbeRead``, ``ProbeFinished``). The handle in between passes through unread. A worker
+takes part in one probe at a time. Pairs that calls could use (a source that may prefill,
+a target that may decode) come before all others.
+"""
+
+from __future__ import annotations
+
+from coordinator.deadlines import Key
+from coordinator.protocol import Probe, Probed, ProbeFinished, ProbeRead
+from coordinator.state import Pair, PairKey, PairPhase, State, Worker
+
+
+def _deadline_key(pair: Pair) -> Key:
+    return ("pair", *pair.key)
+
+
+def _idle(worker: Worker) -> bool:
+    return worker.up and worker.probe is None
+
+
+class Pairs:
+    """Every ordered pair of registered workers, and the probes in progress."""
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+        self.pairs: dict[PairKey, Pair] = {}
+        self._urgent_waiting = 0
+        self._probes = 0
+        self._may_start: set[str] = set()
+
+    def add(self, worker: Worker) -> None:
+        """A worker registered: its pairs wait to be probed."""
+        for other in self._state.workers.values():
+            if other is not worker:
+                self._add(other, worker)
+                self._add(worker, other)
+        self._may_start.add(worker.name)
+
+    def remove(self, worker: Worker, now_s: float) -> None:
+        """A worker is gone, and its pairs with it. It is not registered any more."""
+        if worker.probe is not None:
+            self._end_probe(worker.probe)
+        for other in self._state.workers.values():
+            for key in ((other.name, worker.name), (worker.name, other.name)):
+                pair = self.pairs.pop(key)
+                self._take_out(pair)
+                self._state.deadlines.drop(_deadline_key(pair))
+            other.warm_sources.discard(worker.name)
+        self._may_start.discard(worker.name)
+        self.start(now_s)
+
+    def woke(self, worker: Worker, now_s: float) -> None:
+        """A suspect worker is up again and may take part in probes."""
+        self._may_start.add(worker.name)
+        self.start(now_s)
+
+    def start(self, now_s: float) -> None:
+        """Begin the probes that can be begun."""
+        while self._may_start:
+            names = sorted(self._may_start)
+            self._may_start.clear()
+            for name in names:
+                worker = self._state.workers.get(name)
+                if worker is not None and _idle(worker):
+                    pair = self._next_for(worker)
+                    if pair is not None:
+                        self._begin(pair, now_s)
+
+    def probed(self, worker: Worker, message: Probed, now_s: float) -> bool:
+        """The source answered. False if it was not asked (any more)."""
+        pair = worker.probe
+        if pair is None or pair.probe != message.probe or pair.source is not worker:
+            return False
+        if pair.phase is not PairPhase.SOURCE:
+            return False
+        if message.error or not message.handle:
+            self._fail(pair, message.error or "no handle", now_s)
+            return True
+        pair.move(PairPhase.TARGET, now_s, "has a handle")
+        self._state.deadlines.set(_deadline_key(pair), now_s + self._state.limits.probe_s)
+        self._state.send(
+            pair.target.peer,
+            ProbeRead(
+                probe=pair.probe,
+                incarnation=pair.target.incarnation,
+                seed=pair.probe,
+                prompt_tokens=self._prompt_tokens,
+                source=worker.name,
+                handle=message.handle,
+            ),
+        )
+        return True
+
+    def finished(self, worker: Worker, message: ProbeFinished, now_s: float) -> bool:
+        """The target answered. False if it was not asked (any more)."""
+        pair = worker.probe
+        if pair is None or pair.probe != message.probe or pair.target is not worker:
+            return False
+        if pair.phase is not PairPhase.TARGET:
+            return False
+        if message.error or message.tokens_moved <= 0:
+            self._fail(pair, message.error or "nothing moved", now_s)
+            return True
+        pair.move(PairPhase.WARM, now_s, f"{message.tokens_moved} tokens moved")
+        self._end_probe(pair)
+        self._state.deadlines.drop(_deadline_key(pair))
+        worker.warm_sources.add(pair.source.name)
+        self._state.counters["pairs_warmed"] += 1
+        self._state.room_changed = True
+        self.start(now_s)
+        return True
+
+    def due(self, key: PairKey, now_s: float) -> None:
+        """A probe took too long, or a pair has waited long enough for its next one."""
+        pair = self.pairs[key]
+        if pair.phase is PairPhase.COLD:
+            self._put_in(pair)
+            self._may_start.update(key)
+            self.start(now_s)
+        else:
+            self._fail(pair, f"no answer from the {pair.phase.name.lower()}", now_s)
+
+    def check(self) -> None:
+        """Assert what must always be true of pairs and probes."""
+        workers = self._state.workers
+        assert len(self.pairs) == len(workers) * (len(workers) - 1)
+        waiting = {id(pair) for worker in workers.values() for pair in worker.cold_urgent.values()}
+        assert len(waiting) == self._urgent_waiting
+        for key, pair in self.pairs.items():
+            source, target = pair.source, pair.target
+            assert key == pair.key
+            assert workers[key[0]] is source
+            assert workers[key[1]] is target
+            probing = pair.phase in (PairPhase.SOURCE, PairPhase.TARGET)
+            assert probing == (source.probe is pair) == (target.probe is pair), key
+            assert (pair.phase is PairPhase.WARM) == (source.name in target.warm_sources), key
+            lines = [
+                key in line
+                for worker in (source, target)
+                for line in (worker.cold_urgent, worker.cold_other)
+            ]
+            in_line = any(lines)
+            assert lines == [in_line and pair.urgent, in_line and not pair.urgent] * 2, key
+            assert not in_line or pair.phase is PairPhase.COLD
+            has_deadline = self._state.deadlines.get(_deadline_key(pair)) is not None
+            assert has_deadline == (probing or (pair.phase is PairPhase.COLD and not in_line)), key
+            assert pair.attempts <= self._state.limits.probe_attempts
+        for worker in workers.values():
+            assert worker.probe is None or self.pairs[worker.probe.key] is worker.probe
+            assert worker.warm_sources <= workers.keys() - {worker.name}
+
+    @property
+    def _prompt_tokens(self) -> int:
+        return 2 * self._state.block_size + 1
+
+    def _add(self, source: Worker, target: Worker) -> None:
+        urgent = source.role != "decode" and target.role != "prefill"
+        pair = Pair(source, target, urgent, self._state.story())
+        self.pairs[pair.key] = pair
+        self._put_in(pair)
+
+    def _put_in(self, pair: Pair) -> None:
+        for worker in (pair.source, pair.target):
+            (worker.cold_urgent if pair.urgent else worker.cold_other)[pair.key] = pair
+        self._urgent_waiting += pair.urgent
+
+    def _take_out(self, pair: Pair) -> None:
+        line = pair.source.cold_urgent if pair.urgent else pair.source.cold_other
+        if line.pop(pair.key, None) is None:
+            return
+        (pair.target.cold_urgent if pair.urgent else pair.target.cold_other).pop(pair.key)
+        self._urgent_waiting -= pair.urgent
+        if self._urgent_waiting == 0 and pair.urgent:
+            # Whoever has only other pairs left may begin those now.
+            self._may_start.update(self._state.workers)
+
+    def _next_for(self, worker: Worker) -> Pair | None:
+        line = worker.cold_other if self._urgent_waiting == 0 else worker.cold_urgent
+        for pair in line.values():
+            if _idle(pair.target if pair.source is worker else pair.source):
+                return pair
+        return None
+
+    def _begin(self, pair: Pair, now_s: float) -> None:
+        state = self._state
+        self._take_out(pair)
+        self._probes += 1
+        pair.probe = self._probes
+        pair.attempts += 1
+        pair.move(PairPhase.SOURCE, now_s, f"probe {pair.probe}")
+        pair.source.probe = pair.target.probe = pair
+        state.deadlines.set(_deadline_key(pair), now_s + state.limits.probe_s)
+        state.counters["probes_sent"] += 1
+        state.send(
+            pair.source.peer,
+            Probe(
+                probe=pair.probe,
+                incarnation=pair.source.incarnation,
+                seed=pair.probe,
+                prompt_tokens=self._prompt_tokens,
+            ),
+        )
+
+    def _fail(self, pair: Pair, why: str, now_s: float) -> None:
+        state = self._state
+        state.counters["probes_failed"] += 1
+        if pair.attempts < state.limits.probe_attempts:
+            pair.move(PairPhase.COLD, now_s, why)
+            pause_s = state.limits.beat_s * 2**pair.attempts
+            state.deadlines.set(_deadline_key(pair), now_s + pause_s)
+        else:
+            pair.move(PairPhase.FAILED, now_s, why)
+            state.deadlines.drop(_deadline_key(pair))
+            state.counters["pairs_failed"] += 1
+        self._end_probe(pair)
+        self.start(now_s)
+
+    def _end_probe(self, pair: Pair) -> None:
+        pair.source.probe = pair.target.probe = None
+        self._may_start.update(pair.key)

@@ -1,0 +1,231 @@
+"""Where a call decodes, and whether somebody else computes its prompt first.
+
+Decode first: among the workers that may decode and have room, the least loaded, where
+
+    load = (KV blocks taken + blocks this call needs) / usable KV blocks
+         + waiting requests / batch slots
+         - CACHED_WEIGHT * share of the prompt that it holds already
+
+and ties go to the smallest name. KV blocks taken are the larger of what is reserved and
+what the engine says is in use: outputs longer than their reservation, and calls that
+another core has planned, count too. A worker on which nothing is reserved always takes
+one call, whatever the numbers say, so that no call that fits an engine waits for ever.
+
+Then prefill, if needed: a dedicated worker computes the prompt iff enough of it is not
+cached on the decode worker and a link to it is known to work; among those with room the
+one with the fewest uncached tokens to compute, this prompt included. If all of them are
+full the call waits; if there is none, the decode worker does it.
+
+Pure functions of views; nothing is remembered between calls. No estimates of time and
+no knowledge of workflows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+import msgspec
+
+from coordinator.limits import Limits, Placement
+from coordinator.view import WorkerView
+
+CACHED_WEIGHT = 0.1
+"""Having the whole prompt cached is worth this much of a worker's KV memory in load."""
+
+
+class Ask(msgspec.Struct, frozen=True, gc=False):
+    """What a call needs. Sizes in tokens; ``avoid``: (worker, incarnation)."""
+
+    prompt_tokens: int
+    output_tokens: int
+    aggregated: bool
+    avoid: Collection[tuple[str, str]]
+    sibling: str
+    """Worker that a call of the same group went to, empty if there is none."""
+
+
+class Choice(msgspec.Struct, frozen=True, gc=False):
+    """Where a call goes. ``prefill`` empty: the decode worker prefills."""
+
+    decode: str
+    prefill: str
+    decode_blocks: int
+    """To reserve on the decode worker."""
+    prefill_blocks: int
+    """To reserve on the prefill worker."""
+    cached_blocks: int
+    """Of the prompt, on the decode worker."""
+    uncached_tokens: int
+    """To compute, on whoever prefills."""
+    reason: str
+
+
+class Wait(msgspec.Struct, frozen=True, gc=False):
+    """Not now."""
+
+    reason: str
+
+
+class Impossible(msgspec.Struct, frozen=True, gc=False):
+    """Not on any worker of this cluster, however long it waits."""
+
+    reason: str
+
+
+Decision = Choice | Wait | Impossible
+
+NO_WORKER = Wait("no worker is up")
+NO_ROOM = Wait("no worker has room")
+NO_PREFILL_ROOM = Wait("no prefill worker has room")
+
+
+def can_ever_hold(workers: Collection[WorkerView], prompt_tokens: int) -> bool:
+    """Some registered worker that may decode is large enough for the prompt and one token.
+
+    Whether it is up or not. Prefill workers count only where there are no others.
+    """
+    decoders = False
+    for worker in workers:
+        if worker.role != "prefill":
+            decoders = True
+            if worker.tokens_max > prompt_tokens:
+                return True
+    return not decoders and any(worker.tokens_max > prompt_tokens for worker in workers)
+
+
+def place(
+    ask: Ask,
+    workers: Collection[WorkerView],
+    cached: Callable[[], Mapping[str, int]],
+    limits: Limits,
+    placement: Placement,
+    block_size: int,
+) -> Decision:
+    """Choose workers for a call.
+
+    ``workers``: all registered ones, with blocks of ``block_size`` tokens. ``cached``: how
+    many leading blocks of the prompt each holds; asked for only when there is a choice.
+    """
+    prompt_tokens = ask.prompt_tokens
+    no_decoders = not any(worker.up and worker.role != "prefill" for worker in workers)
+    able = [
+        worker
+        for worker in workers
+        if worker.up
+        and (no_decoders or worker.role != "prefill")
+        and worker.tokens_max > prompt_tokens
+    ]
+    if not able:
+        if not workers or can_ever_hold(workers, prompt_tokens):
+            return NO_WORKER
+        return Impossible(f"no worker can hold {prompt_tokens} prompt tokens")
+    output_tokens = min(ask.output_tokens, placement.reserve_output_tokens)
+    blocks = -(-(prompt_tokens + output_tokens) // block_size)
+    roomy = [
+        worker
+        for worker in _with_room(_without(able, ask) or able, blocks)
+        if len(worker.decodes) < limits.calls_per_worker
+    ]
+    if not roomy:
+        return NO_ROOM
+    held = cached()
+    decode = _decode_worker(ask, roomy, blocks, held, block_size)
+    cached_blocks = _cached_blocks(ask, held, decode, block_size)
+    alone = ask.aggregated or no_decoders
+    local = Choice(
+        decode=decode.name,
+        prefill="",
+        decode_blocks=min(blocks, decode.usable_blocks),
+        prefill_blocks=0,
+        cached_blocks=cached_blocks,
+        uncached_tokens=prompt_tokens - cached_blocks * block_size,
+        reason="local: served aggregated" if alone else "local: few uncached tokens",
+    )
+    if alone or local.uncached_tokens < placement.remote_prefill_min_tokens:
+        return local
+    linked = [
+        worker
+        for worker in _without(workers, ask)
+        if worker.role != "decode"
+        and worker.up
+        and worker.name in decode.warm_sources
+        and worker.tokens_max > prompt_tokens
+    ]
+    return _with_prefill(ask, local, linked, held, limits, block_size)
+
+
+def _with_prefill(
+    ask: Ask,
+    local: Choice,
+    linked: Sequence[WorkerView],
+    held: Mapping[str, int],
+    limits: Limits,
+    block_size: int,
+) -> Decision:
+    """Add one of the prefill workers that ``local.decode`` can pull from."""
+    if not linked:
+        return msgspec.structs.replace(local, reason="local: no prefill worker")
+    blocks = -(-ask.prompt_tokens // block_size)
+    roomy: list[tuple[int, str, int, int]] = []
+    for worker in _with_room(linked, blocks):
+        if worker.prefilling < limits.prefills_per_worker:
+            own_blocks = _cached_blocks(ask, held, worker, block_size)
+            tokens = ask.prompt_tokens - own_blocks * block_size
+            total_tokens = worker.prefill_tokens + tokens
+            roomy.append((total_tokens, worker.name, tokens, worker.usable_blocks))
+    if not roomy:
+        return NO_PREFILL_ROOM
+    _, name, tokens, usable_blocks = min(roomy)
+    return Choice(
+        decode=local.decode,
+        prefill=name,
+        decode_blocks=local.decode_blocks,
+        prefill_blocks=min(blocks, usable_blocks),
+        cached_blocks=local.cached_blocks,
+        uncached_tokens=tokens,
+        reason=f"remote: {local.uncached_tokens} tokens not cached on {local.decode}",
+    )
+
+
+def _decode_worker(
+    ask: Ask, roomy: Sequence[WorkerView], blocks: int, held: Mapping[str, int], block_size: int
+) -> WorkerView:
+    """The sibling's worker if it has room, else the least loaded."""
+    weight = CACHED_WEIGHT * block_size / ask.prompt_tokens
+    best, best_load = roomy[0], float("inf")
+    for worker in roomy:
+        name = worker.name
+        if name == ask.sibling:
+            return worker
+        reserved, used = worker.kv_blocks_reserved, worker.kv_blocks_used
+        taken = reserved if reserved > used else used
+        load = (taken + blocks) / worker.usable_blocks + worker.waiting / worker.batch_slots
+        if name in held:
+            load -= weight * held[name]
+        if load < best_load or (load == best_load and name < best.name):
+            best, best_load = worker, load
+    return best
+
+
+def _without(workers: Collection[WorkerView], ask: Ask) -> Collection[WorkerView]:
+    if not ask.avoid:
+        return workers
+    return [worker for worker in workers if (worker.name, worker.incarnation) not in ask.avoid]
+
+
+def _with_room(workers: Collection[WorkerView], blocks: int) -> Sequence[WorkerView]:
+    """Those that have so many blocks free; one with nothing reserved always has."""
+    return [
+        worker
+        for worker in workers
+        if worker.kv_blocks_reserved == 0
+        or (
+            worker.kv_blocks_reserved + blocks <= worker.usable_blocks
+            and worker.kv_blocks_used + blocks <= worker.usable_blocks
+        )
+    ]
+
+
+def _cached_blocks(ask: Ask, held: Mapping[str, int], worker: WorkerView, block_size: int) -> int:
+    """Blocks of use: an engine computes at least the last token itself."""
+    return min(held.get(worker.name, 0), (ask.prompt_tokens - 1) // block_size)

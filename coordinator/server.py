@@ -1,0 +1,245 @@
+"""The core's process: one socket around ``Core``, and the API processes beside it.
+
+Reads the clock, moves frames, carries out what the core says. Decides nothing, imports
+no vLLM and no GPU library.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterable
+from multiprocessing import shared_memory
+from pathlib import Path
+
+import msgspec
+import uvloop
+import zmq
+import zmq.asyncio
+
+from coordinator import protocol
+from coordinator.core import Core, Send
+from coordinator.limits import Limits, Placement
+from coordinator.link import GarbageCounter, make_socket, post
+
+logger = logging.getLogger("pythia.coordinator")
+
+TICK_S_MAX = 0.5
+API_STOP_S = 15.0
+API_RESTARTS_MAX = 10
+API_EARLY_DEATH_S = 60.0
+NOT_ACCEPTING = 2**31 - 1
+
+
+class CoordinatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """All that the coordinator's processes need to know.
+
+    ``engine`` and ``api_arguments`` are vLLM's engine arguments and API server options;
+    ``environment`` is set in the API processes before vLLM is imported.
+    """
+
+    control_address: str
+    api_host: str
+    api_port: int
+    model: str
+    api_servers: int = 1
+    api_keys: list[str] = msgspec.field(default_factory=list)
+    api_arguments: dict[str, object] = msgspec.field(default_factory=dict)
+    body_bytes_max: int = 32 * 1024 * 1024
+    served_model_name: list[str] = msgspec.field(default_factory=list)
+    engine: dict[str, object] = msgspec.field(default_factory=dict)
+    limits: Limits = Limits()
+    placement: Placement = Placement()
+    environment: dict[str, str] = msgspec.field(default_factory=dict)
+
+
+class ApiStart(msgspec.Struct, frozen=True):
+    """What an API process reads from its standard input at start."""
+
+    config: CoordinatorConfig
+    index: int
+    listen_fd: int
+    loads_name: str
+    metrics_dir: str = ""
+
+
+class CoreServer:
+    """The control socket around a ``Core``."""
+
+    def __init__(self, context: zmq.asyncio.Context, config: CoordinatorConfig) -> None:
+        self.core = Core(
+            config.limits, config.placement, core_id=uuid.uuid4().hex, model=config.model
+        )
+        self.garbage = GarbageCounter("a peer on the control socket")
+        self.socket = make_socket(context, zmq.ROUTER)
+        self.socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        self.socket.bind(config.control_address)
+        self.address = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
+
+    async def run(self) -> None:
+        """Serve until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._receive())
+            group.create_task(self._tick())
+
+    async def _receive(self) -> None:
+        while True:
+            frames = await self.socket.recv_multipart()
+            if len(frames) != 2:
+                self._drop(ValueError(f"{len(frames)} frames"))
+                continue
+            try:
+                message = protocol.decode_to_core(frames[1])
+            except msgspec.MsgspecError as error:
+                self._drop(error)
+                continue
+            self._send(self.core.handle(frames[0], message, time.monotonic()))
+
+    def _drop(self, error: Exception) -> None:
+        self.garbage.add(error)
+        self.core.counters["garbage_frames"] = self.garbage.total
+
+    async def _tick(self) -> None:
+        while True:
+            now_s = time.monotonic()
+            self._send(self.core.tick(now_s))
+            deadline_s = self.core.next_deadline_s()
+            wait_s = TICK_S_MAX if deadline_s is None else deadline_s - now_s
+            await asyncio.sleep(min(max(wait_s, 0.01), TICK_S_MAX))
+
+    def _send(self, commands: Iterable[Send]) -> None:
+        for command in commands:
+            if not post(self.socket, [command.peer, protocol.encode(command.message)]):
+                # The peer is gone or stuck; its missed beats will tell the core.
+                self.core.counters["sends_failed"] = self.core.counters.get("sends_failed", 0) + 1
+
+
+class ApiProcesses:
+    """The API processes: started on one listening socket, restarted when they die."""
+
+    def __init__(self, config: CoordinatorConfig, metrics_dir: Path | None) -> None:
+        self.config = config
+        self.metrics_dir = metrics_dir
+        self.listener = listen(config.api_host, config.api_port)
+        self.loads = shared_memory.SharedMemory(create=True, size=4 * max(1, config.api_servers))
+        assert self.loads.buf is not None
+        slots = self.loads.buf.cast("i")
+        for index in range(config.api_servers):
+            slots[index] = NOT_ACCEPTING
+        slots.release()
+        self.processes: dict[int, subprocess.Popen[bytes]] = {}
+        self.started_s: dict[int, float] = {}
+        self.restarts = 0
+
+    def start(self) -> None:
+        """Start all of them."""
+        for index in range(self.config.api_servers):
+            self._start(index)
+
+    def _start(self, index: int) -> None:
+        start = ApiStart(
+            config=self.config,
+            index=index,
+            listen_fd=self.listener.fileno(),
+            loads_name=self.loads.name,
+            metrics_dir=str(self.metrics_dir or ""),
+        )
+        process = subprocess.Popen(
+            [sys.executable, "-m", "coordinator.api"],
+            stdin=subprocess.PIPE,
+            pass_fds=[self.listener.fileno()],
+        )
+        assert process.stdin is not None
+        process.stdin.write(msgspec.json.encode(start))
+        process.stdin.close()
+        self.processes[index] = process
+        self.started_s[index] = time.monotonic()
+
+    async def watch(self) -> None:
+        """Restart API processes that die; raise if one dies while starting or too often."""
+        while True:
+            await asyncio.sleep(0.5)
+            for index, process in list(self.processes.items()):
+                code = process.poll()
+                if code is None:
+                    continue
+                lived_s = time.monotonic() - self.started_s[index]
+                self.restarts += 1
+                if lived_s < API_EARLY_DEATH_S or self.restarts > API_RESTARTS_MAX:
+                    raise RuntimeError(
+                        f"API process {index} ended with code {code} after {lived_s:.0f} s "
+                        f"(restart {self.restarts} of at most {API_RESTARTS_MAX})"
+                    )
+                logger.error("API process %d ended with code %d: starting another", index, code)
+                self._start(index)
+
+    def stop(self) -> None:
+        """Ask them to end, wait, end them."""
+        for process in self.processes.values():
+            if process.poll() is None:
+                process.terminate()
+        deadline_s = time.monotonic() + API_STOP_S
+        for process in self.processes.values():
+            try:
+                process.wait(max(0.1, deadline_s - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                logger.warning("API process %d did not end in time: killed", process.pid)
+                process.kill()
+                process.wait()
+        self.listener.close()
+        self.loads.close()
+        self.loads.unlink()
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound TCP socket that API processes inherit. OSError if the port is taken."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.bind((host, port))
+    sock.set_inheritable(True)
+    return sock
+
+
+def main(config: CoordinatorConfig) -> int:
+    """Run the core and its API processes until SIGTERM or SIGINT. Returns the exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    code: int = uvloop.run(_serve(config))
+    return code
+
+
+async def _serve(config: CoordinatorConfig) -> int:
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stopping.set)
+    context = zmq.asyncio.Context()
+    server = CoreServer(context, config)
+    apis = ApiProcesses(config, None)
+    logger.info(
+        "core listens on %s, API on %s:%d", server.address, config.api_host, config.api_port
+    )
+    apis.start()
+    tasks = {
+        asyncio.create_task(server.run(), name="core"),
+        asyncio.create_task(apis.watch(), name="API processes"),
+        asyncio.create_task(stopping.wait(), name="signal"),
+    }
+    try:
+        done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in pending:
+            task.cancel()
+        for task in done:
+            if (error := task.exception()) is not None:
+                logger.error("%s failed", task.get_name(), exc_info=error)
+                return 1
+        return 0
+    finally:
+        await loop.run_in_executor(None, apis.stop)
+        context.destroy(linger=0)

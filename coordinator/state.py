@@ -1,0 +1,379 @@
+"""What the core knows, and the lifecycles of its parts as tables.
+
+A call, a worker and a pair of workers each have a phase, a table of legal moves and one
+``move`` that is the only writer of the phase; a move that the table does not have raises
+``InvalidTransition`` with the object's story. ``State`` holds everything that the parts
+of the core share. Nothing here decides anything.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import msgspec
+
+from coordinator.deadlines import Deadlines, Key
+from coordinator.errors import InvalidTransition, StoryLine
+from coordinator.limits import Limits
+from coordinator.protocol import (
+    CoreToApi,
+    CoreToWorker,
+    EngineFacts,
+    Load,
+    Plan,
+    Ready,
+    Role,
+    Submit,
+)
+
+Peer = bytes
+"""Opaque address of a connection."""
+
+CallKey = tuple[str, str]
+"""API process and request: request ids are unique only within an API process."""
+
+PairKey = tuple[str, str]
+"""Source and target worker."""
+
+
+class Send(msgspec.Struct, frozen=True, gc=False):
+    """The shell is to send ``message`` to ``peer``."""
+
+    peer: Peer
+    message: CoreToWorker | CoreToApi
+
+
+class CallPhase(enum.Enum):
+    """Where a call is."""
+
+    QUEUED = "queued"
+    """Waits for room; nothing is reserved."""
+    PREFILLING = "prefilling"
+    """Planned; the prefill worker computes the prompt."""
+    LOADING = "loading"
+    """With the decode worker (planned locally, or prefilled); no token yet."""
+    DECODING = "decoding"
+    """The first token came."""
+    RESUMING = "resuming"
+    """Its decode worker is lost; the API process is to say what the client has got."""
+    FINISHED = "finished"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+    REJECTED = "rejected"
+    STOPPED = "stopped"
+    GONE = "gone"
+    """Its API process is lost, or does not know the call any more."""
+
+
+_ENDED_BY_API = frozenset(
+    {CallPhase.FINISHED, CallPhase.CANCELLED, CallPhase.FAILED, CallPhase.GONE}
+)
+_ENDED = _ENDED_BY_API | {CallPhase.STOPPED}
+
+CALL_MOVES: Mapping[CallPhase, frozenset[CallPhase]] = {
+    CallPhase.QUEUED: _ENDED | {CallPhase.PREFILLING, CallPhase.LOADING, CallPhase.REJECTED},
+    CallPhase.PREFILLING: _ENDED | {CallPhase.LOADING, CallPhase.QUEUED},
+    CallPhase.LOADING: _ENDED | {CallPhase.DECODING, CallPhase.QUEUED},
+    CallPhase.DECODING: _ENDED | {CallPhase.RESUMING, CallPhase.QUEUED},
+    CallPhase.RESUMING: _ENDED | {CallPhase.QUEUED},
+    CallPhase.FINISHED: frozenset(),
+    CallPhase.CANCELLED: frozenset(),
+    CallPhase.FAILED: frozenset(),
+    CallPhase.REJECTED: frozenset(),
+    CallPhase.STOPPED: frozenset(),
+    CallPhase.GONE: frozenset(),
+}
+
+
+class WorkerPhase(enum.Enum):
+    """Where a worker is."""
+
+    UP = "up"
+    SUSPECT = "suspect"
+    """Missed beats: keeps its calls, gets no new ones."""
+    LOST = "lost"
+    LEFT = "left"
+
+
+WORKER_MOVES: Mapping[WorkerPhase, frozenset[WorkerPhase]] = {
+    WorkerPhase.UP: frozenset({WorkerPhase.SUSPECT, WorkerPhase.LOST, WorkerPhase.LEFT}),
+    WorkerPhase.SUSPECT: frozenset({WorkerPhase.UP, WorkerPhase.LOST, WorkerPhase.LEFT}),
+    WorkerPhase.LOST: frozenset(),
+    WorkerPhase.LEFT: frozenset(),
+}
+
+
+class PairPhase(enum.Enum):
+    """How far the warm-up of an ordered pair of workers is."""
+
+    COLD = "cold"
+    SOURCE = "probing the source"
+    TARGET = "probing the target"
+    WARM = "warm"
+    FAILED = "failed"
+
+
+PAIR_MOVES: Mapping[PairPhase, frozenset[PairPhase]] = {
+    PairPhase.COLD: frozenset({PairPhase.SOURCE}),
+    PairPhase.SOURCE: frozenset({PairPhase.TARGET, PairPhase.COLD, PairPhase.FAILED}),
+    PairPhase.TARGET: frozenset({PairPhase.WARM, PairPhase.COLD, PairPhase.FAILED}),
+    PairPhase.WARM: frozenset(),
+    PairPhase.FAILED: frozenset(),
+}
+
+
+@dataclass(slots=True, eq=False)
+class Story:
+    """The last moves of one object, for error messages."""
+
+    lines_max: int
+    lines: list[StoryLine] = field(default_factory=list)
+
+    def add(self, now_s: float, phase: str, why: str) -> None:
+        """Remember one move, forget the oldest beyond the bound."""
+        self.lines.append((now_s, phase, why))
+        if len(self.lines) > self.lines_max:
+            del self.lines[0]
+
+
+@dataclass(slots=True, eq=False)
+class Worker:
+    """One registered incarnation of a worker. KV in blocks.
+
+    What placement reads for every call and worker are plain fields, for speed.
+    """
+
+    ready: Ready
+    peer: Peer
+    last_heard_s: float
+    usable_blocks: int
+    story: Story
+    name: str = field(init=False)
+    incarnation: str = field(init=False)
+    role: Role = field(init=False)
+    tokens_max: int = field(init=False)
+    """Prompt and output that its engine can hold for one call."""
+    batch_slots: int = field(init=False)
+    phase: WorkerPhase = WorkerPhase.UP
+    up: bool = True
+    """May get new work."""
+    load: Load = field(default_factory=Load)
+    waiting: int = 0
+    """Requests that its engine had not begun at the last beat."""
+    kv_blocks_used: int = 0
+    """What its engine said at the last beat, less what ended since."""
+    kv_blocks_reserved: int = 0
+    decodes: dict[CallKey, Call] = field(default_factory=dict)
+    """Calls that it decodes, from plan to end."""
+    prefills: dict[CallKey, Call] = field(default_factory=dict)
+    """Calls whose prompt it computes or holds for a decode worker, from plan to first token."""
+    prefilling: int = 0
+    """Those of ``prefills`` that are not computed yet."""
+    prefill_tokens: int = 0
+    """Uncached prompt tokens that it has yet to compute, for itself or for others."""
+    warm_sources: set[str] = field(default_factory=set)
+    """Workers whose KV it has been seen to pull."""
+    probe: Pair | None = None
+    cold_urgent: dict[PairKey, Pair] = field(default_factory=dict)
+    cold_other: dict[PairKey, Pair] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        facts = self.facts
+        self.name, self.incarnation = self.ready.worker, self.ready.incarnation
+        self.role = self.ready.role
+        self.tokens_max = min(facts.max_model_len, facts.kv_blocks * facts.block_size)
+        self.batch_slots = facts.max_num_seqs
+
+    @property
+    def facts(self) -> EngineFacts:
+        """What its engine is."""
+        return self.ready.facts
+
+    def beat(self, load: Load) -> None:
+        """What its engine says of itself."""
+        self.load = load
+        self.waiting = max(0, load.waiting)
+        self.kv_blocks_used = load.kv_blocks_used
+
+    def move(self, phase: WorkerPhase, now_s: float, why: str) -> None:
+        """The only writer of ``phase``; InvalidTransition for a move not in the table."""
+        if phase not in WORKER_MOVES[self.phase]:
+            raise InvalidTransition(
+                f"worker {self.name}", self.phase.value, phase.value, self.story.lines
+            )
+        self.story.add(now_s, phase.value, why)
+        self.phase = phase
+        self.up = phase is WorkerPhase.UP
+
+
+@dataclass(slots=True, eq=False)
+class Pair:
+    """An ordered pair of workers and how far its warm-up is."""
+
+    source: Worker
+    target: Worker
+    urgent: bool
+    """The source may prefill and the target may decode."""
+    story: Story
+    phase: PairPhase = PairPhase.COLD
+    attempts: int = 0
+    probe: int = 0
+
+    @property
+    def key(self) -> PairKey:
+        """Names of source and target."""
+        return self.source.name, self.target.name
+
+    def move(self, phase: PairPhase, now_s: float, why: str) -> None:
+        """The only writer of ``phase``; InvalidTransition for a move not in the table."""
+        if phase not in PAIR_MOVES[self.phase]:
+            raise InvalidTransition(
+                f"pair {self.key}", self.phase.value, phase.value, self.story.lines
+            )
+        self.story.add(now_s, phase.value, why)
+        self.phase = phase
+
+
+@dataclass(slots=True, eq=False)
+class Api:
+    """One registered API process and its open calls by request."""
+
+    name: str
+    peer: Peer
+    last_heard_s: float
+    calls: dict[str, Call] = field(default_factory=dict)
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """One call from its first ``Submit`` to its end. KV in blocks."""
+
+    api: Api
+    submit: Submit
+    arrival: int
+    submitted_s: float
+    deadline_s: float
+    attempt: int
+    story: Story
+    phase: CallPhase = CallPhase.QUEUED
+    plans: int = 0
+    generated_tokens: int = 0
+    """What the client has got from earlier attempts; part of the prompt from then on."""
+    plan: Plan | None = None
+    overdue: bool = False
+    """Its phase took too long, and the API process has not answered the ``Check`` yet."""
+    decode: Worker | None = None
+    decode_blocks: int = 0
+    prefill: Worker | None = None
+    prefill_blocks: int = 0
+    computing: Worker | None = None
+    """Who has the prompt yet to compute; ``uncached_tokens`` of it count there."""
+    uncached_tokens: int = 0
+    cached_blocks: int = 0
+    """What the index believed the decode worker to hold when the call was planned."""
+    avoid: set[tuple[str, str]] = field(default_factory=set)
+    """Workers (name, incarnation) that failed this call."""
+
+    @property
+    def request(self) -> str:
+        """Unique within its API process."""
+        return self.submit.request
+
+    @property
+    def key(self) -> CallKey:
+        """Unique among all calls."""
+        return self.api.name, self.submit.request
+
+    @property
+    def deadline_key(self) -> Key:
+        """What its deadline is filed under."""
+        return "call", self.api.name, self.submit.request
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens to have KV for before the next token can be made."""
+        return self.submit.prompt_tokens + self.generated_tokens
+
+    @property
+    def output_tokens(self) -> int:
+        """Most tokens that are still to come, at least 1."""
+        return max(1, self.submit.max_output_tokens - self.generated_tokens)
+
+    @property
+    def planned(self) -> bool:
+        """Has a plan that the API process may not have seen or begun."""
+        return self.phase is CallPhase.PREFILLING or self.phase is CallPhase.LOADING
+
+    def move(self, phase: CallPhase, now_s: float, why: str) -> None:
+        """The only writer of ``phase``; InvalidTransition for a move not in the table."""
+        if phase not in CALL_MOVES[self.phase]:
+            raise InvalidTransition(
+                f"call {self.key}", self.phase.value, phase.value, self.story.lines
+            )
+        self.story.add(now_s, phase.value, why)
+        self.phase = phase
+
+
+COUNTERS = (
+    "apis_lost",
+    "apis_registered",
+    "calls_cancelled",
+    "calls_failed",
+    "calls_finished",
+    "calls_gone",
+    "calls_rejected",
+    "calls_stopped",
+    "calls_submitted",
+    "checks_sent",
+    "messages_stale",
+    "messages_unknown_call",
+    "messages_unknown_sender",
+    "pairs_failed",
+    "pairs_warmed",
+    "peers_refused",
+    "plans_local",
+    "plans_remote",
+    "probes_failed",
+    "probes_sent",
+    "replans",
+    "tokens_cached_local",
+    "tokens_cached_prefill",
+    "tokens_moved",
+    "tokens_output",
+    "tokens_prompt",
+    "workers_left",
+    "workers_lost",
+    "workers_registered",
+)
+
+
+class State:
+    """What the parts of the core share: peers, calls, deadlines, counters, the outbox."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.block_size = 0
+        """Tokens per KV block, 0 until the first worker registers."""
+        self.workers: dict[str, Worker] = {}
+        self.apis: dict[str, Api] = {}
+        self.calls: dict[CallKey, Call] = {}
+        self.deadlines = Deadlines()
+        self.counters: dict[str, int] = dict.fromkeys(COUNTERS, 0)
+        self.room_changed = False
+        """A queued call might be placed that could not be before."""
+        self._outbox: list[Send] = []
+
+    def story(self) -> Story:
+        """An empty story."""
+        return Story(self.limits.story_lines)
+
+    def send(self, peer: Peer, message: CoreToWorker | CoreToApi) -> None:
+        """Put a message into the outbox."""
+        self._outbox.append(Send(peer, message))
+
+    def take_outbox(self) -> list[Send]:
+        """Everything sent since the last call, in order."""
+        sent, self._outbox = self._outbox, []
+        return sent

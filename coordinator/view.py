@@ -1,0 +1,92 @@
+"""What policies may see of the core's state, and what people may see of it.
+
+Policies get read-only protocols over the live objects, not copies: copying 64 workers
+for every call would cost more than the decision itself. Their type checker keeps them
+from writing. ``worker_status`` and ``call_status`` make the frozen rows of a snapshot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set, Sized
+from typing import Protocol
+
+from coordinator.protocol import CallStatus, Finished, Role, WorkerStatus
+from coordinator.state import Call, Worker
+
+
+class WorkerView(Protocol):
+    """A registered worker, as placement sees it. KV in blocks."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def incarnation(self) -> str: ...
+    @property
+    def role(self) -> Role: ...
+    @property
+    def up(self) -> bool: ...
+    @property
+    def tokens_max(self) -> int: ...
+    @property
+    def batch_slots(self) -> int: ...
+    @property
+    def usable_blocks(self) -> int: ...
+    @property
+    def kv_blocks_reserved(self) -> int: ...
+    @property
+    def kv_blocks_used(self) -> int: ...
+    @property
+    def waiting(self) -> int: ...
+    @property
+    def decodes(self) -> Sized: ...
+    @property
+    def prefilling(self) -> int: ...
+    @property
+    def prefill_tokens(self) -> int: ...
+    @property
+    def warm_sources(self) -> Set[str]: ...
+
+
+def worker_status(worker: Worker, peers: int, now_s: float) -> WorkerStatus:
+    """One row about a worker; ``warm_peers`` counts those whose KV it has pulled."""
+    return WorkerStatus(
+        worker=worker.name,
+        incarnation=worker.incarnation,
+        role=worker.role,
+        state=worker.phase.value,
+        host=worker.ready.host,
+        devices=worker.ready.devices,
+        load=worker.load,
+        kv_blocks=worker.facts.kv_blocks,
+        block_size=worker.facts.block_size,
+        calls=len({*worker.decodes, *worker.prefills}),
+        kv_blocks_reserved=worker.kv_blocks_reserved,
+        last_beat_age_s=max(0.0, now_s - worker.last_heard_s),
+        warm_peers=len(worker.warm_sources),
+        peers=peers,
+    )
+
+
+def call_status(
+    call: Call, now_s: float, finished: Finished | None = None, reason: str = ""
+) -> CallStatus:
+    """One row about a live call, or about one that just ended (``finished``, ``reason``)."""
+    plan = call.plan
+    row = CallStatus(
+        request=call.request,
+        phase=call.phase.value,
+        attempt=call.attempt,
+        context=call.submit.context,
+        prefill=plan.prefill.worker if plan and plan.prefill else "",
+        decode=plan.decode.worker if plan else "",
+        prompt_tokens=call.submit.prompt_tokens,
+        output_tokens=finished.output_tokens if finished else call.generated_tokens,
+        prefill_cached_tokens=finished.prefill_cached_tokens if finished else 0,
+        local_cached_tokens=finished.local_cached_tokens if finished else 0,
+        moved_tokens=finished.moved_tokens if finished else 0,
+        ttft_s=finished.ttft_s if finished else 0.0,
+        elapsed_s=finished.elapsed_s if finished else max(0.0, now_s - call.submitted_s),
+        outcome=finished.outcome if finished else "",
+        reason=reason or (plan.reason if plan else ""),
+    )
+    return row

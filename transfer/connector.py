@@ -1,0 +1,341 @@
+"""Pythia's KV connector: vLLM's pull connector over NIXL, made safe for a cluster.
+
+The only code that knows NIXL. vLLM loads it by name (``kv_connector="PythiaConnector"``,
+``kv_connector_module_path="transfer.connector"``) inside the engine: the scheduler half
+decides which tokens come from elsewhere, the worker half moves the blocks.
+
+What it adds to the stock connector:
+
+* Each request's ``kv_transfer_params`` are checked before anything acts on them. A request
+  whose handle can't be used is prefilled locally; it never parks and never stops the engine.
+* ``do_remote_prefill`` means "pull first" and ``do_remote_decode`` means "hold afterwards";
+  both may be set. A handle may cover less than the prompt: the rest is computed here. What
+  is not asked to be held is freed at once.
+* A handle that is given back to the engine that holds its blocks frees them at once.
+* No read counts that was not certainly over before its lease was. The holder says when the
+  lease ends, on its own clock; the handshake gives the clocks' difference; the reader keeps
+  the book of its renewals. A read that was, or may have been, late is computed here instead.
+* The engine thread keeps its cores, NIXL's progress thread sleeps between two looks where
+  cores are short, and garbage on the handshake socket does not end the handshakes.
+
+It refuses to talk to anything but engines of the same cluster: which sources may be read
+from is decided before a handle gets here (``transfer.handle.allowed_source``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import zmq
+from nixl import _api as nixl_api
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl import connector as stock
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import GET_META_MSG
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_scheduler import (
+    NixlPullConnectorScheduler,
+)
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import NixlPullConnectorWorker
+from vllm.utils.network_utils import make_zmq_path
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from transfer.handle import Handle, HandleError, from_params
+from transfer.renewal import Renewals
+
+logger = logging.getLogger(f"vllm.{__name__}")
+
+HANDSHAKE_BYTES_MAX = 4096
+"""Longest request that is read from the handshake socket."""
+
+
+class PythiaConnector(stock.NixlPullConnector):  # type: ignore[misc]
+    """vLLM's pull connector with our scheduler and worker halves."""
+
+    def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
+        # The grandparent's constructor: the parent's would build the stock halves first,
+        # and a NIXL agent with them.
+        with _kv_both_is_meant():
+            stock.NixlBaseConnector.__init__(self, vllm_config, role, kv_cache_config)
+        if role == KVConnectorRole.SCHEDULER:
+            self.connector_scheduler = PythiaScheduler(vllm_config, self.engine_id, kv_cache_config)
+        else:
+            self.connector_worker = PythiaWorker(vllm_config, self.engine_id, kv_cache_config)
+
+
+class PythiaScheduler(NixlPullConnectorScheduler):  # type: ignore[misc]
+    """The half beside vLLM's scheduler: what to pull, what to hold, what to release."""
+
+    def __init__(self, vllm_config: Any, engine_id: str, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, engine_id, kv_cache_config)
+        self._releases: set[str] = set()
+        groups = kv_cache_config.transfer_groups
+        self._groups = len(groups)
+        self._plain_attention = len(groups) == 1 and isinstance(
+            groups[0].kv_cache_spec, FullAttentionSpec
+        )
+
+    def on_new_request(self, request: Any) -> None:
+        """Check the request's parameters, once, before anything else looks at them."""
+        params = request.kv_transfer_params
+        if not isinstance(params, dict):
+            if params is not None:
+                logger.warning("%s: kv_transfer_params is no dict, ignored", request.request_id)
+            request.kv_transfer_params = None
+        elif params.get("do_remote_prefill"):
+            self._check_pull(request, params)
+        else:
+            _drop_source(params)
+        super().on_new_request(request)
+
+    def _check_pull(self, request: Any, params: dict[str, Any]) -> None:
+        """Keep the pull if its handle can be used; else make it a local prefill."""
+        try:
+            handle = from_params({**params, "do_remote_decode": False})
+            if handle.remote_engine_id == self.engine_id:
+                # Our own blocks, given back: nobody else will read them.
+                self._releases.add(handle.remote_request_id)
+                _drop_source(params)
+                return
+            params["remote_block_ids"] = self._blocks_to_pull(request, handle)
+        except HandleError as error:
+            logger.warning("%s: prefilled locally: %s", request.request_id, error)
+            _drop_source(params)
+
+    def _blocks_to_pull(self, request: Any, handle: Handle) -> list[list[int]]:
+        """The handle's blocks up to the last token that may be pulled.
+
+        The worker matches its own missing blocks with the *last* ones of the handle, so
+        blocks beyond the prompt would shift every block before them. HandleError if the
+        blocks can't be this model's.
+        """
+        groups = handle.remote_block_ids
+        if len(groups) != self._groups:
+            raise HandleError(f"remote_block_ids has {len(groups)} groups, not {self._groups}")
+        wanted = self._get_remote_prefill_token_count(request.num_prompt_tokens)
+        if not self._plain_attention:
+            # Windows and states have no block per token; only whole handles fit.
+            if handle.remote_num_tokens < wanted:
+                raise HandleError(f"remote_num_tokens is {handle.remote_num_tokens}, not {wanted}")
+            return groups
+        tokens = min(handle.remote_num_tokens, wanted)
+        blocks = -(-tokens // self.block_size)
+        if len(groups[0]) < blocks:
+            raise HandleError(
+                f"remote_block_ids has {len(groups[0])} blocks for {tokens} tokens, not {blocks}"
+            )
+        return [groups[0][:blocks]]
+
+    def get_num_new_matched_tokens(
+        self, request: Any, num_computed_tokens: int
+    ) -> tuple[int, bool]:
+        """Tokens to pull beyond ``num_computed_tokens``, and whether they come later."""
+        params = request.kv_transfer_params
+        if not params or not params.get("do_remote_prefill"):
+            return 0, False
+        wanted = self._get_remote_prefill_token_count(request.num_prompt_tokens)
+        tokens = min(params["remote_num_tokens"], wanted) - num_computed_tokens
+        return (tokens, True) if tokens > 0 else (0, False)
+
+    def request_finished(self, request: Any, block_ids: Any) -> tuple[bool, dict[str, Any] | None]:
+        """Hold the blocks if that was asked for; say until when."""
+        params = request.kv_transfer_params
+        if params and not params.get("do_remote_decode") and not params.get("do_remote_prefill"):
+            # It has pulled, or never had to. The stock connector would hold its blocks for
+            # minutes, in case the conversation goes on elsewhere.
+            self._stop_heartbeat(request.request_id)
+            self._reqs_not_processed.add(request.request_id)
+            return False, None
+        held, handle = super().request_finished(request, block_ids)
+        if handle is not None:
+            handle["remote_blocks_expiry_time"] = self._reqs_need_send.get(request.request_id)
+        return held, handle
+
+    def build_connector_meta(self, scheduler_output: Any) -> Any:
+        """The stock orders to the worker half, and the blocks to release."""
+        metadata = super().build_connector_meta(scheduler_output)
+        metadata.releases = self._releases
+        self._releases = set()
+        return metadata
+
+    @staticmethod
+    def _nixl_handshake_listener(
+        encoded_data: dict[tuple[int, int], bytes],
+        ready_event: threading.Event,
+        stop_event: threading.Event,
+        host: str,
+        port: int,
+    ) -> None:
+        """Answer peers that ask for NIXL metadata; drop, and mention once, what is no question."""
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        socket = context.socket(zmq.ROUTER)
+        socket.linger = 0
+        socket.ipv6 = ":" in host
+        socket.maxmsgsize = HANDSHAKE_BYTES_MAX
+        socket.bind(make_zmq_path("tcp", host, port))
+        ready_event.set()
+        warned = False
+        while not stop_event.is_set():
+            if not socket.poll(1000):
+                continue
+            frames = socket.recv_multipart()
+            answer = _handshake_answer(frames[1:], encoded_data)
+            if answer is not None:
+                with contextlib.suppress(zmq.ZMQError):  # the asker is gone
+                    socket.send_multipart([frames[0], *answer])
+            elif not warned:
+                warned = True
+                logger.warning("dropping frames on %s:%d that ask for nothing we have", host, port)
+        context.destroy(linger=0)
+
+
+class PythiaWorker(NixlPullConnectorWorker):  # type: ignore[misc]
+    """The half beside the model: reads blocks, keeps leases, never trusts a late read."""
+
+    def __init__(self, vllm_config: Any, engine_id: str, kv_cache_config: Any) -> None:
+        extra = vllm_config.kv_transfer_config.kv_connector_extra_config
+        cores = os.sched_getaffinity(0)
+        with _progress_delay(extra.get("nixl_progress_delay_us", 0)):
+            super().__init__(vllm_config, engine_id, kv_cache_config)
+        # On CPU the stock constructor moves the engine's main thread to the last core of
+        # the machine, where it would meet every other engine.
+        os.sched_setaffinity(0, cores)
+        self._renewals = Renewals(
+            lease_s=float(self._lease_extension), margin_s=self._lease_extension / 4
+        )
+        self._released: set[str] = set()
+
+    def start_load_kv(self, metadata: Any) -> None:
+        """Carry out the scheduler half's orders for this step."""
+        super().start_load_kv(metadata)
+        for request in metadata.releases:
+            # Otherwise it has been read, has expired or was released before.
+            if self._reqs_to_send.pop(request, None) is not None:
+                self._reqs_to_process.discard(request)
+                self.consumer_notification_counts_by_req.pop(request, None)
+                self.expected_consumer_notifications_by_req.pop(request, None)
+                self._released.add(request)
+
+    def get_transfer_results(self) -> Any:
+        """What was read, and which held blocks may be freed."""
+        results = super().get_transfer_results()
+        results.finished_sending.update(self._released)
+        self._released.clear()
+        return results
+
+    def _send_heartbeats(self, metadata: Any) -> None:
+        reached = {
+            engine: info.req_ids
+            for engine, info in metadata.heartbeat_by_engine.items()
+            if engine in self._remote_agents
+        }
+        now_s = time.perf_counter()
+        super()._send_heartbeats(metadata)
+        for engine, requests in reached.items():
+            self._renewals.renewed(engine, requests, now_s)
+
+    def _is_turn2_read_expired(self, meta: Any) -> bool:
+        """Whether the lease on what is to be read is over, or may be by now."""
+        remote = meta.remote
+        if remote.blocks_expiry_time is None or not any(meta.local_block_ids):
+            return False
+        offset_s = self._engine_clock_offset.get(remote.engine_id)
+        return offset_s is None or not self._renewals.holds(
+            remote.engine_id,
+            remote.request_id,
+            remote.blocks_expiry_time - offset_s,
+            time.perf_counter(),
+        )
+
+    def _pop_done_transfers(self, transfers: Any) -> tuple[set[str], set[str]]:
+        done, failed = super()._pop_done_transfers(transfers)
+        for request in done - failed:
+            meta = self._recving_metadata.get(request)
+            if meta is not None and self._is_turn2_read_expired(meta):
+                logger.warning("%s: read ended after its lease, computed here", request)
+                self.xfer_stats.record_kv_expired_req()
+                failed.add(request)
+        return done, failed
+
+    def _read_blocks_for_req(self, req_id: str, meta: Any) -> None:
+        reason = self._unreadable(meta)
+        if reason is None:
+            super()._read_blocks_for_req(req_id, meta)
+            return
+        logger.warning("%s: read declined: %s", req_id, reason)
+        self._handle_failed_transfer(
+            req_id, None, self._recv_failures, record_failed_transfer=False
+        )
+
+    def _unreadable(self, meta: Any) -> str | None:
+        """Why the blocks can't be the source's, as far as its handshake tells."""
+        blocks = self.dst_num_blocks.get(meta.remote.engine_id)
+        if blocks is None:
+            return None
+        info = self.transfer_topo.get_engine_info(meta.remote.engine_id)
+        blocks //= info.remote_physical_blocks_per_logical
+        if any(block >= blocks for group in meta.remote.block_ids for block in group):
+            return f"names a block beyond the {blocks} of {meta.remote.engine_id}"
+        return None
+
+
+def _drop_source(params: dict[str, Any]) -> None:
+    """Take everything out of ``params`` that points to another engine."""
+    params["do_remote_prefill"] = False
+    for name in [name for name in params if str(name).startswith("remote_")]:
+        del params[name]
+
+
+def _handshake_answer(
+    frames: list[bytes], encoded_data: dict[tuple[int, int], bytes]
+) -> list[bytes] | None:
+    """Reply to one question of a REQ socket, or None if it is none of ours."""
+    if len(frames) != 2 or frames[0]:
+        return None
+    try:
+        word, stage, rank = msgspec.msgpack.decode(frames[1], type=tuple[bytes, int, int])
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return None
+    payload = encoded_data.get((stage, rank))
+    if word != GET_META_MSG or payload is None:
+        return None
+    # The reader works out the clocks' difference from our time.
+    return [b"", payload, msgspec.msgpack.encode(time.perf_counter())]
+
+
+@contextlib.contextmanager
+def _progress_delay(delay_us: int) -> Iterator[None]:
+    """NIXL agents made inside sleep ``delay_us`` between two looks for progress.
+
+    NIXL's Python wrapper sets 0 without asking, which keeps one core busy per agent.
+    """
+    config = nixl_api.nixlBind.nixlAgentConfig
+
+    def set_field(self: Any, name: str, value: object) -> None:
+        config.__setattr__(self, name, delay_us if name == "pthrDelay" else value)
+
+    nixl_api.nixlBind.nixlAgentConfig = type("Config", (config,), {"__setattr__": set_field})
+    try:
+        yield
+    finally:
+        nixl_api.nixlBind.nixlAgentConfig = config
+
+
+@contextlib.contextmanager
+def _kv_both_is_meant() -> Iterator[None]:
+    """Leave out vLLM's advice against engines that both hold and read KV: ours must."""
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return "kv_role='kv_both'" not in str(record.msg)
+
+    log = logging.getLogger(stock.__name__)
+    log.addFilter(wanted)
+    try:
+        yield
+    finally:
+        log.removeFilter(wanted)

@@ -1,0 +1,95 @@
+"""How an engine's KV transfer is set up: the one place that knows the option names.
+
+Pure: it builds dictionaries for vLLM's ``KVTransferConfig`` and for the environment of an
+engine process. It does not import vLLM, read the environment or count cores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+LEASE_S = 30
+"""Default time a prefill engine holds blocks for a reader that has not spoken up."""
+LEASE_S_MIN = 6
+"""Engines renew leases every sixth of them, in whole seconds."""
+PROGRESS_DELAY_US = 500
+"""Sleep between two looks of NIXL's progress thread where cores are short."""
+FREE_CORES_TO_POLL = 2
+"""Cores to spare per engine from which its NIXL progress thread may poll without sleep."""
+
+
+def progress_delay_us(free_cores: int) -> int:
+    """Microseconds that NIXL's progress thread sleeps between two looks; 0 is busy polling.
+
+    ``free_cores``: cores per engine of this machine that nothing else needs. Polling takes
+    one of them whole, so it is done only when there is another one left.
+    """
+    return 0 if free_cores >= FREE_CORES_TO_POLL else PROGRESS_DELAY_US
+
+
+def heartbeat_s(lease_s: int) -> int:
+    """How often a decode engine renews the leases of what it has been given."""
+    return lease_s // 6
+
+
+def dispatch_margin_s(lease_s: int) -> float:
+    """What must be left of a lease when its handle is sent to a decode worker.
+
+    Covers the way there, a first handshake (up to 5 s) and the first renewal.
+    """
+    return lease_s / 3
+
+
+def kv_transfer_config(
+    engine_id: str,
+    *,
+    lease_s: int = LEASE_S,
+    nixl_progress_delay_us: int = PROGRESS_DELAY_US,
+    nixl_threads: int = 0,
+    backends: Sequence[str] = ("UCX",),
+    extra: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Arguments of vLLM's ``KVTransferConfig`` for one engine of the cluster.
+
+    ``engine_id`` must differ between any two starts of any two engines. Every engine may
+    hold and read KV, so a worker changes its role without a restart. A failed read is
+    recomputed locally. ``extra`` is for settings of other NIXL backends. ValueError for a
+    lease that is too short to be renewed or a negative delay.
+    """
+    if lease_s < LEASE_S_MIN:
+        raise ValueError(f"lease_s is {lease_s}, must be at least {LEASE_S_MIN}")
+    if nixl_progress_delay_us < 0:
+        raise ValueError(f"nixl_progress_delay_us is {nixl_progress_delay_us}, can't be negative")
+    return {
+        "kv_connector": "PythiaConnector",
+        "kv_connector_module_path": "transfer.connector",
+        "kv_role": "kv_both",
+        "engine_id": engine_id,
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {
+            **(extra or {}),
+            "backends": list(backends),
+            "bidirectional_kv_xfer": True,
+            "kv_lease_duration": lease_s,
+            "nixl_progress_delay_us": nixl_progress_delay_us,
+            "num_threads": nixl_threads,
+        },
+    }
+
+
+def transfer_environment(host: str, port: int, *, loopback: bool = False) -> dict[str, str]:
+    """Environment an engine process needs for KV transfer.
+
+    ``host`` and ``port`` are where peers ask for its NIXL metadata; ``host`` must be
+    routable for all of them. ``loopback``: all peers are on this machine and without a
+    GPU, so UCX needs to look at nothing but memory and the loopback device.
+    """
+    environment = {
+        "VLLM_NIXL_SIDE_CHANNEL_HOST": host,
+        "VLLM_NIXL_SIDE_CHANNEL_PORT": str(port),
+        "UCX_RCACHE_MAX_UNRELEASED": "1024",
+    }
+    if loopback:
+        environment["UCX_TLS"] = "tcp,shm,self,cma"
+    return environment
