@@ -70,7 +70,7 @@ bench: model
 	@mkdir -p run
 	@for name in $(BENCHMARKS); do \
 	  echo "bench $$name"; \
-	  $(RUN)/pythia bench $$name $(BENCH_ARGUMENTS) --json run/bench-$$name.json || exit 1; \
+	  $(RUN)/pythia bench $$name $(MODEL_OPTION) $(BENCH_ARGUMENTS) --json run/bench-$$name.json || exit 1; \
 	done
 
 check: $(INSTALLED_DEVELOPMENT)

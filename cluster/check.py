@@ -14,10 +14,12 @@ from cluster.arguments import (
     api_argument_names,
     engine_argument_names,
 )
-from cluster.document import Document, Path, suggestion
+from cluster.document import Document, Path, dotted, suggestion
 from cluster.schema import ClusterConfig, WorkerEntry
 
 CPU_BLOCK_TOKENS = 32
+EVERYWHERE = ("0.0.0.0", "::")
+"""Addresses to listen on that nobody can connect to."""
 SAME_EVERYWHERE = ("block_size", "dtype", "kv_cache_dtype")
 """Engine arguments in which workers that exchange KV may not differ."""
 
@@ -25,13 +27,14 @@ SAME_EVERYWHERE = ("block_size", "dtype", "kv_cache_dtype")
 def engine_arguments(document: Document) -> None:
     """Names under ``engine`` (here and at each worker) and ``api.arguments``."""
     data = document.data if isinstance(document.data, dict) else {}
-    engine_names = engine_argument_names()
-    _names(document, data, ("engine",), engine_names, RESERVED_ENGINE_ARGUMENTS)
+    engine, api = engine_argument_names(), api_argument_names()
+    elsewhere = dict.fromkeys(api or (), "it is an option of the API server: see 'api.arguments'")
     workers = data.get("workers")
-    for index in range(len(workers) if isinstance(workers, list) else 0):
-        path = ("workers", index, "engine")
-        _names(document, data, path, engine_names, RESERVED_ENGINE_ARGUMENTS)
-    _names(document, data, ("api", "arguments"), api_argument_names(), RESERVED_API_ARGUMENTS)
+    indexes = range(len(workers) if isinstance(workers, list) else 0)
+    for path in [("engine",), *(("workers", index, "engine") for index in indexes)]:
+        _names(document, path, engine, RESERVED_ENGINE_ARGUMENTS, elsewhere)
+    elsewhere = dict.fromkeys(engine or (), "it is an argument of the engine: see 'engine'")
+    _names(document, ("api", "arguments"), api, RESERVED_API_ARGUMENTS, elsewhere)
 
 
 def cluster(document: Document, config: ClusterConfig) -> None:
@@ -45,24 +48,24 @@ def cluster(document: Document, config: ClusterConfig) -> None:
 
 def _names(
     document: Document,
-    data: Any,
     path: Path,
     known: frozenset[str] | None,
     reserved: Mapping[str, str],
+    elsewhere: Mapping[str, str],
 ) -> None:
+    data: Any = document.data
     for part in path:
         if isinstance(data, list) and isinstance(part, int):
             data = data[part]
         else:
             data = data.get(part) if isinstance(data, dict) else None
-    if not isinstance(data, dict):
-        return
-    for name in data:
+    for name in data if isinstance(data, dict) else ():
         if name in reserved:
             document.problem((*path, name), f"may not be set here: {reserved[name]}")
         elif known is not None and name not in known:
-            usable = known - reserved.keys()
-            document.problem((*path, name), f"vLLM has no such argument{suggestion(name, usable)}")
+            hint = suggestion(name, known - reserved.keys())
+            what = elsewhere.get(name, f"vLLM has no such argument{hint}")
+            document.problem((*path, name), what)
 
 
 def _worker_names(document: Document, config: ClusterConfig) -> None:
@@ -75,6 +78,11 @@ def _worker_names(document: Document, config: ClusterConfig) -> None:
             )
         if entry.name == "coordinator":
             document.problem(("workers", index, "name"), "'coordinator' is not a worker's name")
+        if entry.host in EVERYWHERE:
+            document.problem(
+                ("workers", index, "host"),
+                f"must be an address that peers can connect to (got {entry.host!r})",
+            )
         first.setdefault(entry.name, index)
 
 
@@ -114,20 +122,17 @@ def _ports(document: Document, config: ClusterConfig) -> None:
         wanted.append((entry.host, entry.metrics_port, ("workers", index, "metrics_port")))
         if base:
             wanted.append((entry.host, base + index, ("network", "side_channel_port_base")))
+    wanted.sort(key=lambda each: document.has(each[2]))  # blame what was given, not a default
     taken: dict[int, list[tuple[str, Path]]] = {}
     for host, port, path in wanted:
         for other_host, other in taken.get(port, []) if port else []:
             if _overlap(host, other_host):
-                line = document.line(other)
-                document.problem(
-                    path, f"port {port} on {host} is already taken by the key on line {line}"
-                )
+                document.problem(path, f"port {port} on {host} is already that of {dotted(other)}")
         taken.setdefault(port, []).append((host, path))
 
 
 def _overlap(host: str, other: str) -> bool:
-    everywhere = ("0.0.0.0", "::")
-    return host == other or host in everywhere or other in everywhere
+    return host == other or host in EVERYWHERE or other in EVERYWHERE
 
 
 def _engines(document: Document, config: ClusterConfig) -> None:

@@ -37,11 +37,14 @@ class Commands(typer.core.TyperGroup):
         """Runs the command that was named."""
         try:
             return super().invoke(ctx)
+        except typer.Exit:
+            raise
         except Exception as error:
             code = _exit_code(error)
             if code is None:
                 raise
-            typer.echo(f"pythia: {error}", err=True)
+            # Those of a file begin with its name and line, as compilers' do.
+            typer.echo(str(error) if code == REFUSED else f"pythia: {error}", err=True)
             raise typer.Exit(code) from error
 
 
@@ -72,13 +75,22 @@ def main() -> None:
     app()
 
 
-@app.callback()
-def _options(
-    version: Annotated[bool, typer.Option("--version", help="Show the versions.")] = False,
-) -> None:
-    if version:
+def _show_versions(wanted: bool) -> None:
+    if wanted:
         typer.echo(_versions())
         raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_show_versions, help="Show the versions."
+        ),
+    ] = False,
+) -> None:
+    """Options that come before any command."""
 
 
 @app.command()
@@ -107,11 +119,11 @@ def up(
     console = Console()
     if not detach:
         raise typer.Exit(supervise.up(config, console))
-    arguments = [str(file)] if file else []
+    command = [sys.executable, "-m", "cluster", "up", *([str(file)] if file else [])]
     options = {"--model": model, "--api-port": api_port, "--coordinator-port": coordinator_port}
-    for name, value in options.items():
-        arguments += [name, str(value)] if value is not None else []
-    raise typer.Exit(supervise.up_detached(config, arguments, console))
+    for option, value in options.items():
+        command += [option, str(value)] if value is not None else []
+    raise typer.Exit(supervise.up_detached(config.name, command, console))
 
 
 @app.command()
@@ -163,6 +175,7 @@ def coordinator(
     coordinator_port: PortOption = None,
 ) -> None:
     """Run the coordinator of a cluster: the core and its API processes."""
+    from cluster import reaper
     from cluster.config import coordinator_config, load
     from cluster.launch import with_free_ports
     from cluster.model import resolve
@@ -174,6 +187,7 @@ def coordinator(
             config, api=msgspec.structs.replace(config.api, servers=api_servers)
         )
     config = with_free_ports(config)
+    reaper.protect_group()  # API processes would outlive a coordinator that is killed
     raise typer.Exit(server.main(coordinator_config(config, resolve(config.model))))
 
 
@@ -204,7 +218,9 @@ def worker(
     }
     given = {key: value for key, value in changes.items() if value is not None}
     cluster = _cluster(config, model, gpus=1 if given.get("devices") else 0)
-    cluster = joined(cluster, _entry(cluster, given, is_new=config is None), coordinator)
+    if config is None:
+        cluster = msgspec.structs.replace(cluster, workers=[])
+    cluster = joined(cluster, _entry(cluster, given), coordinator)
     raise typer.Exit(serve(worker_config(cluster, name, resolve(cluster.model))))
 
 
@@ -276,13 +292,13 @@ def _with_ports(
     return msgspec.structs.replace(config, api=api, coordinator=core)
 
 
-def _entry(cluster: ClusterConfig, given: dict[str, Any], is_new: bool) -> WorkerEntry:
+def _entry(cluster: ClusterConfig, given: dict[str, Any]) -> WorkerEntry:
     """The worker of a command line: the file's one with changes, or a new one."""
     from cluster.schema import ConfigError, WorkerEntry
 
-    known = [] if is_new else [e for e in cluster.workers if e.name == given["name"]]
+    known = [entry for entry in cluster.workers if entry.name == given["name"]]
     if not known and "role" not in given:
-        raise ConfigError([f"no worker {given['name']!r} in the file: --role is needed"])
+        raise ConfigError([f"no file says what worker {given['name']!r} does: give --role"])
     fields = msgspec.structs.asdict(known[0]) | given if known else given
     try:
         return msgspec.convert(fields, WorkerEntry)
@@ -321,7 +337,3 @@ def _versions() -> str:
             break
         lines.append(f"{label} {found}")
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    sys.exit("use 'python -m cluster'")

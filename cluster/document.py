@@ -125,6 +125,10 @@ class Document:
         """Everything reported, in the order of lines, as ``name:line: key: what``."""
         return [f"{self.name}:{problem.line}: {problem.text}" for problem in sorted(self._problems)]
 
+    def has(self, path: Path) -> bool:
+        """True if the text has a key at ``path``."""
+        return path in self._lines
+
     def line(self, path: Path) -> int:
         """Line of the key at ``path``, or of the nearest key around it."""
         while path not in self._lines:
@@ -270,25 +274,27 @@ def _check_leaf(document: Document, data: Any, kind: Any, path: Path) -> Any:
     try:
         return msgspec.convert(data, kind)
     except msgspec.ValidationError as error:
-        document.problem(path, f"{_explained(error, data, kind)} (got {_shown(data)})")
+        wanted, hint = _explained(error, data, kind)
+        document.problem(path, f"must be {wanted} (got {_shown(data)}{hint})")
         return None
 
 
-def _explained(error: msgspec.ValidationError, data: Any, kind: Any) -> str:
-    """msgspec's message in words a person would use."""
+def _explained(error: msgspec.ValidationError, data: Any, kind: Any) -> tuple[str, str]:
+    """msgspec's message in words a person would use, and a hint."""
     base = get_args(kind)[0] if get_origin(kind) is Annotated else kind
     if get_origin(base) is Literal:
         choices = [str(choice) for choice in get_args(base)]
-        return f"must be one of {', '.join(choices)}{suggestion(str(data), choices)}"
+        return f"one of {', '.join(choices)}", suggestion(str(data), choices)
     text = str(error).partition(" - at ")[0]
     if "matching regex" in text:
-        return f"must be {_description(kind)}"
-    text = text.partition(", got ")[0].removeprefix("Expected ")
-    found = re.match(r"`([^`]*)`(.*)", text)
+        return _description(kind), ""
+    found = re.match(r"Expected `([^`]*)`(.*?)(, got .*)?$", text)
     if found is None:
-        return text
-    words = " or ".join(_TYPE_WORDS.get(name, name) for name in found[1].split(" | "))
-    return f"must be {words}{found[2]}"
+        return f"something else: {text}", ""
+    names = found[1].split(" | ")
+    if "float" in names and "int" in names:
+        names.remove("int")
+    return " or ".join(_TYPE_WORDS[name] for name in names) + found[2], ""
 
 
 def _description(kind: Any) -> str:

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from typing import Any
 
 from vllm.config import KVTransferConfig, VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.platforms import current_platform
+from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.output_processor import OutputProcessor, OutputProcessorOutput
@@ -129,9 +132,15 @@ class WorkerEngine(AsyncLLM):
 def start_engine(arguments: dict[str, Any]) -> WorkerEngine:
     """Load the model and start the engine; blocks until it is ready."""
     transfer = KVTransferConfig(**arguments["kv_transfer_config"])
-    engine = WorkerEngine.from_engine_args(
-        AsyncEngineArgs(**{**arguments, "kv_transfer_config": transfer})
+    config = AsyncEngineArgs(**{**arguments, "kv_transfer_config": transfer}).create_engine_config(
+        UsageContext.ENGINE_CONTEXT
     )
+    if current_platform.is_cpu() and config.parallel_config.distributed_executor_backend == "uni":
+        # On CPU vLLM asks for a fresh interpreter, which imports all of it a second time.
+        # Nothing has run in this process yet that a fork could break; forking halves the
+        # time and the CPU that an engine needs to start.
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+    engine = WorkerEngine.from_vllm_config(config)
     assert isinstance(engine, WorkerEngine)
     return engine
 

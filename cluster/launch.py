@@ -8,6 +8,7 @@ starts nothing on other hosts and restarts nothing.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import os
 import sys
@@ -79,6 +80,7 @@ class LocalCluster:
         self._command_of = command_of
         self._children: list[Child] = []
         self._phases: dict[str, tuple[str, float]] = {}
+        self._seen: Snapshot | None = None
 
     @property
     def base_url(self) -> str:
@@ -192,10 +194,10 @@ class LocalCluster:
             time.sleep(POLL_S)
 
     def _rows(self, started_s: float) -> list[Row]:
-        try:
-            snapshot: Snapshot | None = inspect(self.control_address, POLL_S)
-        except Unreachable:
-            snapshot = None
+        with contextlib.suppress(Unreachable):
+            # Once it has spoken it will again; on a busy machine that may take a while.
+            self._seen = inspect(self.control_address, ANSWER_S if self._seen else POLL_S)
+        snapshot = self._seen
         workers = {row.worker: row for row in snapshot.workers} if snapshot else {}
         now_s = time.monotonic()
         rows = []

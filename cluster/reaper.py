@@ -31,8 +31,10 @@ def protect_group() -> int:
         stdout=subprocess.DEVNULL,
     )
     os.close(reading)
-    # A forked child would keep the pipe open, and with it the helper waiting, for ever.
-    os.register_at_fork(after_in_child=lambda: os.close(writing))
+    # A forked child would keep the pipe open, and with it the helper waiting, for ever. Its
+    # own children inherit the emptied list: there the number may be another file's.
+    inherited = [writing]
+    os.register_at_fork(after_in_child=lambda: os.close(inherited.pop()) if inherited else None)
     return group
 
 

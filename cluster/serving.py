@@ -23,12 +23,13 @@ from prometheus_client import start_http_server
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest
+from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from cluster.config import WorkerConfig
 from cluster.engine import WorkerEngine, engine_facts
 from coordinator import protocol
-from coordinator.link import ControlLink, GarbageCounter, make_socket, post
+from coordinator.link import BAD_FRAME, BadBody, ControlLink, GarbageCounter, make_socket, post
 from coordinator.protocol import engine_request_id
 from decode.worker import decode_request, discard_request
 from prefill.worker import prefill_request, prefill_result
@@ -38,6 +39,8 @@ from transfer.lease import Spent
 logger = logging.getLogger("pythia.worker")
 
 ENGINE_WATCH_S = 0.5
+OWED_S = 60.0
+OWED_MAX = 65536
 PROBE_TOKEN_IDS = range(3, 250)
 UTILITIES = frozenset(
     {"add_lora", "remove_lora", "list_loras", "pin_lora", "reset_prefix_cache", "reset_mm_cache"}
@@ -60,6 +63,13 @@ class Job(msgspec.Struct, gc=False):
     probe: int = 0
 
 
+class Owed(msgspec.Struct, frozen=True):
+    """Bad news for an API process whose queue was full."""
+
+    failed: protocol.CallFailed
+    since_s: float
+
+
 class Worker:
     """The sockets around an engine, and the table of what the engine is working on."""
 
@@ -69,6 +79,7 @@ class Worker:
         self.config = config
         self.incarnation = uuid.uuid4().hex
         self.jobs: dict[str, Job] = {}
+        self.owed: dict[tuple[bytes, str, int], Owed] = {}
         self.garbage = GarbageCounter("an API process")
         self.stopping = asyncio.Event()
         self.exit_code = 0
@@ -210,38 +221,49 @@ class Worker:
                 continue
             try:
                 message = protocol.decode_api_to_worker(frames[1].buffer)
-                await self._on_api(api, message, frames[2:])
-            except (msgspec.MsgspecError, IndexError) as error:
+                body = self._decode_body(message, frames[2:])
+            except (*BAD_FRAME, BadBody) as error:
                 self.garbage.add(error)
+            else:
+                await self._on_api(api, message, body)
+            # What has arrived is had without waiting: the engine's outputs must get their turn.
+            await asyncio.sleep(0)
 
-    async def _on_api(self, api: bytes, message: protocol.ApiToWorker, frames: list[Any]) -> None:
+    def _decode_body(self, message: protocol.ApiToWorker, frames: list[Any]) -> Any:
+        """What vLLM encoded behind an API process's message. BadBody if it did not."""
+        try:
+            match message:
+                case protocol.Prefill() | protocol.Decode():
+                    request: EngineCoreRequest = self.request_decoder.decode(frames)
+                    if request.sampling_params is None or not request.prompt_token_ids:
+                        raise BadBody("a request without prompt tokens or sampling parameters")
+                    return request
+                case protocol.Utility():
+                    return self.argument_decoder.decode(frames)
+                case _:
+                    return None
+        except Exception as error:  # whatever vLLM's decoder trips over
+            raise BadBody(f"{type(error).__name__}: {error}") from error
+
+    async def _on_api(self, api: bytes, message: protocol.ApiToWorker, body: Any) -> None:
         match message:
             case protocol.Prefill():
                 if self._is_current(api, message):
-                    await self._prefill(api, message, self._decode_request(frames))
+                    await self._prefill(api, message, body)
             case protocol.Decode():
                 if self._is_current(api, message):
-                    await self._decode(api, message, self._decode_request(frames))
+                    await self._decode(api, message, body)
             case protocol.Abort():
                 await self._abort(
                     [engine_request_id(request, attempt) for request, attempt in message.calls]
                 )
             case protocol.Discard():
-                if self._is_current(api, message):
+                if message.incarnation == self.incarnation:
                     await self._discard(message)
             case protocol.Utility():
-                arguments = self.argument_decoder.decode(frames)
-                self._spawn(self._utility(api, message, arguments))
+                self._spawn(self._utility(api, message, body))
 
-    def _decode_request(self, frames: list[Any]) -> EngineCoreRequest:
-        request: EngineCoreRequest = self.request_decoder.decode(frames)
-        if request.sampling_params is None or not request.prompt_token_ids:
-            raise msgspec.ValidationError("a request without prompt tokens or sampling parameters")
-        return request
-
-    def _is_current(
-        self, api: bytes, message: protocol.Prefill | protocol.Decode | protocol.Discard
-    ) -> bool:
+    def _is_current(self, api: bytes, message: protocol.Prefill | protocol.Decode) -> bool:
         if message.incarnation == self.incarnation:
             return True
         reason = f"meant for incarnation {message.incarnation}"
@@ -252,7 +274,8 @@ class Worker:
         self, api: bytes, request: str, attempt: int, reason: str, retryable: bool = True
     ) -> None:
         failed = protocol.CallFailed(request, attempt, self.incarnation, reason, retryable)
-        post(self.data, [api, protocol.encode(failed)])
+        if not post(self.data, [api, protocol.encode(failed)]) and len(self.owed) < OWED_MAX:
+            self.owed[api, request, attempt] = Owed(failed, time.monotonic())
 
     async def _prefill(
         self, api: bytes, message: protocol.Prefill, request: EngineCoreRequest
@@ -271,6 +294,8 @@ class Worker:
         self, api: bytes, message: protocol.Decode, request: EngineCoreRequest
     ) -> None:
 
+        if engine_request_id(message.request, message.attempt) in self.jobs:
+            return  # sent twice: the first one is being worked on
         handle = None
         if message.handle:
             try:
@@ -298,7 +323,18 @@ class Worker:
             return  # sent twice: the first one is being worked on
         job.started_s = time.monotonic()
         self.jobs[request.request_id] = job
-        await self.engine.submit(request)
+        try:
+            await self.engine.submit(request)
+        except EngineDeadError:
+            raise
+        except Exception as error:
+            if not job.api:
+                raise
+            # One request that this engine can't take must not end all others.
+            logger.exception("%s could not be begun", request.request_id)
+            await self._abort([request.request_id])
+            reason = f"{type(error).__name__}: {error}"
+            self._fail(job.api, job.request, job.attempt, reason, retryable=False)
 
     async def _abort(self, engine_ids: list[str]) -> None:
         known = [engine_id for engine_id in engine_ids if self.jobs.pop(engine_id, None)]
@@ -360,9 +396,23 @@ class Worker:
             self._api_gone(api)
 
     def _api_gone(self, api: bytes) -> None:
-        orphans = [engine_id for engine_id, job in self.jobs.items() if job.api == api]
-        logger.warning("an API process is gone: aborting its %d calls", len(orphans))
-        self._spawn(self._abort(orphans))
+        """Nothing can be sent to an API process: what it would be sent next has a gap before it.
+
+        Its calls end here. Should it only have been slow, it is told so.
+        """
+        orphans = {engine_id: job for engine_id, job in self.jobs.items() if job.api == api}
+        logger.warning("an API process can't be reached: aborting its %d calls", len(orphans))
+        self._spawn(self._abort(list(orphans)))
+        for job in orphans.values():
+            self._fail(api, job.request, job.attempt, "the API process did not keep up")
+
+    def _pay(self) -> None:
+        """Tell API processes what they could not be told before, or forget it in the end."""
+        now_s = time.monotonic()
+        for key, owed in list(self.owed.items()):
+            sent = post(self.data, [key[0], protocol.encode(owed.failed)])
+            if sent or now_s - owed.since_s > OWED_S:
+                del self.owed[key]
 
     def _on_private(self, job: Job, output: EngineCoreOutput) -> None:
 
@@ -399,8 +449,9 @@ class Worker:
         self.link.send(probed)
 
     async def _watch_engine(self) -> None:
-        while not self.engine.errored:  # noqa: ASYNC110  (the engine has no event for it)
+        while not self.engine.errored:
             await asyncio.sleep(ENGINE_WATCH_S)
+            self._pay()
         raise RuntimeError("the engine died; its story is in the log above")
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:

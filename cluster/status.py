@@ -97,8 +97,10 @@ def _table() -> Table:
 
 
 def _headline(snapshot: Snapshot) -> Text:
+    # A prepared model goes by its folder, whose path says nothing to a person.
+    model = snapshot.model.rpartition("/")[2] if snapshot.model.startswith("/") else snapshot.model
     return Text.assemble(
-        (snapshot.model, "bold"), f", up {duration(snapshot.uptime_s)}, core {snapshot.core[:8]}"
+        (model, "bold"), f", up {duration(snapshot.uptime_s)}, core {snapshot.core[:8]}"
     )
 
 

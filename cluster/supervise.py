@@ -13,9 +13,8 @@ import fcntl
 import os
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import IO, Literal
@@ -24,7 +23,14 @@ import msgspec
 from rich.console import Console
 
 from cluster.child import STOP_S, child_environment
-from cluster.launch import COORDINATOR, LaunchError, LocalCluster, run_directory
+from cluster.launch import (
+    COORDINATOR,
+    CommandOf,
+    LaunchError,
+    LocalCluster,
+    process_command,
+    run_directory,
+)
 from cluster.process import ProcessIdentity, identify, is_running, kill_session
 from cluster.progress import progress_for
 from cluster.schema import ClusterConfig
@@ -97,10 +103,15 @@ def up(config: ClusterConfig, console: Console) -> int:
 
     LaunchError when it can't be started or stopped being of use.
     """
-    return run(config, console, lambda cluster: _stay(cluster, console))
+    return run(config, console, lambda cluster: stay(cluster, console))
 
 
-def run(config: ClusterConfig, console: Console, work: Callable[[LocalCluster], int]) -> int:
+def run(
+    config: ClusterConfig,
+    console: Console,
+    work: Callable[[LocalCluster], int],
+    command_of: CommandOf = process_command,
+) -> int:
     """Does ``work`` with a ready cluster, then stops it, whatever happened.
 
     Returns what ``work`` returned; after a signal 130, or 0 if the cluster was ready.
@@ -109,7 +120,7 @@ def run(config: ClusterConfig, console: Console, work: Callable[[LocalCluster], 
     directory = run_directory(config.name)
     ready = False
     with _claimed(directory, config.name), Signals() as signals:
-        cluster = LocalCluster(config, progress=progress_for(console))
+        cluster = LocalCluster(config, progress=progress_for(console), command_of=command_of)
         try:
             _write(directory, cluster, "starting")
             cluster.start()
@@ -126,15 +137,18 @@ def run(config: ClusterConfig, console: Console, work: Callable[[LocalCluster], 
             say(console, f"{config.name} is stopped")
 
 
-def up_detached(config: ClusterConfig, arguments: list[str], console: Console) -> int:
-    """Runs ``up`` with ``arguments`` in the background; returns its exit code, 0 once ready."""
-    directory = run_directory(config.name)
+def up_detached(name: str, command: Sequence[str], console: Console) -> int:
+    """Runs ``command``, which brings the cluster up, in the background.
+
+    Shows what it prints; returns 0 once the cluster is ready, else the command's exit code.
+    """
+    directory = run_directory(name)
     log_path = directory / OWNER_LOG_NAME
-    with _claimed(directory, config.name):
+    with _claimed(directory, name):
         log_path.write_bytes(b"")
     with log_path.open("ab") as log:
         owner = subprocess.Popen(
-            [sys.executable, "-m", "cluster", "up", *arguments],
+            command,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -249,7 +263,7 @@ def _relay(lines: IO[str], console: Console) -> None:
         say(console, line.rstrip("\n"))
 
 
-def _stay(cluster: LocalCluster, console: Console) -> int:
+def stay(cluster: LocalCluster, console: Console) -> int:
     """Returns never: a lost worker is reported, a useless cluster is a LaunchError."""
     name = cluster.config.name
     say(console, f"{name} is ready: {cluster.base_url}/v1 serves {cluster.config.served_name}")

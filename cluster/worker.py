@@ -14,6 +14,7 @@ import uvloop
 from cluster import reaper
 from cluster.config import WorkerConfig
 from cluster.process import announce
+from coordinator.link import refuse_pickle
 
 logger = logging.getLogger("pythia.worker")
 
@@ -25,6 +26,7 @@ def main(config: WorkerConfig) -> int:
     reaper.protect_group()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     os.environ.update(config.process_environment())
+    refuse_pickle(os.environ)
     announce("importing vLLM")
     from cluster.engine import start_engine
     from cluster.serving import serve

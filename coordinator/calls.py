@@ -57,6 +57,12 @@ OUTCOME_PHASES = {
 }
 """Every other outcome is FINISHED."""
 
+REGISTRATION_GRACE_BEATS = 2
+"""How long after its registration an API process is not told that a call is unknown."""
+
+CHECKS_MAX = 3
+"""How often the API process is asked within ``check_s`` before a call is given up."""
+
 PHASE_ORDER = {
     CallPhase.PREFILLING: 0,
     CallPhase.LOADING: 1,
@@ -103,10 +109,10 @@ class Calls:
         """A call asks for a plan; asked again, it gets the same answer."""
         call = api.calls.get(message.request)
         if call is not None:
-            if message.attempt > call.attempt or not call.planned:
-                self._stale(call, message.attempt)
+            if message.attempt > call.attempt or not call.plan_unseen:
+                self._stale(call, message.attempt, now_s)
             else:
-                self._resend_plan(call)
+                self._resend_plan(call, now_s)
             return
         ended = self.recent.get((api.name, message.request))
         if ended is not None and message.attempt <= ended.attempt:
@@ -121,7 +127,7 @@ class Calls:
 
     def prefilled(self, api: Api, message: Prefilled, now_s: float) -> None:
         """The prompt is computed; the decode worker has it from now on."""
-        call = self._current(api, message)
+        call = self._current(api, message, now_s)
         if call is not None:
             if call.phase is CallPhase.PREFILLING:
                 self._to_loading(call, now_s, "prefilled")
@@ -130,7 +136,7 @@ class Calls:
 
     def started(self, api: Api, message: Started, now_s: float) -> None:
         """The first token came."""
-        call = self._current(api, message)
+        call = self._current(api, message, now_s)
         if call is not None:
             if call.planned:
                 self._to_decoding(call, now_s, "started")
@@ -143,7 +149,7 @@ class Calls:
         With an older attempt it changes nothing, but shows that the API process may not
         know the current attempt at all: it is asked.
         """
-        call = self._current(api, message)
+        call = self._current(api, message, now_s)
         if call is None:
             doubtful = api.calls.get(message.request)
             if doubtful is not None and message.attempt < doubtful.attempt:
@@ -160,7 +166,7 @@ class Calls:
         """An attempt failed through no fault of the client: another plan, or the end."""
         call = api.calls.get(message.request)
         if call is None:
-            self._failed_unknown(api, message)
+            self._failed_unknown(api, message, now_s)
             return
         if message.attempt > call.attempt:
             self._state.counters["messages_stale"] += 1
@@ -170,7 +176,7 @@ class Calls:
         grown = min(grown, max(0, call.submit.max_output_tokens))
         if message.attempt < call.attempt or call.phase is CallPhase.QUEUED:
             call.generated_tokens = grown
-            self._stale(call, message.attempt)
+            self._stale(call, message.attempt, now_s)
             return
         blamed = self._blame(call, message.worker)
         if blamed is not None and self._state.workers.get(blamed.name) is blamed:
@@ -181,14 +187,14 @@ class Calls:
 
     def checked(self, api: Api, message: Checked, now_s: float) -> None:
         """Where the API process says that a call stands."""
-        call = self._current(api, message)
+        call = self._current(api, message, now_s)
         if call is None:
             return
         if message.phase == "gone":
             self._end(call, CallPhase.GONE, now_s, "the API process does not know it")
         elif call.phase is CallPhase.RESUMING:
             if call.overdue:
-                call.overdue = False
+                call.overdue = 0
                 self._set_due(call, now_s + self._state.limits.check_s)
         elif call.phase is not CallPhase.QUEUED:
             self._catch_up(call, CHECKED_PHASES[message.phase], now_s)
@@ -201,7 +207,7 @@ class Calls:
             if call.phase is CallPhase.DECODING:
                 self._release(call)
                 call.move(CallPhase.RESUMING, now_s, f"decode worker {worker.name} lost")
-                call.overdue = False
+                call.overdue = 0
                 self._set_due(call, now_s + self._state.limits.check_s)
             else:
                 self._replan(call, now_s, f"decode worker {worker.name} lost")
@@ -223,12 +229,14 @@ class Calls:
             self._refuse(call, 504, "the call is over its deadline", now_s)
         elif call.phase is CallPhase.QUEUED:
             self._refuse(call, 503, "no room within the longest wait", now_s)
-        elif call.overdue:
-            self._end(call, CallPhase.GONE, now_s, "the API process does not answer")
-        else:
-            call.overdue = True
+        elif call.overdue < CHECKS_MAX:
+            call.overdue += 1
             self._ask(call)
-            self._set_due(call, now_s + self._state.limits.check_s)
+            self._set_due(call, now_s + self._state.limits.check_s / CHECKS_MAX)
+        else:
+            why = "the API process does not answer"
+            self._state.send(call.api.peer, Stop(call.request, call.attempt, 503, why))
+            self._end(call, CallPhase.GONE, now_s, why)
 
     def dispatch(self, now_s: float) -> None:
         """Plan waiting calls in order until one has to wait on."""
@@ -249,25 +257,31 @@ class Calls:
 
     # --- asking, answering ------------------------------------------------------------
 
-    def _current(self, api: Api, message: Prefilled | Started | Finished | Checked) -> Call | None:
+    def _current(
+        self, api: Api, message: Prefilled | Started | Finished | Checked, now_s: float
+    ) -> Call | None:
         """The live call that a message is about, if it is about the current attempt."""
         call = api.calls.get(message.request)
         if call is None:
             self._state.counters["messages_unknown_call"] += 1
         elif message.attempt != call.attempt:
-            self._stale(call, message.attempt)
+            self._stale(call, message.attempt, now_s)
             call = None
         return call
 
-    def _stale(self, call: Call, attempt: int) -> None:
+    def _stale(self, call: Call, attempt: int, now_s: float) -> None:
         """A message about another attempt; an older one means that our plan was not seen."""
         self._state.counters["messages_stale"] += 1
-        if attempt < call.attempt and call.planned:
-            self._resend_plan(call)
+        if attempt < call.attempt and call.plan_unseen:
+            self._resend_plan(call, now_s)
 
-    def _resend_plan(self, call: Call) -> None:
+    def _resend_plan(self, call: Call, now_s: float) -> None:
         assert call.plan is not None
         self._state.send(call.api.peer, call.plan)
+        if call.overdue:
+            # It is alive but had no plan: the phase begins only now.
+            call.overdue = 0
+            self._set_due(call, now_s + self._phase_s(call))
 
     def _ask(self, call: Call) -> None:
         self._state.counters["checks_sent"] += 1
@@ -286,13 +300,19 @@ class Calls:
             answer = msgspec.structs.replace(ended.answer, attempt=attempt)
             self._state.send(api.peer, answer)
 
-    def _failed_unknown(self, api: Api, message: Failed) -> None:
-        """Nobody would ever answer the API process otherwise: its call must end."""
+    def _failed_unknown(self, api: Api, message: Failed, now_s: float) -> None:
+        """Nobody would ever answer the API process otherwise: its call must end.
+
+        Unless it has only just registered, with a core that restarted: then it is about
+        to submit the call anew, and repeats itself otherwise.
+        """
         ended = self.recent.get((api.name, message.request))
         if ended is not None and message.attempt <= ended.attempt:
             self._answer_again(api, ended, message.attempt)
             return
         self._state.counters["messages_unknown_call"] += 1
+        if now_s - api.registered_s < REGISTRATION_GRACE_BEATS * self._state.limits.beat_s:
+            return
         reason = "the core does not know this call"
         self._state.send(api.peer, Stop(message.request, message.attempt, 503, reason))
 
@@ -405,18 +425,17 @@ class Calls:
             prefill=Placed(prefill.name, prefill.incarnation) if prefill else None,
             reason=choice.reason,
         )
-        call.overdue = False
+        call.overdue = 0
         if call.submit.group:
             group = self.groups[call.api.name, call.submit.group]
             group.worker = group.worker or decode.name
         if prefill is None:
             state.counters["plans_local"] += 1
             call.move(CallPhase.LOADING, now_s, choice.reason)
-            self._set_due(call, now_s + state.limits.first_token_s)
         else:
             state.counters["plans_remote"] += 1
             call.move(CallPhase.PREFILLING, now_s, choice.reason)
-            self._set_due(call, now_s + state.limits.prefill_s)
+        self._set_due(call, now_s + self._phase_s(call))
         state.send(call.api.peer, call.plan)
 
     def _to_loading(self, call: Call, now_s: float, why: str) -> None:
@@ -424,8 +443,8 @@ class Calls:
         self._computed(call)
         self._index.stored(call.prefill.name, call.submit.block_hashes)
         call.move(CallPhase.LOADING, now_s, why)
-        call.overdue = False
-        self._set_due(call, now_s + self._state.limits.first_token_s)
+        call.overdue = 0
+        self._set_due(call, now_s + self._phase_s(call))
         self._state.room_changed = True
 
     def _to_decoding(self, call: Call, now_s: float, why: str) -> None:
@@ -436,8 +455,8 @@ class Calls:
         self._release_prefill(call)
         self._index.stored(call.decode.name, call.submit.block_hashes)
         call.move(CallPhase.DECODING, now_s, why)
-        call.overdue = False
-        self._set_due(call, now_s + self._state.limits.decode_check_s)
+        call.overdue = 0
+        self._set_due(call, now_s + self._phase_s(call))
 
     def _catch_up(self, call: Call, phase: CallPhase, now_s: float) -> None:
         """The API process knows better where a call stands, or agrees that it is stuck."""
@@ -447,8 +466,8 @@ class Calls:
         elif not call.overdue:
             self._state.counters["messages_stale"] += 1
         elif call.phase is CallPhase.DECODING:
-            call.overdue = False
-            self._set_due(call, now_s + self._state.limits.decode_check_s)
+            call.overdue = 0
+            self._set_due(call, now_s + self._phase_s(call))
         else:
             stuck = call.prefill if call.phase is CallPhase.PREFILLING else call.decode
             assert stuck is not None
@@ -471,7 +490,7 @@ class Calls:
         self._release(call)
         call.move(CallPhase.QUEUED, now_s, why)
         call.attempt += 1
-        call.overdue = False
+        call.overdue = 0
         self._state.counters["replans"] += 1
         self._wait(call, now_s)
 
@@ -536,6 +555,15 @@ class Calls:
             del self.groups[key]
 
     # --- accounts -----------------------------------------------------------------------
+
+    def _phase_s(self, call: Call) -> float:
+        """How long a planned call may stay in its phase."""
+        limits = self._state.limits
+        if call.phase is CallPhase.PREFILLING:
+            return limits.prefill_s
+        if call.phase is CallPhase.LOADING:
+            return limits.first_token_s
+        return limits.decode_check_s
 
     def _set_due(self, call: Call, due_s: float) -> None:
         self._state.deadlines.set(call.deadline_key, min(due_s, call.deadline_s))

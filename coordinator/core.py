@@ -16,6 +16,7 @@ Soft state only: after a restart peers are told ``Unknown`` and introduce themse
 from __future__ import annotations
 
 import itertools
+import zlib
 from collections import OrderedDict
 
 from coordinator.calls import Calls, worker_up
@@ -58,6 +59,9 @@ SUSPECT_BEATS = 2
 
 LIVE_CALLS_SHOWN = 256
 
+PROBE_BITS = 20
+"""Room for the probes of one core between those of two cores."""
+
 
 class Core:
     """One cluster's coordinator."""
@@ -81,7 +85,7 @@ class Core:
         self._started_s: float | None = None
         self._state = State(limits)
         self._index = KvIndex()
-        self._pairs = Pairs(self._state)
+        self._pairs = Pairs(self._state, zlib.crc32(core_id.encode()) << PROBE_BITS)
         self._calls = Calls(self._state, self._index, placement)
         self._latest: OrderedDict[str, str] = OrderedDict()
         """The last registered incarnation per worker name."""
@@ -364,7 +368,7 @@ class Core:
             return
         api = state.apis.get(name)
         if api is None:
-            api = state.apis[name] = Api(name, peer, now_s)
+            api = state.apis[name] = Api(name, peer, now_s, now_s)
             state.counters["apis_registered"] += 1
             state.deadlines.set(("api", name), self._api_lost_s(api))
         api.peer, api.last_heard_s = peer, now_s

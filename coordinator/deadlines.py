@@ -25,6 +25,10 @@ class Deadlines:
     def __len__(self) -> int:
         return len(self._due_s)
 
+    def entries(self) -> int:
+        """Heap entries, those left behind included."""
+        return len(self._heap)
+
     def set(self, key: Key, due_s: float) -> None:
         """Give ``key`` this deadline in place of the one that it had."""
         if self._due_s.get(key) == due_s:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, TypeVar, cast
 
 import msgspec
@@ -25,7 +25,21 @@ HEARTBEAT_TIMEOUT_MS = 10_000
 SEND_QUEUE_MESSAGES = 100_000
 HELLO_INTERVAL_S = 0.5
 
+BAD_FRAME = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What decoding a frame raises that is not a message."""
+PICKLE_VARIABLE = "VLLM_ALLOW_INSECURE_SERIALIZATION"
+
 M = TypeVar("M")
+
+
+class BadBody(ValueError):
+    """Frames behind a header that are not what vLLM's encoder makes."""
+
+
+def refuse_pickle(environment: Mapping[str, str]) -> None:
+    """SystemExit if vLLM is told to unpickle what comes over a socket."""
+    if environment.get(PICKLE_VARIABLE, "0") not in ("", "0"):
+        raise SystemExit(f"{PICKLE_VARIABLE} is set: whoever reaches a socket could run code here")
 
 
 def make_socket(context: zmq.asyncio.Context, kind: int) -> zmq.asyncio.Socket:
@@ -47,24 +61,17 @@ def make_socket(context: zmq.asyncio.Context, kind: int) -> zmq.asyncio.Socket:
 
 
 def post(socket: zmq.asyncio.Socket, frames: Sequence[Any]) -> bool:
-    """Send without waiting. False if the peer is gone or its queue is full."""
+    """Send without waiting, all frames or none. False if the peer is gone or its queue full."""
+    # Without waiting, the future is done at once.
     future = cast(
         "asyncio.Future[Any]", socket.send_multipart(frames, flags=zmq.NOBLOCK, copy=False)
     )
-    if not future.done():
-        future.add_done_callback(_collect)
-        return True
     error = future.exception()
     if error is None:
         return True
     if isinstance(error, zmq.ZMQError) and error.errno in (zmq.EHOSTUNREACH, zmq.EAGAIN):
         return False
     raise error
-
-
-def _collect(future: asyncio.Future[Any]) -> None:
-    if not future.cancelled() and (error := future.exception()) is not None:
-        logger.warning("a message could not be sent: %s", error)
 
 
 class GarbageCounter:
@@ -149,9 +156,12 @@ class ControlLink(Generic[M]):
     async def _receive(self) -> None:
         while True:
             frames = await self.socket.recv_multipart()
+            if len(frames) != 1:
+                self.garbage.add(ValueError(f"{len(frames)} frames"))
+                continue
             try:
                 message = self._decode(frames[0])
-            except msgspec.MsgspecError as error:
+            except BAD_FRAME as error:
                 self.garbage.add(error)
                 continue
             self._handle(message)

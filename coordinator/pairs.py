@@ -31,11 +31,12 @@ def _idle(worker: Worker) -> bool:
 class Pairs:
     """Every ordered pair of registered workers, and the probes in progress."""
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: State, first_probe: int) -> None:
+        """``first_probe``: numbers start behind it, so that no other core's answers fit."""
         self._state = state
         self.pairs: dict[PairKey, Pair] = {}
         self._urgent_waiting = 0
-        self._probes = 0
+        self._probes = first_probe
         self._may_start: set[str] = set()
 
     def add(self, worker: Worker) -> None:

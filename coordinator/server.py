@@ -10,6 +10,7 @@ import asyncio
 import logging
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -17,6 +18,8 @@ import uuid
 from collections.abc import Iterable
 from multiprocessing import shared_memory
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import cast
 
 import msgspec
 import uvloop
@@ -26,15 +29,19 @@ import zmq.asyncio
 from coordinator import protocol
 from coordinator.core import Core, Send
 from coordinator.limits import Limits, Placement
-from coordinator.link import GarbageCounter, make_socket, post
+from coordinator.link import BAD_FRAME, GarbageCounter, make_socket, post
 
 logger = logging.getLogger("pythia.coordinator")
 
 TICK_S_MAX = 0.5
+TICK_S_MIN = 0.01
+MESSAGES_PER_TICK_MAX = 10_000
 API_STOP_S = 15.0
 API_RESTARTS_MAX = 10
 API_EARLY_DEATH_S = 60.0
 NOT_ACCEPTING = 2**31 - 1
+LOAD = struct.Struct("i")
+"""One API process's slot in the memory they share: its connections, as vLLM's server counts."""
 
 
 class CoordinatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -84,34 +91,45 @@ class CoreServer:
 
     async def run(self) -> None:
         """Serve until cancelled."""
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self._receive())
-            group.create_task(self._tick())
-
-    async def _receive(self) -> None:
         while True:
-            frames = await self.socket.recv_multipart()
-            if len(frames) != 2:
-                self._drop(ValueError(f"{len(frames)} frames"))
-                continue
-            try:
-                message = protocol.decode_to_core(frames[1])
-            except msgspec.MsgspecError as error:
-                self._drop(error)
-                continue
-            self._send(self.core.handle(frames[0], message, time.monotonic()))
+            await self.socket.poll(self._wait_s() * 1000)
+            self._receive_waiting()
+            # Only now: after a pause of ours, what peers have said meanwhile proves them alive.
+            self._send(self.core.tick(time.monotonic()))
+            await asyncio.sleep(0)
+
+    def _wait_s(self) -> float:
+        """How long nothing is to be done but to listen."""
+        deadline_s = self.core.next_deadline_s()
+        wait_s = TICK_S_MAX if deadline_s is None else deadline_s - time.monotonic()
+        return min(max(wait_s, TICK_S_MIN), TICK_S_MAX)
+
+    def _receive_waiting(self) -> None:
+        for _ in range(MESSAGES_PER_TICK_MAX):
+            future = cast(
+                "asyncio.Future[list[bytes]]", self.socket.recv_multipart(flags=zmq.NOBLOCK)
+            )
+            error = future.exception()
+            if isinstance(error, zmq.Again):
+                return
+            if error is not None:
+                raise error
+            self._on_frames(future.result())
+
+    def _on_frames(self, frames: list[bytes]) -> None:
+        if len(frames) != 2:
+            self._drop(ValueError(f"{len(frames)} frames"))
+            return
+        try:
+            message = protocol.decode_to_core(frames[1])
+        except BAD_FRAME as error:
+            self._drop(error)
+            return
+        self._send(self.core.handle(frames[0], message, time.monotonic()))
 
     def _drop(self, error: Exception) -> None:
         self.garbage.add(error)
         self.core.counters["garbage_frames"] = self.garbage.total
-
-    async def _tick(self) -> None:
-        while True:
-            now_s = time.monotonic()
-            self._send(self.core.tick(now_s))
-            deadline_s = self.core.next_deadline_s()
-            wait_s = TICK_S_MAX if deadline_s is None else deadline_s - now_s
-            await asyncio.sleep(min(max(wait_s, 0.01), TICK_S_MAX))
 
     def _send(self, commands: Iterable[Send]) -> None:
         for command in commands:
@@ -123,16 +141,11 @@ class CoreServer:
 class ApiProcesses:
     """The API processes: started on one listening socket, restarted when they die."""
 
-    def __init__(self, config: CoordinatorConfig, metrics_dir: Path | None) -> None:
+    def __init__(self, config: CoordinatorConfig) -> None:
         self.config = config
-        self.metrics_dir = metrics_dir
+        self.metrics_dir = metrics_directory(config.api_servers)
         self.listener = listen(config.api_host, config.api_port)
-        self.loads = shared_memory.SharedMemory(create=True, size=4 * max(1, config.api_servers))
-        assert self.loads.buf is not None
-        slots = self.loads.buf.cast("i")
-        for index in range(config.api_servers):
-            slots[index] = NOT_ACCEPTING
-        slots.release()
+        self.loads = shared_memory.SharedMemory(create=True, size=LOAD.size * config.api_servers)
         self.processes: dict[int, subprocess.Popen[bytes]] = {}
         self.started_s: dict[int, float] = {}
         self.restarts = 0
@@ -143,12 +156,15 @@ class ApiProcesses:
             self._start(index)
 
     def _start(self, index: int) -> None:
+        # Until it says otherwise; its predecessor's last word would keep others waiting.
+        assert self.loads.buf is not None
+        LOAD.pack_into(self.loads.buf, LOAD.size * index, NOT_ACCEPTING)
         start = ApiStart(
             config=self.config,
             index=index,
             listen_fd=self.listener.fileno(),
             loads_name=self.loads.name,
-            metrics_dir=str(self.metrics_dir or ""),
+            metrics_dir=self.metrics_dir.name if self.metrics_dir else "",
         )
         process = subprocess.Popen(
             [sys.executable, "-m", "coordinator.api"],
@@ -171,6 +187,7 @@ class ApiProcesses:
                     continue
                 lived_s = time.monotonic() - self.started_s[index]
                 self.restarts += 1
+                self._forget_metrics(process.pid)
                 if lived_s < API_EARLY_DEATH_S or self.restarts > API_RESTARTS_MAX:
                     raise RuntimeError(
                         f"API process {index} ended with code {code} after {lived_s:.0f} s "
@@ -178,6 +195,12 @@ class ApiProcesses:
                     )
                 logger.error("API process %d ended with code %d: starting another", index, code)
                 self._start(index)
+
+    def _forget_metrics(self, pid: int) -> None:
+        """Gauges of a process count while it lives; what it has counted stays."""
+        if self.metrics_dir is not None:
+            for gauge in Path(self.metrics_dir.name).glob(f"gauge_live*_{pid}.db"):
+                gauge.unlink()
 
     def stop(self) -> None:
         """Ask them to end, wait, end them."""
@@ -195,6 +218,13 @@ class ApiProcesses:
         self.listener.close()
         self.loads.close()
         self.loads.unlink()
+        if self.metrics_dir is not None:
+            self.metrics_dir.cleanup()
+
+
+def metrics_directory(api_servers: int) -> TemporaryDirectory[str] | None:
+    """Where several API processes keep their metrics, so that each can show the sum of all."""
+    return TemporaryDirectory(prefix="pythia-metrics-") if api_servers > 1 else None
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -221,17 +251,17 @@ async def _serve(config: CoordinatorConfig) -> int:
         loop.add_signal_handler(number, stopping.set)
     context = zmq.asyncio.Context()
     server = CoreServer(context, config)
-    apis = ApiProcesses(config, None)
+    apis = ApiProcesses(config)
     logger.info(
         "core listens on %s, API on %s:%d", server.address, config.api_host, config.api_port
     )
-    apis.start()
-    tasks = {
-        asyncio.create_task(server.run(), name="core"),
-        asyncio.create_task(apis.watch(), name="API processes"),
-        asyncio.create_task(stopping.wait(), name="signal"),
-    }
     try:
+        apis.start()
+        tasks = {
+            asyncio.create_task(server.run(), name="core"),
+            asyncio.create_task(apis.watch(), name="API processes"),
+            asyncio.create_task(stopping.wait(), name="signal"),
+        }
         done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in pending:
             task.cancel()

@@ -242,6 +242,7 @@ class Api:
 
     name: str
     peer: Peer
+    registered_s: float
     last_heard_s: float
     calls: dict[str, Call] = field(default_factory=dict)
 
@@ -262,8 +263,8 @@ class Call:
     generated_tokens: int = 0
     """What the client has got from earlier attempts; part of the prompt from then on."""
     plan: Plan | None = None
-    overdue: bool = False
-    """Its phase took too long, and the API process has not answered the ``Check`` yet."""
+    overdue: int = 0
+    """How often the API process was asked, its phase having taken too long, without an answer."""
     decode: Worker | None = None
     decode_blocks: int = 0
     prefill: Worker | None = None
@@ -303,8 +304,15 @@ class Call:
 
     @property
     def planned(self) -> bool:
-        """Has a plan that the API process may not have seen or begun."""
+        """Has a plan and no first token."""
         return self.phase is CallPhase.PREFILLING or self.phase is CallPhase.LOADING
+
+    @property
+    def plan_unseen(self) -> bool:
+        """Nothing the API process said shows that it has seen the plan."""
+        if self.phase is CallPhase.LOADING:
+            return self.plan is not None and self.plan.prefill is None
+        return self.phase is CallPhase.PREFILLING
 
     def move(self, phase: CallPhase, now_s: float, why: str) -> None:
         """The only writer of ``phase``; InvalidTransition for a move not in the table."""

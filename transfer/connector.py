@@ -34,7 +34,6 @@ from typing import Any
 
 import msgspec
 import zmq
-from nixl import _api as nixl_api
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl import connector as stock
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import GET_META_MSG
@@ -46,6 +45,8 @@ from vllm.utils.network_utils import make_zmq_path
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from transfer.handle import Handle, HandleError, from_params
+from transfer.pages import use_huge_pages
+from transfer.progress import progress_pause
 from transfer.renewal import Renewals
 
 logger = logging.getLogger(f"vllm.{__name__}")
@@ -54,7 +55,7 @@ HANDSHAKE_BYTES_MAX = 4096
 """Longest request that is read from the handshake socket."""
 
 
-class PythiaConnector(stock.NixlPullConnector):  # type: ignore[misc]
+class PythiaConnector(stock.NixlPullConnector):
     """vLLM's pull connector with our scheduler and worker halves."""
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
@@ -68,7 +69,7 @@ class PythiaConnector(stock.NixlPullConnector):  # type: ignore[misc]
             self.connector_worker = PythiaWorker(vllm_config, self.engine_id, kv_cache_config)
 
 
-class PythiaScheduler(NixlPullConnectorScheduler):  # type: ignore[misc]
+class PythiaScheduler(NixlPullConnectorScheduler):
     """The half beside vLLM's scheduler: what to pull, what to hold, what to release."""
 
     def __init__(self, vllm_config: Any, engine_id: str, kv_cache_config: Any) -> None:
@@ -194,13 +195,13 @@ class PythiaScheduler(NixlPullConnectorScheduler):  # type: ignore[misc]
         context.destroy(linger=0)
 
 
-class PythiaWorker(NixlPullConnectorWorker):  # type: ignore[misc]
+class PythiaWorker(NixlPullConnectorWorker):
     """The half beside the model: reads blocks, keeps leases, never trusts a late read."""
 
     def __init__(self, vllm_config: Any, engine_id: str, kv_cache_config: Any) -> None:
         extra = vllm_config.kv_transfer_config.kv_connector_extra_config
         cores = os.sched_getaffinity(0)
-        with _progress_delay(extra.get("nixl_progress_delay_us", 0)):
+        with progress_pause(extra.get("nixl_progress_delay_us", 0)):
             super().__init__(vllm_config, engine_id, kv_cache_config)
         # On CPU the stock constructor moves the engine's main thread to the last core of
         # the machine, where it would meet every other engine.
@@ -209,6 +210,13 @@ class PythiaWorker(NixlPullConnectorWorker):  # type: ignore[misc]
             lease_s=float(self._lease_extension), margin_s=self._lease_extension / 4
         )
         self._released: set[str] = set()
+
+    def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
+        """Make the KV cache known to NIXL."""
+        if self.device_type == "cpu" and not os.environ.get("NOHUGE"):
+            memory = [cache.untyped_storage() for cache in kv_caches.values()]
+            use_huge_pages((storage.data_ptr(), storage.nbytes()) for storage in memory)
+        super().register_kv_caches(kv_caches)
 
     def start_load_kv(self, metadata: Any) -> None:
         """Carry out the scheduler half's orders for this step."""
@@ -306,24 +314,6 @@ def _handshake_answer(
         return None
     # The reader works out the clocks' difference from our time.
     return [b"", payload, msgspec.msgpack.encode(time.perf_counter())]
-
-
-@contextlib.contextmanager
-def _progress_delay(delay_us: int) -> Iterator[None]:
-    """NIXL agents made inside sleep ``delay_us`` between two looks for progress.
-
-    NIXL's Python wrapper sets 0 without asking, which keeps one core busy per agent.
-    """
-    config = nixl_api.nixlBind.nixlAgentConfig
-
-    def set_field(self: Any, name: str, value: object) -> None:
-        config.__setattr__(self, name, delay_us if name == "pthrDelay" else value)
-
-    nixl_api.nixlBind.nixlAgentConfig = type("Config", (config,), {"__setattr__": set_field})
-    try:
-        yield
-    finally:
-        nixl_api.nixlBind.nixlAgentConfig = config
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from typing import Any
 
 LINE_BYTES_MAX = 64 * 1024 * 1024
 LOG_TAIL_BYTES = 2000
+_ROOT = str(Path(__file__).resolve().parents[2])
 
 Answer = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
 
@@ -50,7 +51,7 @@ class Child:
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=errors,
-                env={**os.environ, **environment},
+                env={**os.environ, **environment, "PYTHONPATH": _python_path()},
                 limit=LINE_BYTES_MAX,
             )
         child = cls(process, log)
@@ -104,7 +105,14 @@ class Child:
             await self._process.stdin.drain()
 
     def _last_words(self) -> str:
-        return f"its log ends with:\n{self._log.read_bytes()[-LOG_TAIL_BYTES:].decode('utf-8', 'replace')}"
+        tail = self._log.read_bytes()[-LOG_TAIL_BYTES:].decode("utf-8", "replace")
+        return f"its log ends with:\n{tail}"
+
+
+def _python_path() -> str:
+    """Where a child finds this package, wherever it was started from."""
+    inherited = os.environ.get("PYTHONPATH", "")
+    return os.pathsep.join([_ROOT, inherited] if inherited else [_ROOT])
 
 
 class Parent:

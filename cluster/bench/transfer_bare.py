@@ -1,7 +1,7 @@
 """Child of ``pythia bench transfer``: NIXL and nothing else.
 
-One process holds a buffer, the other reads it with a given number of descriptors and looks
-for the end of the read without pause. Settings are those of the engines.
+One process holds a buffer, the other reads parts of it with a given number of descriptors
+and looks for the end of each read without pause. Settings are those of the engines.
 """
 
 from __future__ import annotations
@@ -13,18 +13,21 @@ from typing import Any
 
 from cluster.bench.child import Parent
 from cluster.process import die_with_parent
+from transfer.progress import progress_pause
 
 
 class Buffer:
     """Registered memory and the NIXL agent it is registered with."""
 
-    def __init__(self, name: str, size_bytes: int, device: str, threads: int) -> None:
+    def __init__(
+        self, name: str, size_bytes: int, device: str, threads: int, pause_us: int
+    ) -> None:
         import torch
         from nixl._api import nixl_agent, nixl_agent_config
 
-        self.agent = nixl_agent(
-            name, nixl_agent_config(num_threads=threads, capture_telemetry=True)
-        )
+        with progress_pause(pause_us):
+            config = nixl_agent_config(num_threads=threads, capture_telemetry=True)
+            self.agent = nixl_agent(name, config)
         # Written to once, so that every page is there.
         self.memory = torch.full((size_bytes,), len(name), dtype=torch.uint8, device=device)
         self.kind = "VRAM" if device.startswith("cuda") else "DRAM"
@@ -45,18 +48,19 @@ class Buffer:
         name = self.agent.add_remote_agent(bytes.fromhex(facts["metadata"]))
         return name.decode() if isinstance(name, bytes) else str(name)
 
-    def read(self, peer: str, facts: dict[str, Any], size_bytes: int, pieces: int) -> float:
+    def read(
+        self, peer: str, facts: dict[str, Any], offset: int, size_bytes: int, pieces: int
+    ) -> float:
         """Seconds to read ``size_bytes`` in ``pieces`` equal parts that can't be merged."""
         import numpy
 
         step = size_bytes // pieces
-        here = [(self.address + index * step, step, self.device) for index in range(pieces)]
-        there = [
-            (facts["address"] + index * step, step, facts["device"]) for index in range(pieces)
-        ]
+        offsets = range(offset, offset + pieces * step, step)
+        here = [(self.address + place, step, self.device) for place in offsets]
+        there = [(facts["address"] + place, step, facts["device"]) for place in offsets]
         local = self.agent.prep_xfer_dlist("NIXL_INIT_AGENT", here, self.kind)
         remote = self.agent.prep_xfer_dlist(peer, there, self.kind)
-        order = numpy.arange(pieces, dtype=numpy.int32)[::-1].copy()
+        order: Any = numpy.arange(pieces, dtype=numpy.int32)[::-1].copy()
         started_s = time.perf_counter()
         handle = self.agent.make_prepped_xfer("READ", local, order, remote, order, b"read:1")
         state = self.agent.transfer(handle)
@@ -73,10 +77,7 @@ class Buffer:
 
 async def _run() -> None:
     parent = Parent()
-    settings = parent.settings
-    buffer = Buffer(
-        settings["name"], settings["size_bytes"], settings["device"], settings["threads"]
-    )
+    buffer = Buffer(**parent.settings)
     peers: dict[str, dict[str, Any]] = {}
 
     async def answer(question: dict[str, Any]) -> dict[str, Any]:
@@ -84,8 +85,7 @@ async def _run() -> None:
             peers[buffer.meet(question["meet"])] = question["meet"]
             return {}
         [(peer, facts)] = peers.items()
-        size_bytes, pieces = question["size_bytes"], question["pieces"]
-        return {"elapsed_s": buffer.read(peer, facts, size_bytes, pieces)}
+        return {"elapsed_s": buffer.read(peer, facts, **question)}
 
     parent.say(buffer.facts())
     await parent.serve(answer)

@@ -7,6 +7,7 @@ import sys
 
 import msgspec
 
+from coordinator.link import refuse_pickle
 from coordinator.server import ApiStart
 
 
@@ -14,6 +15,7 @@ def main() -> int:
     """Set the environment, then import vLLM, then serve."""
     start = msgspec.json.decode(sys.stdin.buffer.read(), type=ApiStart)
     os.environ.update(start.config.environment)
+    refuse_pickle(os.environ)
     if start.metrics_dir:
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = start.metrics_dir
     from coordinator.api.process import run

@@ -9,6 +9,8 @@ Carries plans out and tells the core what happened; it chooses nothing. All I/O 
 through ``Wire``, so that it runs the same over sockets and in tests. A call that was
 given up leaves a tombstone for a while: the handle that may still arrive for it must
 be handed back to its owner.
+
+The core keeps the deadlines; those here are later and hold when there is no core.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from __future__ import annotations
 import logging
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -27,6 +29,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from coordinator import protocol
 from coordinator.api.exchange import CallRecord, Failure
 from coordinator.blocks import hash_blocks
+from coordinator.limits import Limits
 from coordinator.protocol import CallContext, Placed, split_engine_request_id
 
 logger = logging.getLogger("pythia.api")
@@ -34,6 +37,8 @@ logger = logging.getLogger("pythia.api")
 RESUBMIT_S = 1.0
 TOMBSTONES_MAX = 4096
 TOMBSTONE_S = 300.0
+CORE_AWAY_S = 30.0
+"""How much longer than the core's own limits a call waits for the core's word."""
 DISPATCH_MARGIN_S = 3.0
 """What must be left of a lease when its handle is sent on: the way to the decode worker
 and its first renewal."""
@@ -78,14 +83,18 @@ class Call:
     """One engine-level request on its way."""
 
     engine_request: EngineCoreRequest
+    frames: Sequence[Any]
     record: CallRecord
     submit: protocol.Submit
     submitted_s: float
     asked_s: float
+    waiting_s: float
+    """Since when it waits for a plan."""
     phase: Phase = "waiting"
     attempt: int = 1
     plan: protocol.Plan | None = None
-    frames: Sequence[Any] | None = None
+    planned_by: str = ""
+    """The core that made ``plan``; another one does not know the attempt."""
     tokens: array[int] = field(default_factory=lambda: array("I"))
     resumed_tokens: int = 0
     started_s: float = 0.0
@@ -100,15 +109,16 @@ class Call:
 
 
 class Calls:
-    """All calls of this API process."""
+    """All calls of this API process. ``limits`` are the core's."""
 
-    def __init__(self, api: str, wire: Wire) -> None:
+    def __init__(self, api: str, wire: Wire, limits: Limits) -> None:
         self.api = api
         self.wire = wire
+        self.limits = limits
         self.core = ""
         self.block_size = 0
         self.calls: dict[str, Call] = {}
-        self.tombstones: OrderedDict[tuple[str, int], tuple[Placed, float]] = OrderedDict()
+        self.tombstones: OrderedDict[tuple[str, int], float] = OrderedDict()
         self.stale = 0
 
     # --- from the client ---------------------------------------------------------
@@ -121,7 +131,10 @@ class Calls:
         group: str,
         now_s: float,
     ) -> None:
-        """Ask the core for a plan. The outcome arrives through the wire."""
+        """Ask the core for a plan. The outcome arrives through the wire.
+
+        Raises what encoding the request raises; then nothing was begun.
+        """
         params = request.sampling_params
         tokens = request.prompt_token_ids or []
         assert params is not None
@@ -138,7 +151,10 @@ class Calls:
             priority=request.priority,
             context=context,
         )
-        self.calls[request.request_id] = Call(request, record, submit, now_s, now_s)
+        frames = self.wire.encode(request)
+        self.calls[request.request_id] = Call(
+            request, frames, record, submit, now_s, asked_s=now_s, waiting_s=now_s
+        )
         self.wire.to_core(submit)
 
     def end(self, requests: Iterable[str], outcome: str, now_s: float) -> None:
@@ -150,16 +166,33 @@ class Calls:
                 self._finished(call, outcome, now_s)
 
     def tick(self, now_s: float) -> None:
-        """Ask again for plans that have not come, forget old tombstones."""
-        for call in self.calls.values():
-            if call.phase == "waiting" and now_s - call.asked_s >= RESUBMIT_S:
+        """Ask again for plans that have not come, end what waits in vain, forget tombstones."""
+        for call in self._live():
+            overdue = self._overdue(call, now_s)
+            if overdue is not None:
+                self._fail(call.submit.request, *overdue, 0.0, now_s)
+            elif call.phase == "waiting" and now_s - call.asked_s >= RESUBMIT_S:
                 call.asked_s = now_s
                 self._ask(call)
         while self.tombstones:
-            key, (_, made_s) = next(iter(self.tombstones.items()))
+            key, made_s = next(iter(self.tombstones.items()))
             if now_s - made_s < TOMBSTONE_S and len(self.tombstones) <= TOMBSTONES_MAX:
                 break
             del self.tombstones[key]
+
+    def _live(self) -> Iterator[Call]:
+        """The calls one by one; whatever happens to one may end others."""
+        for request in list(self.calls):
+            if (call := self.calls.get(request)) is not None:
+                yield call
+
+    def _overdue(self, call: Call, now_s: float) -> tuple[int, str] | None:
+        """Status and reason if the core should have ended the call long ago."""
+        if now_s - call.submitted_s >= self.limits.call_s + CORE_AWAY_S:
+            return 504, "the call is over its deadline"
+        if call.phase == "waiting" and now_s - call.waiting_s >= self.limits.queue_s + CORE_AWAY_S:
+            return 503, "the coordinator's core does not answer"
+        return None
 
     # --- from the core -------------------------------------------------------------
 
@@ -191,6 +224,7 @@ class Calls:
                 return
         call.attempt = plan.attempt
         call.plan = plan
+        call.planned_by = self.core
         call.prefill_done = None
         call.failed = None
         call.record.planned = True
@@ -203,10 +237,18 @@ class Calls:
 
     def on_rejected(self, message: protocol.Rejected, now_s: float) -> None:
         """The core has no plan and will have none."""
+        call = self.calls.get(message.request)
+        if call is None or message.attempt < call.attempt or call.phase != "waiting":
+            self.stale += 1
+            return
         self._fail(message.request, message.status, message.reason, message.retry_after_s, now_s)
 
     def on_stop(self, message: protocol.Stop, now_s: float) -> None:
         """The core gave the call up."""
+        call = self.calls.get(message.request)
+        if call is None or message.attempt < call.attempt:
+            self.stale += 1
+            return
         self._fail(message.request, message.status, message.reason, 0.0, now_s)
 
     def on_check(self, message: protocol.Check) -> None:
@@ -222,16 +264,15 @@ class Calls:
             phase = call.phase
         self.wire.to_core(protocol.Checked(self.api, message.request, attempt, phase))
 
-    def on_worker_gone(self, worker: str, incarnation: str, reason: str, now_s: float) -> None:
-        """A worker is lost: whatever was on it is asked for again."""
-        lost = Placed(worker, incarnation)
-        for call in list(self.calls.values()):
+    def on_worker_gone(self, lost: Placed, reason: str, now_s: float) -> None:
+        """A worker is lost, or the connection to it: its calls are asked for again."""
+        for call in self._live():
             plan = call.plan
             if plan is None or call.phase == "waiting":
                 continue
             busy = plan.prefill if call.phase == "prefilling" else plan.decode
             if lost in (busy, plan.decode):
-                self._retry(call, worker, f"{worker} is lost: {reason}", now_s)
+                self._retry(call, lost.worker, f"{lost.worker} is lost: {reason}", now_s)
 
     # --- from the workers ------------------------------------------------------------
 
@@ -252,11 +293,14 @@ class Calls:
         held_s = min(now_s - call.prefill_sent_s, unix_s - done.held_at_unix_s + CLOCK_SKEW_S)
         if held_s > done.lease_s - DISPATCH_MARGIN_S:
             self._retry(call, worker.worker, f"the handle came after {held_s:.1f} s", now_s)
+            self._hand_back(done, worker)
             return
         call.prefill_done = done
         call.record.prefill_cached_tokens = done.cached_tokens
         if self._decode(call, done.handle, now_s):
             self.wire.to_core(protocol.Prefilled(self.api, done.request, call.attempt))
+        else:
+            self._discard(done, worker)
 
     def on_outputs(
         self, outputs: list[EngineCoreOutput], worker: Placed, timestamp_s: float, now_s: float
@@ -264,12 +308,11 @@ class Calls:
         """Tokens of one engine step: give each to its client under the client's own id."""
         accepted = []
         for output in outputs:
-            request, attempt = split_engine_request_id(output.request_id)
-            call = self.calls.get(request)
-            if call is None or call.attempt != attempt or not _is_decoding(call, worker):
+            call = self._decoding(output.request_id, worker)
+            if call is None:
                 self.stale += 1
                 continue
-            output.request_id = request
+            output.request_id = call.submit.request
             if self._on_output(call, output, now_s):
                 accepted.append(output)
         if accepted:
@@ -291,7 +334,7 @@ class Calls:
         message = protocol.Prefill(call.submit.request, call.attempt, prefill.incarnation)
         call.move("prefilling")
         call.prefill_sent_s = now_s
-        if not self.wire.to_worker(prefill, message, self._frames(call)):
+        if not self.wire.to_worker(prefill, message, call.frames):
             self._retry(call, prefill.worker, f"{prefill.worker} can't be reached", now_s)
 
     def _decode(self, call: Call, handle: bytes, now_s: float) -> bool:
@@ -301,15 +344,22 @@ class Calls:
             call.submit.request, call.attempt, plan.decode.incarnation, handle
         )
         call.move("loading")
-        if self.wire.to_worker(plan.decode, message, self._frames(call)):
+        if self.wire.to_worker(plan.decode, message, call.frames):
             return True
         self._retry(call, plan.decode.worker, f"{plan.decode.worker} can't be reached", now_s)
         return False
 
-    def _frames(self, call: Call) -> Sequence[Any]:
-        if call.frames is None:
-            call.frames = self.wire.encode(call.engine_request)
-        return call.frames
+    def _decoding(self, engine_id: str, worker: Placed) -> Call | None:
+        """The call whose current attempt ``worker`` knows as ``engine_id``, if it decodes it."""
+        try:
+            request, attempt = split_engine_request_id(engine_id)
+        except ValueError:
+            return None
+        call = self.calls.get(request)
+        if call is None or call.plan is None or call.attempt != attempt:
+            return None
+        current = call.plan.decode == worker and call.phase in ("loading", "decoding")
+        return call if current else None
 
     def _on_output(self, call: Call, output: EngineCoreOutput, now_s: float) -> bool:
         """False if the client must not see this output: the call goes on elsewhere."""
@@ -352,12 +402,15 @@ class Calls:
         logger.warning("%s attempt %d: %s", call.submit.request, call.attempt, reason)
         self._abandon(call, now_s)
         call.move("waiting")
-        call.asked_s = now_s
+        call.asked_s = call.waiting_s = now_s
         if call.tokens and not self._resume(call, now_s):
             return
-        call.failed = protocol.Failed(
-            self.api, call.submit.request, call.attempt, worker, reason, len(call.tokens)
-        )
+        if call.planned_by == self.core:
+            call.failed = protocol.Failed(
+                self.api, call.submit.request, call.attempt, worker, reason, len(call.tokens)
+            )
+        else:
+            call.attempt += 1
         self._ask(call)
 
     def _ask(self, call: Call) -> None:
@@ -382,7 +435,7 @@ class Calls:
             return False
         call.engine_request = resumed
         call.resumed_tokens = len(call.tokens)
-        call.frames = None
+        call.frames = self.wire.encode(resumed)
         return True
 
     def _abandon(self, call: Call, now_s: float) -> None:
@@ -394,20 +447,21 @@ class Calls:
         if call.phase == "prefilling" and plan.prefill is not None:
             self.wire.to_worker(plan.prefill, abort, ())
             # The prefill may be done already, its handle on the way here.
-            self.tombstones[(call.submit.request, call.attempt)] = (plan.decode, now_s)
+            self.tombstones[(call.submit.request, call.attempt)] = now_s
         else:
             self.wire.to_worker(plan.decode, abort, ())
 
-    def _hand_back(self, done: protocol.PrefillDone, worker: Placed) -> None:
-        """Nobody will read this KV: a decode worker tells its owner to free the blocks."""
+    def _hand_back(self, done: protocol.PrefillDone, holder: Placed) -> None:
+        """A handle that came too late. One without a tombstone has been sent on before."""
         self.stale += 1
-        tombstone = self.tombstones.pop((done.request, done.attempt), None)
-        if tombstone is None:
-            return
-        decode = tombstone[0]
-        message = protocol.Discard(done.request, done.attempt, decode.incarnation, done.handle)
-        if not self.wire.to_worker(decode, message, ()):
-            logger.info("%s keeps %s until its lease ends", worker.worker, done.request)
+        if self.tombstones.pop((done.request, done.attempt), None) is not None:
+            self._discard(done, holder)
+
+    def _discard(self, done: protocol.PrefillDone, holder: Placed) -> None:
+        """Nobody will read this KV: its holder may free the blocks."""
+        message = protocol.Discard(done.request, done.attempt, holder.incarnation, done.handle)
+        if not self.wire.to_worker(holder, message, ()):
+            logger.info("%s keeps %s until its lease ends", holder.worker, done.request)
 
     def _fail(
         self, request: str, status: int, reason: str, retry_after_s: float, now_s: float
@@ -444,14 +498,6 @@ class Calls:
         images = "".join(feature.identifier for feature in request.mm_features or ())
         salt = "\0".join((request.cache_salt or "", lora, images))
         return hash_blocks(request.prompt_token_ids, self.block_size, salt)
-
-
-def _is_decoding(call: Call, worker: Placed) -> bool:
-    return (
-        call.plan is not None
-        and call.plan.decode == worker
-        and call.phase in ("loading", "decoding")
-    )
 
 
 def needs_one_worker(request: EngineCoreRequest) -> bool:
@@ -498,6 +544,7 @@ def _is_resumable(params: SamplingParams) -> bool:
         and not params.frequency_penalty
         and params.repetition_penalty in (0.0, 1.0)
         and params.prompt_logprobs is None
+        and getattr(params, "repetition_detection", None) is None
         and not getattr(params, "thinking_token_budget", None)
         and not params.bad_words
     )

@@ -18,7 +18,6 @@ from http import HTTPStatus
 from types import SimpleNamespace
 from typing import Any
 
-import msgspec
 import zmq
 import zmq.asyncio
 from vllm.config import VllmConfig
@@ -39,7 +38,8 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from coordinator import protocol
 from coordinator.api.calls import Calls
 from coordinator.api.exchange import CallRecord, Exchange, Failure, current_exchange
-from coordinator.link import ControlLink, GarbageCounter, make_socket, post
+from coordinator.limits import Limits
+from coordinator.link import BAD_FRAME, BadBody, ControlLink, GarbageCounter, make_socket, post
 from coordinator.protocol import Placed
 
 logger = logging.getLogger("pythia.api")
@@ -61,35 +61,63 @@ class CallError(GracefulHTTPError):
 class WorkerLink:
     """The data connection to one incarnation of a worker."""
 
-    def __init__(
-        self, context: zmq.asyncio.Context, up: protocol.WorkerUp, owner: ClusterEngineCore
-    ) -> None:
+    def __init__(self, context: zmq.asyncio.Context, up: protocol.WorkerUp) -> None:
         self.placed = Placed(up.worker, up.incarnation)
         self.role = up.role
         self.facts = up.facts
         self.socket = make_socket(context, zmq.DEALER)
+        self.monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self.socket.connect(up.data_address)
-        self.task = asyncio.create_task(self._receive(owner), name=f"data of {up.worker}")
+        self.tasks: list[asyncio.Task[None]] = []
+
+    def start(self, group: asyncio.TaskGroup, owner: ClusterEngineCore) -> None:
+        """Receive until closed. An error of ours here ends ``group``."""
+        name = self.placed.worker
+        self.tasks = [
+            group.create_task(self._receive(owner), name=f"data of {name}"),
+            group.create_task(self._watch(owner), name=f"connection to {name}"),
+        ]
 
     async def _receive(self, owner: ClusterEngineCore) -> None:
         while True:
             frames = await self.socket.recv_multipart(copy=False)
             try:
                 message = protocol.decode_worker_to_api(frames[0].buffer)
-                owner.on_worker(self, message, frames[1:])
-            except msgspec.MsgspecError as error:
+                body = owner.decode_body(message, frames[1:])
+            except (*BAD_FRAME, BadBody) as error:
                 owner.garbage.add(error)
+            else:
+                owner.on_worker(self, message, body)
+            # What has arrived is had without waiting: others must get their turn.
+            await asyncio.sleep(0)
+
+    async def _watch(self, owner: ClusterEngineCore) -> None:
+        """A connection that broke has lost what was on it, and the worker knows the next one
+        under another name: nothing more would come for calls begun on this one."""
+        while True:
+            await self.monitor.recv_multipart()
+            owner.on_disconnected(self)
 
     def close(self) -> None:
         """Forget the worker."""
-        self.task.cancel()
+        for task in self.tasks:
+            task.cancel()
+        self.socket.disable_monitor()
+        self.monitor.close(linger=0)
         self.socket.close(linger=0)
 
 
 class ClusterEngineCore(EngineCoreClient):
     """What ``AsyncLLM`` takes for its engine core: the whole cluster."""
 
-    def __init__(self, api: str, control_address: str, model: str, vllm_config: VllmConfig) -> None:
+    def __init__(
+        self,
+        api: str,
+        control_address: str,
+        model: str,
+        vllm_config: VllmConfig,
+        limits: Limits,
+    ) -> None:
         self.api = api
         self.model = model
         self.vllm_config = vllm_config
@@ -97,7 +125,7 @@ class ClusterEngineCore(EngineCoreClient):
         self.resources = SimpleNamespace(engine_dead=False)
         self.engine_ranks_managed = [0]
         self.garbage = GarbageCounter("a worker")
-        self.calls = Calls(api, self)
+        self.calls = Calls(api, self, limits)
         self.workers: dict[Placed, WorkerLink] = {}
         self.outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
         self.request_encoder = MsgpackEncoder()
@@ -112,17 +140,21 @@ class ClusterEngineCore(EngineCoreClient):
             decode=protocol.decode_core_to_api,
             on_message=self._on_core,
         )
+        self._loop = asyncio.get_running_loop()
+        self._group = asyncio.TaskGroup()
         self._utilities: dict[int, asyncio.Future[Any]] = {}
         self._snapshots: dict[int, asyncio.Future[protocol.Snapshot]] = {}
         self._numbers = itertools.count(1)
 
     async def run(self) -> None:
-        """Keep in touch with the core until refused or closed."""
-        async with asyncio.TaskGroup() as group:
+        """Keep in touch with core and workers until refused or closed. Raises if we erred."""
+        async with self._group as group:
             link = group.create_task(self.link.run())
             ticking = group.create_task(self._tick())
             await link
             ticking.cancel()
+            for worker in self._links():
+                worker.close()
 
     async def _tick(self) -> None:
         while True:
@@ -197,8 +229,15 @@ class ClusterEngineCore(EngineCoreClient):
         return bool(self.calls.calls)
 
     def shutdown(self, timeout: float | None = None) -> None:
-        """Leave the cluster; open calls end on the workers when they notice."""
+        """Leave the cluster; open calls end with an error. From any thread, more than once."""
+        if not self.resources.engine_dead and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._stop)
         self.resources.engine_dead = True
+
+    def _stop(self) -> None:
+        assert self.processor is not None
+        self.calls.end(list(self.calls.calls), "abort", time.monotonic())
+        self.processor.propagate_error(CallError(Failure(503, "the server is stopping")))
         self.link.close()
 
     async def _all_workers(self, method: str, *arguments: Any) -> list[Any]:
@@ -266,7 +305,7 @@ class ClusterEngineCore(EngineCoreClient):
 
     # --- messages ----------------------------------------------------------------------
 
-    def _on_core(self, message: protocol.CoreToApi) -> None:  # noqa: C901  (one case each)
+    def _on_core(self, message: protocol.CoreToApi) -> None:
         now_s = time.monotonic()
         match message:
             case protocol.Plan():
@@ -280,7 +319,7 @@ class ClusterEngineCore(EngineCoreClient):
             case protocol.WorkerUp():
                 self._worker_up(message)
             case protocol.WorkerGone():
-                self._worker_gone(message, now_s)
+                self._lose(Placed(message.worker, message.incarnation), message.reason)
             case protocol.Welcome():
                 self.calls.on_welcome(message.core, message.block_size)
             case protocol.Snapshot():
@@ -297,42 +336,61 @@ class ClusterEngineCore(EngineCoreClient):
         placed = Placed(up.worker, up.incarnation)
         if placed in self.workers:
             return
-        self.workers[placed] = WorkerLink(self.context, up, self)
+        for former in [known for known in self.workers if known.worker == up.worker]:
+            self._lose(former, "replaced by a new incarnation")
+        link = self.workers[placed] = WorkerLink(self.context, up)
+        link.start(self._group, self)
         self.calls.block_size = up.facts.block_size
         model = self.vllm_config.model_config
         # An engine may have fitted the context length to its memory.
         model.max_model_len = min(model.max_model_len, up.facts.max_model_len)
         logger.info("worker %s is up (%s)", up.worker, up.role)
 
-    def _worker_gone(self, gone: protocol.WorkerGone, now_s: float) -> None:
-        link = self.workers.pop(Placed(gone.worker, gone.incarnation), None)
+    def _lose(self, worker: Placed, reason: str) -> None:
+        link = self.workers.pop(worker, None)
         if link is not None:
             link.close()
-            logger.warning("worker %s is gone: %s", gone.worker, gone.reason)
-        self.calls.on_worker_gone(gone.worker, gone.incarnation, gone.reason, now_s)
+            logger.warning("worker %s is gone: %s", worker.worker, reason)
+        self.calls.on_worker_gone(worker, reason, time.monotonic())
 
-    def on_worker(self, link: WorkerLink, message: protocol.WorkerToApi, frames: list[Any]) -> None:
+    def on_disconnected(self, link: WorkerLink) -> None:
+        """The connection to a worker broke; it may come back."""
+        self.calls.on_worker_gone(link.placed, "the connection broke", time.monotonic())
+
+    def decode_body(self, message: protocol.WorkerToApi, frames: list[Any]) -> Any:
+        """What vLLM encoded behind a worker's message. BadBody if it did not."""
+        try:
+            match message:
+                case protocol.Deltas():
+                    return self.output_decoder.decode(frames)
+                case protocol.UtilityReply():
+                    return self.plain_decoder.decode(frames)
+                case _:
+                    return None
+        except Exception as error:  # whatever vLLM's decoder trips over
+            raise BadBody(f"{type(error).__name__}: {error}") from error
+
+    def on_worker(self, link: WorkerLink, message: protocol.WorkerToApi, body: Any) -> None:
         """A message from a worker."""
         now_s = time.monotonic()
         match message:
             case protocol.Deltas():
-                outputs = self.output_decoder.decode(frames)
-                self.calls.on_outputs(outputs.outputs, link.placed, outputs.timestamp, now_s)
+                self.calls.on_outputs(body.outputs, link.placed, body.timestamp, now_s)
             case protocol.PrefillDone():
                 self.calls.on_prefill_done(message, link.placed, now_s, time.time())
             case protocol.CallFailed():
                 self.calls.on_call_failed(message, link.placed, now_s)
             case protocol.UtilityReply():
-                self._on_utility(message, frames)
+                self._on_utility(message, body)
 
-    def _on_utility(self, reply: protocol.UtilityReply, frames: list[Any]) -> None:
+    def _on_utility(self, reply: protocol.UtilityReply, result: Any) -> None:
         future = self._utilities.get(reply.call)
         if future is None or future.done():
             return
         if reply.error:
             future.set_exception(RuntimeError(reply.error))
         else:
-            future.set_result(self.plain_decoder.decode(frames))
+            future.set_result(result)
 
 
 class ClusterClient(AsyncLLM):
@@ -386,6 +444,8 @@ class ClusterClient(AsyncLLM):
         """As vLLM's, with what happened recorded in the exchange it belongs to."""
         exchange = current_exchange.get()
         try:
+            if isinstance(prompt, AsyncGenerator):
+                raise VLLMValidationError("a prompt that comes in pieces can't be served")
             refuse_reserved(sampling_params)
             outputs = super().generate(prompt, sampling_params, request_id, **options)
             async with aclosing(outputs):

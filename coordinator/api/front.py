@@ -17,6 +17,9 @@ from coordinator.api.exchange import Exchange, Failure, current_exchange
 from coordinator.api.identity import call_context
 
 HELD_CHUNKS_MAX = 64
+CONTENT_LENGTH_DIGITS_MAX = 18
+KEPT_HEADERS = ("access-control-", "vary", "x-request-id")
+"""Headers of a response that also belong to the error put in its place; by their beginning."""
 ANTHROPIC_PATH = "/v1/messages"
 ANTHROPIC_ERRORS = {
     400: "invalid_request_error",
@@ -42,7 +45,7 @@ class Front:
             return
         headers = Headers(scope=scope)
         exchange = Exchange()
-        response = Response(exchange, scope["path"], headers.get("traceparent"), send)
+        response = Response(exchange, scope, headers, send)
         body = b""
         if scope["method"] in ("POST", "PUT", "PATCH"):
             taken = await self._body(headers, receive)
@@ -63,9 +66,9 @@ class Front:
     async def _body(self, headers: Headers, receive: Receive) -> bytes | Failure:
         too_large = Failure(413, f"the request body is larger than {self.body_bytes_max} bytes")
         length = headers.get("content-length", "0")
-        if not length.isdigit():
+        if not length.isdecimal():
             return Failure(400, "Content-Length is not a number")
-        if int(length) > self.body_bytes_max:
+        if len(length) > CONTENT_LENGTH_DIGITS_MAX or int(length) > self.body_bytes_max:
             return too_large
         body = bytearray()
         while True:
@@ -103,10 +106,13 @@ def _accept_anthropic_key(scope: Scope, headers: Headers) -> None:
 class Response:
     """Holds the start of one response back until its headers are known."""
 
-    def __init__(self, exchange: Exchange, path: str, traceparent: str | None, send: Send) -> None:
+    def __init__(self, exchange: Exchange, scope: Scope, headers: Headers, send: Send) -> None:
         self.exchange = exchange
-        self.path = path
-        self.traceparent = traceparent
+        self.path: str = scope["path"]
+        # Only these make calls; what else streams is not held up.
+        self.may_call = scope["method"] == "POST"
+        self.traceparent = headers.get("traceparent")
+        self.request_id = headers.get("x-request-id")
         self._send = send
         self._start: Message | None = None
         self._held: list[Message] = []
@@ -134,7 +140,8 @@ class Response:
 
     def _must_wait(self, message: Message) -> bool:
         return (
-            message.get("more_body", False)
+            self.may_call
+            and message.get("more_body", False)
             and not self.exchange.decided
             and len(self._held) < HELD_CHUNKS_MAX
         )
@@ -179,9 +186,11 @@ class Response:
         body = json.dumps(error_body(self.path, failure)).encode()
         headers = MutableHeaders(raw=[])
         if self._start is not None:
-            for name, value in MutableHeaders(raw=list(self._start["headers"])).items():
-                if name == "x-request-id":
-                    headers[name] = value
+            for name, value in Headers(raw=list(self._start["headers"])).items():
+                if name.startswith(KEPT_HEADERS):
+                    headers.append(name, value)
+        elif self.request_id:
+            headers["x-request-id"] = self.request_id
         for name, value in self._headers().items():
             headers[name] = value
         headers["content-type"] = "application/json"

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import msgspec
 
+from coordinator.link import BAD_FRAME
 from coordinator.protocol import CallContext
 
 TEXT_MAX = 256
@@ -64,5 +65,5 @@ def _workflow_of(body: bytes) -> WorkflowObject | None:
         return None
     try:
         return _decode_hints(body).workflow
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except BAD_FRAME:
         return None  # vLLM tells the client what is wrong with the body

@@ -73,7 +73,7 @@ async def _serve(start: ApiStart) -> int:
         usage_context=UsageContext.OPENAI_API_SERVER
     )
     name = f"api-{start.index}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    core = ClusterEngineCore(name, config.control_address, config.model, vllm_config)
+    core = ClusterEngineCore(name, config.control_address, config.model, vllm_config, config.limits)
     client = ClusterClient(vllm_config, core)
     app = build_app(arguments, ("generate",), vllm_config.model_config)
     app.include_router(router)
@@ -84,16 +84,19 @@ async def _serve(start: ApiStart) -> int:
     await init_app_state(client, app.state, arguments, ("generate",))
     running = asyncio.create_task(core.run(), name="core link")
     serving = asyncio.create_task(_serve_http(app, arguments, start), name="HTTP server")
-    done, _ = await asyncio.wait({running, serving}, return_when=asyncio.FIRST_COMPLETED)
+    # Told to stop, the server ends the link first, then itself.
+    await asyncio.wait({running, serving}, return_when=asyncio.FIRST_COMPLETED)
+    failed = running.done() and (running.exception() is not None or bool(core.link.refused))
     if core.link.refused:
         logger.error("the core refused this API process: %s", core.link.refused)
     client.shutdown()
-    if serving in done:
-        await serving
-        return 0
-    serving.cancel()
+    if failed:
+        serving.cancel()
+    await asyncio.wait({running, serving})
     await running
-    return 1
+    if not failed:
+        await serving
+    return 1 if failed else 0
 
 
 async def _serve_http(app: object, arguments: Namespace, start: ApiStart) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import anthropic
 import httpx
+import msgspec
 import openai
 import pytest
 
@@ -31,6 +32,7 @@ from tests.e2e.harness import (
     BODY_BYTES_MAX,
     MAX_MODEL_LEN,
     MODEL,
+    QUEUE_S,
     REMOTE_MIN_TOKENS,
     Control,
     Server,
@@ -65,6 +67,8 @@ api:
     enable_prompt_tokens_details: true
 coordinator:
   port: 0
+limits:
+  queue_s: {QUEUE_S}
 placement:
   remote_prefill_min_tokens: {REMOTE_MIN_TOKENS}
 """
@@ -83,7 +87,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def cluster_config() -> ClusterConfig:
-    return parse(CLUSTER, "e2e.yaml")
+    """The cluster's file, with a port for the metrics of every engine."""
+    config = parse(CLUSTER, "e2e.yaml")
+    workers = [
+        msgspec.structs.replace(worker, metrics_port=free_port("127.0.0.1"))
+        for worker in config.workers
+    ]
+    return msgspec.structs.replace(config, workers=workers)
 
 
 @pytest.fixture(scope="session")
@@ -99,7 +109,14 @@ def cluster(
 
     log_dir = tmp_path_factory.mktemp("cluster")
     with LocalCluster(cluster_config, log_dir=log_dir) as running:
-        yield Server(running.base_url, API_KEY, MODEL, running.control_address, log_dir)
+        yield Server(
+            base_url=running.base_url,
+            api_key=API_KEY,
+            model=MODEL,
+            control_address=running.control_address,
+            log_dir=log_dir,
+            pids=running.workers,
+        )
 
 
 @pytest.fixture(scope="session")
@@ -138,6 +155,15 @@ def control(cluster: Server) -> Iterator[Control]:
         pytest.skip("PYTHIA_E2E_CONTROL does not say where the core is")
     with contextlib.closing(Control(cluster.control_address)) as peer:
         yield peer
+
+
+@pytest.fixture(scope="session")
+def decode_metrics(cluster: Server, cluster_config: ClusterConfig) -> list[str]:
+    """The pages of vLLM's own metrics of the decode workers."""
+    if cluster.log_dir is None:
+        pytest.skip("nobody said where this cluster's engines serve their metrics")
+    ports = [worker.metrics_port for worker in cluster_config.workers if worker.role == "decode"]
+    return [f"http://127.0.0.1:{port}/metrics" for port in ports]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -11,22 +11,23 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import signal
 import subprocess
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
 import zmq
+from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.process import die_with_parent
 from coordinator import protocol
-from coordinator.protocol import CallStatus, Hello, Inspect, Snapshot, WorkerStatus, WorkerUp
+from coordinator.protocol import CallStatus, Hello, Inspect, Snapshot, WorkerUp
 
 BLOCK_TOKENS = 32
 MAX_MODEL_LEN = 2048
@@ -36,6 +37,10 @@ BODY_BYTES_MAX = 1024 * 1024
 API_KEY = "secret-of-the-suite"
 MODEL = "tiny-llama"
 START_S = 300.0
+BEATS_S = 3.0
+"""Longest time until the core has heard of everything that a worker has done."""
+QUEUE_S = 20.0
+"""How long a call waits for a worker before it is refused."""
 
 T = TypeVar("T")
 
@@ -44,8 +49,9 @@ T = TypeVar("T")
 class Server:
     """An OpenAI-compatible server. ``base_url`` is without ``/v1``.
 
-    ``control_address`` is the core's, empty where there is none; ``log_dir`` holds one log
-    file per process, None where the suite did not start the server.
+    ``control_address`` is the core's, empty where there is none. ``log_dir`` holds one log
+    file per process and ``pids`` the workers' process ids by name; both are known only where
+    the suite started the server.
     """
 
     base_url: str
@@ -53,6 +59,7 @@ class Server:
     model: str
     control_address: str = ""
     log_dir: Path | None = None
+    pids: Mapping[str, int] = field(default_factory=dict)
 
     def http(self, timeout_s: float = 120.0) -> httpx.Client:
         """A plain HTTP client that sends the API key."""
@@ -64,6 +71,7 @@ class Control:
     """A peer on the cluster's control socket."""
 
     def __init__(self, address: str) -> None:
+        self._address = address
         self._socket = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.connect(address)
@@ -103,7 +111,8 @@ class Control:
         Registers an API process that never beats, so the core soon forgets it.
         """
         self.send(protocol.encode(Hello(api=f"suite-{uuid.uuid4().hex}")))
-        expected = len(self._workers_known())
+        with contextlib.closing(Control(self._address)) as other:
+            expected = len(other.snapshot().workers)
         addresses: dict[str, str] = {}
         deadline_s = time.monotonic() + timeout_s
         while len(addresses) < expected and time.monotonic() < deadline_s:
@@ -114,10 +123,6 @@ class Control:
             if isinstance(message, WorkerUp):
                 addresses[message.worker] = message.data_address
         return addresses
-
-    def _workers_known(self) -> list[WorkerStatus]:
-        with contextlib.closing(Control(self._socket.getsockopt_string(zmq.LAST_ENDPOINT))) as own:
-            return own.snapshot().workers
 
     def find_call(self, request_id: str, timeout_s: float = 5.0) -> CallStatus:
         """The ended call whose id contains ``request_id``. TimeoutError if there is none."""
@@ -174,13 +179,16 @@ def decode_totals(snapshot: Snapshot) -> tuple[int, int]:
     )
 
 
-def external_tokens_by_engine(base_url: str) -> float:
-    """vLLM's own counter of prompt tokens that came by KV transfer, from a metrics page."""
-    page = httpx.get(f"{base_url}/metrics", timeout=30.0).text
-    pattern = (
-        r'^vllm:prompt_tokens_by_source_total\{[^}]*source="external_kv_transfer"[^}]*\} (\S+)'
-    )
-    return sum(float(value) for value in re.findall(pattern, page, re.MULTILINE))
+def prompt_tokens_by_source(metrics_urls: list[str]) -> Counter[str]:
+    """vLLM's own count of prompt tokens by where their KV came from, over several engines."""
+    totals: Counter[str] = Counter()
+    for url in metrics_urls:
+        page = httpx.get(url, timeout=30.0).text
+        for family in text_string_to_metric_families(page):
+            for sample in family.samples:
+                if sample.name == "vllm:prompt_tokens_by_source_total":
+                    totals[sample.labels["source"]] += int(sample.value)
+    return totals
 
 
 def command_line(arguments: dict[str, Any]) -> list[str]:

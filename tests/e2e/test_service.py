@@ -97,8 +97,9 @@ def test_short_prompt_is_served_by_one_worker(http: httpx.Client, control: Contr
     prompt = fresh_prompt(REMOTE_MIN_TOKENS // 2)
     body = {"model": MODEL, "prompt": prompt, "max_tokens": 2}
     response = http.post("/v1/completions", json=body, headers={"X-Request-Id": mine})
-    assert "X-Pythia-Prefill" not in response.headers
     assert response.headers["X-Pythia-Decode"] in {"decode-0", "decode-1"}
+    assert response.headers["X-Pythia-Prefill"] == response.headers["X-Pythia-Decode"]
+    assert response.headers["X-Pythia-Moved-Tokens"] == "0"
     call = control.find_call(mine)
     assert call.prefill == ""
     assert call.moved_tokens == 0
@@ -106,7 +107,7 @@ def test_short_prompt_is_served_by_one_worker(http: httpx.Client, control: Contr
 
 @pytest.mark.parametrize(
     "extra",
-    [{"n": 2, "seed": 1}, {"prompt_logprobs": 1}, {"echo": True}, {"echo": True, "logprobs": 1}],
+    [{"n": 2, "seed": 1}, {"prompt_logprobs": 1}, {"echo": True, "logprobs": 1}],
     ids=str,
 )
 def test_what_cannot_be_split_is_served_by_one_worker(
@@ -116,7 +117,8 @@ def test_what_cannot_be_split_is_served_by_one_worker(
     body = {"model": MODEL, "prompt": fresh_prompt(400), "max_tokens": 2, **extra}
     response = http.post("/v1/completions", json=body, headers={"X-Request-Id": mine})
     response.raise_for_status()
-    assert "X-Pythia-Prefill" not in response.headers
+    assert response.headers["X-Pythia-Prefill"] == response.headers["X-Pythia-Decode"]
+    assert len(set(response.headers["X-Pythia-Decode"].split(","))) == 1
     assert control.find_call(mine).prefill == ""
 
 

@@ -1,0 +1,332 @@
+"""The core in a network that loses, delays, doubles and reorders, among peers that crash.
+
+Hypothesis chooses what happens; ``World.check`` asserts after every step the core's own
+invariants and the oracle's, and at the end, without further faults, that every call has
+ended once and nothing of any is left.
+"""
+
+from __future__ import annotations
+
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from coordinator.core import Core
+from coordinator.limits import Limits, Placement
+from coordinator.protocol import (
+    ApiBeat,
+    Beat,
+    Checked,
+    EngineFacts,
+    Failed,
+    Finished,
+    Hello,
+    Inspect,
+    Leaving,
+    Load,
+    Prefilled,
+    Probed,
+    ProbeFinished,
+    Ready,
+    Role,
+    Started,
+    Submit,
+    ToCore,
+)
+from tests.simulation.fakes import CORE, FakeApi, FakeWorker, Letter, World, make_handle
+
+LIMITS = Limits(
+    queue_calls=8,
+    calls_per_worker=3,
+    prefills_per_worker=2,
+    attempts=3,
+    queue_s=8.0,
+    prefill_s=4.0,
+    first_token_s=4.0,
+    decode_check_s=3.0,
+    check_s=1.5,
+    call_s=24.0,
+    beat_s=1.0,
+    beats_missed=4,
+    probe_s=2.0,
+    probe_attempts=2,
+    workers=4,
+    apis=3,
+    recent_calls=4,
+    story_lines=6,
+)
+PLACEMENT = Placement(remote_prefill_min_tokens=8, reserve_output_tokens=8)
+ROLES: dict[str, Role] = {"p": "prefill", "d": "decode", "e": "decode", "m": "mixed"}
+IMPOSTOR = b"impostor"
+
+PROFILE = settings(
+    max_examples=300,
+    stateful_step_count=50,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+    print_blob=True,
+)
+
+index = st.integers(min_value=0, max_value=10_000)
+
+
+class CoreInALossyNetwork(RuleBasedStateMachine):
+    """Everything that can happen to a core."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held_back: list[Letter] = []
+
+    @initialize(extra=st.sets(st.sampled_from(["e", "m"])))
+    def start(self, extra: set[str]) -> None:
+        self.world = World(LIMITS, PLACEMENT)
+        for name in ("p", "d", *sorted(extra)):
+            self.world.start_worker(name, ROLES[name])
+        self.world.start_api()
+        self.flow(12, 0.2)
+
+    def an_api(self, number: int) -> FakeApi:
+        apis = list(self.world.apis.values())
+        assume(apis)
+        return apis[number % len(apis)]
+
+    def a_worker(self, number: int) -> FakeWorker:
+        workers = list(self.world.workers.values())
+        assume(workers)
+        return workers[number % len(workers)]
+
+    def a_call(self, api: FakeApi, number: int) -> str:
+        assume(api.calls)
+        return sorted(api.calls)[number % len(api.calls)]
+
+    def a_letter(self, number: int) -> Letter:
+        assume(self.world.letters)
+        return self.world.letters[number % len(self.world.letters)]
+
+    # --- what people and time do ---------------------------------------------------------
+
+    @rule(
+        number=index,
+        prompts_tokens=st.lists(st.integers(1, 120), min_size=1, max_size=4),
+        output_tokens=st.integers(1, 8),
+        group=st.sampled_from(["", "", "", "g"]),
+    )
+    def submit(
+        self, number: int, prompts_tokens: list[int], output_tokens: int, group: str
+    ) -> None:
+        api = self.an_api(number)
+        for prompt_tokens in prompts_tokens:
+            self.world.submit(api, prompt_tokens, output_tokens, group)
+
+    @rule(number=index, which=index)
+    def abort(self, number: int, which: int) -> None:
+        api = self.an_api(number)
+        self.world.emit(api.address, api.abort(self.a_call(api, which)))
+
+    @rule(number=index, which=index)
+    def give_up(self, number: int, which: int) -> None:
+        api = self.an_api(number)
+        self.world.emit(api.address, api.give_up(self.a_call(api, which), self.world.now_s))
+
+    @rule(rounds=st.integers(1, 8), elapsed_s=st.sampled_from([0.0, 0.2, 0.4]))
+    def flow(self, rounds: int, elapsed_s: float) -> None:
+        for _ in range(rounds):
+            self.world.deliver_all()
+            self.world.advance(elapsed_s)
+
+    @rule(elapsed_s=st.sampled_from([0.5, 1.0, 3.0, 9.0]))
+    def advance(self, elapsed_s: float) -> None:
+        self.world.advance(elapsed_s)
+
+    # --- what the network does -------------------------------------------------------------
+
+    @rule(numbers=st.lists(index, min_size=1, max_size=4))
+    def deliver(self, numbers: list[int]) -> None:
+        for number in numbers:
+            letter = self.a_letter(number)
+            self.world.letters.remove(letter)
+            self.world.deliver(letter)
+
+    @rule(numbers=st.lists(index, min_size=1, max_size=3))
+    def double(self, numbers: list[int]) -> None:
+        for number in numbers:
+            self.world.deliver(self.a_letter(number))
+
+    @rule(numbers=st.lists(index, min_size=1, max_size=3))
+    def lose(self, numbers: list[int]) -> None:
+        for number in numbers:
+            self.world.letters.remove(self.a_letter(number))
+
+    @rule(number=index)
+    def repeat(self, number: int) -> None:
+        """What was said about an earlier attempt of a call that goes on arrives once more."""
+        attempts = {
+            request: call.attempt
+            for api in self.world.apis.values()
+            for request, call in api.calls.items()
+        }
+        old = [
+            letter
+            for letter in self.world.history
+            if letter.message.attempt < attempts.get(letter.message.request, 0)
+        ]
+        assume(old)
+        self.world.deliver(old[number % len(old)])
+
+    @rule(every=st.booleans())
+    def confuse(self, every: bool) -> None:
+        """Turn the order around, or hold everything back until much later."""
+        self.world.letters.reverse()
+        if every:
+            self.held_back += self.world.letters
+            self.world.letters = []
+
+    @precondition(lambda self: self.held_back)
+    @rule()
+    def release(self) -> None:
+        self.world.letters += self.held_back
+        self.held_back = []
+
+    # --- who comes and goes ------------------------------------------------------------------
+
+    @rule(name=st.sampled_from(sorted(ROLES)), how=st.sampled_from(["restart", "crash", "leave"]))
+    def lose_worker(self, name: str, how: str) -> None:
+        if how == "restart":
+            self.world.start_worker(name, ROLES[name])
+            return
+        for worker in list(self.world.workers.values()):
+            if worker.name == name and how == "leave":
+                self.world.emit(worker.address, worker.leave())
+        self.world.crash_worker(name)
+
+    @rule(number=index, what=st.sampled_from(["start", "start", "crash", "core"]))
+    def change_front(self, number: int, what: str) -> None:
+        if what == "core":
+            self.world.restart_core()
+        elif what == "crash":
+            del self.world.apis[self.an_api(number).address]
+        elif len(self.world.apis) < LIMITS.apis:
+            self.world.start_api()
+
+    # --- what others pretend -----------------------------------------------------------------
+
+    @rule(number=index, which=index, what=st.integers(0, 6))
+    def speak_for_another_api(self, number: int, which: int, what: int) -> None:
+        api = self.an_api(number)
+        request = self.a_call(api, which)
+        attempt = api.calls[request].attempt
+        forged = (
+            Prefilled(api.name, request, attempt),
+            Started(api.name, request, attempt),
+            Finished(api.name, request, attempt, "stop"),
+            Failed(api.name, request, attempt, "d", "bad"),
+            Checked(api.name, request, attempt, "loading"),
+            Checked(api.name, request, attempt, "decoding"),
+            Checked(api.name, request, attempt, "gone"),
+        )
+        self.forge(IMPOSTOR, forged[what])
+
+    @rule(number=index, which=index, by_worker=st.booleans())
+    def answer_for_another_worker(self, number: int, which: int, by_worker: bool) -> None:
+        """A stranger speaks under a worker's name, or a worker answers what others were asked."""
+        worker = self.a_worker(number)
+        asked = self.world.oracle.asked
+        assume(asked)
+        probes = sorted({probe for _, probe, _ in asked})
+        probe = probes[-1 - which % len(probes)]
+        peer = worker.address.encode() if by_worker else IMPOSTOR
+        handle = make_handle("nobody", "0", "probe", probe)
+        if not by_worker or (worker.address, probe, "Probe") not in asked:
+            self.forge(peer, Probed(worker.name, worker.incarnation, probe, handle))
+        if not by_worker or (worker.address, probe, "ProbeRead") not in asked:
+            self.forge(peer, ProbeFinished(worker.name, worker.incarnation, probe, 0.1, 9))
+
+    def forge(self, peer: bytes, message: object) -> None:
+        self.world.deliver(Letter(peer.decode(), CORE, message))
+
+    # --- what must be true -------------------------------------------------------------------
+
+    @invariant()
+    def check(self) -> None:
+        if hasattr(self, "world"):
+            self.world.check()
+
+    def teardown(self) -> None:
+        if hasattr(self, "world"):
+            self.world.letters += self.held_back
+            self.world.settle()
+            self.world.assert_quiet()
+
+
+def test_nothing_breaks_and_nothing_is_left() -> None:
+    run_state_machine_as_test(CoreInALossyNetwork, settings=PROFILE)
+
+
+names = st.sampled_from(["a", "a", "b", ""])
+numbers = st.sampled_from([-1, 0, 1, 2, 40, 10**6])
+times = st.sampled_from([-1.0, 0.0, 0.5, float("nan"), float("inf")])
+hashes = st.integers(0, 5).map(lambda blocks: bytes(8 * blocks)) | st.just(b"odd")
+facts = st.builds(
+    EngineFacts,
+    st.just("0.32"),
+    st.just("model"),
+    st.just("same"),
+    st.sampled_from([4, 4, 4, 0]),
+    st.sampled_from([9, 64, -1]),
+    st.just(200),
+    st.just(8),
+    st.just(64),
+)
+sayings: st.SearchStrategy[ToCore] = st.one_of(
+    st.builds(Ready, names, names, st.sampled_from(["prefill", "decode", "mixed"]), names, facts),
+    st.builds(Beat, names, names, st.builds(Load, numbers, numbers, numbers)),
+    st.builds(Leaving, names, names),
+    st.builds(Probed, names, names, numbers, st.binary(max_size=1)),
+    st.builds(ProbeFinished, names, names, numbers, times, numbers),
+    st.builds(Hello, names, st.sampled_from([1, 1, 2])),
+    st.builds(ApiBeat, names, numbers),
+    st.builds(
+        Submit,
+        names,
+        names,
+        numbers,
+        numbers,
+        numbers,
+        hashes,
+        st.booleans(),
+        names,
+        numbers,
+        times,
+    ),
+    st.builds(Prefilled, names, names, numbers),
+    st.builds(Started, names, names, numbers),
+    st.builds(Finished, names, names, numbers, names, numbers, numbers, numbers, numbers, times),
+    st.builds(Failed, names, names, numbers, names, names, numbers),
+    st.builds(Checked, names, names, numbers, st.sampled_from(["prefilling", "loading", "gone"])),
+    st.builds(Inspect, numbers),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(names, sayings, st.sampled_from([0.0, 0.1, 1.0])), max_size=60))
+def test_nothing_that_a_peer_can_say_breaks_the_core(
+    said: list[tuple[str, ToCore, float]],
+) -> None:
+    core, now_s = Core(LIMITS, PLACEMENT, "core"), 0.0
+    for peer, message, elapsed_s in said:
+        core.handle(peer.encode(), message, now_s)
+        now_s += elapsed_s
+        core.tick(now_s)
+        core.check()
+    while (due_s := core.next_deadline_s()) is not None:
+        now_s = due_s
+        core.tick(now_s)
+    snapshot = core.snapshot(0, now_s)
+    assert (snapshot.workers, snapshot.apis, snapshot.queued, snapshot.active) == ([], 0, 0, 0)

@@ -1,0 +1,359 @@
+"""Cluster files: what is wrong is named with key and line, what is right means what it says."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.config import (
+    ClusterConfig,
+    ConfigError,
+    WorkerEntry,
+    coordinator_config,
+    default_cluster,
+    joined,
+    load,
+    parse,
+    worker_config,
+)
+from cluster.document import dump
+from coordinator.limits import Limits, Placement
+
+ROOT = Path(__file__).parents[2]
+HEAD = "model: tiny-llama\nworkers:\n  - {name: one, role: mixed}\n"
+"""Three lines: what a test adds begins on line 4."""
+
+
+def problems(text: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        parse(text, "cluster.yaml")
+    return caught.value.problems
+
+
+BAD = [
+    # What is added to HEAD, the line that is to blame, and what the message says.
+    ("modle: x\n", 4, "modle: unknown key; did you mean 'model'?"),
+    ("api: {prot: 80}\n", 4, "api.prot: unknown key; did you mean 'port'?"),
+    ("api:\n  port: 70000\n", 5, "api.port: must be a whole number <= 65535 (got 70000)"),
+    ("api:\n  port: -1\n", 5, "api.port: must be a whole number >= 0 (got -1)"),
+    ("api:\n  port: '80'\n", 5, "api.port: must be a whole number (got '80')"),
+    ("api:\n  port: true\n", 5, "api.port: must be a whole number (got True)"),
+    ("api:\n  port: 99999999999999999999\n", 5, "api.port: must be"),
+    ("api: 8000\n", 4, "api: must be a mapping of keys to values (got 8000)"),
+    ("api: {servers: 0}\n", 4, "api.servers: must be a whole number >= 1 (got 0)"),
+    ("api: {keys: [12345]}\n", 4, "api.keys[0]: must be text (got 12345)"),
+    ("api: {keys: secret}\n", 4, "api.keys: must be a list (got 'secret')"),
+    ("api: {keys: ['']}\n", 4, "api.keys[0]: must be text of length >= 1 (got '')"),
+    ("api: {body_bytes_max: 5}\n", 4, "api.body_bytes_max: must be a whole number >= 1024"),
+    ("api: {arguments: {port: 1}}\n", 4, "api.arguments.port: may not be set here"),
+    ("model: again\n", 4, "model: given twice (first on line 1)"),
+    ("limits:\n  queue_calls: -5\n", 5, "limits.queue_calls: must be a whole number >= 1 (got -5)"),
+    ("limits:\n  queue_s: soon\n", 5, "limits.queue_s: must be a number (got 'soon')"),
+    ("limits:\n  call_s: .inf\n", 5, "limits.call_s: must be finite (got inf)"),
+    ("limits: {queue: 1}\n", 4, "limits.queue: unknown key; did you mean 'queue_s'?"),
+    ("placement: {kv_headroom_fraction: 1}\n", 4, "kv_headroom_fraction: must be a number < 1.0"),
+    ("start: {timeout_s: 0}\n", 4, "start.timeout_s: must be a number > 0.0 (got 0)"),
+    ("network: {nixl_host: 'a b'}\n", 4, "network.nixl_host: must be a host name or address"),
+    ("network: {lease_s: 1}\n", 4, "network.lease_s: must be a whole number >= 6 (got 1)"),
+    ("environment: {A: true}\n", 4, "environment.A: must be a number or text (got True)"),
+    ("environment: {A: {B: 1}}\n", 4, "environment.A: must be a number or text"),
+    ("name: My Cluster\n", 4, "name: must be lower-case letters, digits and dashes"),
+    ("engine: {model: x}\n", 4, "engine.model: may not be set here: set 'model' at the top"),
+    ("engine: {kv_transfer_config: {}}\n", 4, "engine.kv_transfer_config: may not be set here"),
+    ("engine: {data_parallel_size: 2}\n", 4, "add entries to 'workers' instead"),
+    ("engine: {block_size: 16}\n", 4, "engine.block_size: must be a multiple of 32 on CPU"),
+    ("engine: {tensor_parallel_size: 0}\n", 4, "engine.tensor_parallel_size: must be a whole"),
+    ("engine: {seed: 2001-01-01}\n", 4, "engine.seed: a timestamp is not supported here"),
+    ("engine: !!python/name:os.system x\n", 4, "is not supported here"),
+    (
+        "coordinator: {port: 8000}\n",
+        4,
+        "coordinator.port: port 8000 on 127.0.0.1 is already that of api",
+    ),
+    ("api: [\n", 5, "not valid YAML"),
+    (
+        "  - {name: two, role: prefil}\n",
+        4,
+        "workers[1].role: must be one of prefill, decode, mixed",
+    ),
+    ("  - {name: two, role: prefil}\n", 4, "(got 'prefil'; did you mean 'prefill'?)"),
+    ("  - {name: Two, role: decode}\n", 4, "workers[1].name: must be lower-case letters"),
+    (
+        "  - {name: one, role: decode}\n",
+        4,
+        "workers[1].name: 'one' is taken by the worker on line 3",
+    ),
+    ("  - {name: coordinator, role: decode}\n", 4, "'coordinator' is not a worker's name"),
+    ("  - {name: two}\n", 4, "workers[1]: 'role' is missing"),
+    ("  - two\n", 4, "workers[1]: must be a mapping of keys to values (got 'two')"),
+    ("  - {name: two, role: decode, host: 0.0.0.0}\n", 4, "workers[1].host: must be an address"),
+    ("  - {name: two, role: decode, devices: [-1]}\n", 4, "workers[1].devices[0]: must be"),
+    (
+        "  - {name: two, role: decode, devices: [1, 1]}\n",
+        4,
+        "GPU 1 of 127.0.0.1 is already used by",
+    ),
+    ("  - {name: two, role: decode, data_port: 8000}\n", 4, "workers[1].data_port: port 8000"),
+    ("  - {name: two, role: decode, engine: {block_size: 64}}\n", 4, "exchange KV must agree"),
+    (
+        "  - {name: two, role: decode, engine: {served_model_name: x}}\n",
+        4,
+        "workers[1].engine.served",
+    ),
+    (
+        "  - {name: two, role: decode, devices: [0, 1, 2], engine: {tensor_parallel_size: 2}}\n",
+        4,
+        "workers[1].devices: 3 GPUs do not fit the 2 that",
+    ),
+]
+
+
+@pytest.mark.parametrize(("added", "line", "message"), BAD, ids=[row[0].strip() for row in BAD])
+def test_what_is_wrong_is_named_with_key_and_line(added: str, line: int, message: str) -> None:
+    found = problems(HEAD + added)
+    assert any(p.startswith(f"cluster.yaml:{line}: ") and message in p for p in found), found
+
+
+def test_everything_wrong_is_reported_at_once_in_order() -> None:
+    found = problems(
+        "model: 5\nworkers:\n  - {name: one, role: x}\n"
+        "api: {port: no}\nengine: {model: m}\nlimit: 1\n"
+    )
+    assert [problem.split(": ")[0] for problem in found] == [
+        f"cluster.yaml:{line}" for line in (1, 3, 4, 5, 6)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "the file is empty"),
+        ("# nothing\n", "the file is empty"),
+        ("just text\n", "must be a mapping of keys to values"),
+        ("model: m\n", "'workers' is missing"),
+        ("model: m\nworkers: []\n", "at least one worker must have the role decode or mixed"),
+        ("model: m\nworkers:\n  - {name: p, role: prefill}\n", "at least one worker must"),
+        ("a: &a [*a]\n", "too many or too deeply nested"),
+        ("a: " + "[" * 20_000, "nested"),
+        ("model: \x00\n", "not valid YAML"),
+        ("x: 1\n? [1, 2]\n: y\n", "keys must be text"),
+        ("a: 1\n---\nb: 2\n", "not valid YAML"),
+        ("a: " + "x" * (1024 * 1024), "larger than 1048576 bytes"),
+    ],
+)
+def test_hopeless_files_are_refused_in_words(text: str, message: str) -> None:
+    assert any(message in problem for problem in problems(text))
+
+
+def test_many_aliases_do_not_grow_without_bound() -> None:
+    lines = ["l0: &l0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 10)}]" for n in range(1, 12)]
+    assert any("too many" in problem for problem in problems("\n".join(lines)))
+
+
+KEYS = ["model", "workers", "name", "role", "engine", "api", "port", "keys", "limits", "devices"]
+KEYS += ["environment", "host", "arguments", "block_size", "tensor_parallel_size", "network"]
+DATA = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=6)
+    ),
+    max_leaves=25,
+)
+
+
+@given(st.text(max_size=200) | DATA.map(yaml.safe_dump))
+def test_any_text_is_a_cluster_or_a_config_error(text: str) -> None:
+    try:
+        found = [parse(text, "cluster.yaml").name]
+    except ConfigError as error:
+        found = error.problems
+    assert found
+
+
+def test_a_missing_file_is_a_config_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No such file"):
+        load(tmp_path / "none.yaml")
+
+
+def test_bytes_that_are_no_text_are_a_config_error(tmp_path: Path) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="not UTF-8 text"):
+        load(path)
+
+
+def test_defaults_and_empty_sections() -> None:
+    config = parse(HEAD + "limits:\napi:\nengine:\n", "x/My File.yaml")
+    assert config.name == "my-file"
+    assert config.limits == Limits()
+    assert config.placement == Placement()
+    assert config.served_name == "tiny-llama"
+    assert config.control_address == "tcp://127.0.0.1:5570"
+    assert config.base_url == "http://127.0.0.1:8000"
+
+
+def test_a_wildcard_address_is_reached_through_loopback() -> None:
+    config = parse(HEAD + "api: {host: 0.0.0.0}\ncoordinator: {host: '::'}\n", "x.yaml")
+    assert config.base_url == "http://127.0.0.1:8000"
+    assert config.control_address == "tcp://[::1]:5570"
+    assert coordinator_config(config, "m").control_address == "tcp://[::]:5570"
+
+
+def test_merge_keys_and_numbers_of_yaml_1_2() -> None:
+    config = parse(
+        "model: m\nworkers:\n"
+        "  - &base {name: one, role: decode, engine: {gpu_memory_utilization: 8e-1}}\n"
+        "  - {<<: *base, name: two}\n",
+        "x.yaml",
+    )
+    assert [entry.name for entry in config.workers] == ["one", "two"]
+    assert config.workers[1].engine == {"gpu_memory_utilization": 0.8}
+
+
+def test_a_model_path_is_relative_to_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_text(HEAD.replace("tiny-llama", "./weights"))
+    assert load(path).model == str(tmp_path / "weights")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda p: p.name)
+def test_the_examples_are_fine(path: Path) -> None:
+    assert load(path).name == path.stem
+
+
+def test_what_is_dumped_reads_as_the_same() -> None:
+    config = parse(
+        HEAD + "engine: {tokenizer: '1e5', revision: 'no'}\napi: {keys: ['\\u2028é😀', '007']}\n",
+        "x.yaml",
+    )
+    assert parse(dump(config), "other.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("gpus", "roles"),
+    [(0, "pdd"), (1, "m"), (2, "pd"), (4, "pddd"), (8, "pp" + "d" * 6), (16, "p" * 4 + "d" * 12)],
+)
+def test_default_clusters(gpus: int, roles: str) -> None:
+    config = default_cluster("tiny-llama", gpus)
+    assert "".join(entry.role[0] for entry in config.workers) == roles
+    assert [d for entry in config.workers for d in entry.devices] == list(range(gpus))
+    assert parse(dump(config), "x.yaml") == config
+
+
+class TestWorkerConfig:
+    def config(self, more: str = "") -> ClusterConfig:
+        return parse(
+            "model: m\nserved_model_name: served\n"
+            "engine: {seed: 1, max_num_seqs: 4}\nenvironment: {A: 1, B: x, OMP_NUM_THREADS: 7}\n"
+            "workers:\n  - {name: one, role: prefill}\n  - name: two\n    role: decode\n"
+            "    engine: {max_num_seqs: 9}\n    environment: {B: y}\n"
+            f"    data_port: 7001\n{more}",
+            "x.yaml",
+        )
+
+    def test_a_worker_s_own_values_win(self) -> None:
+        worker = worker_config(self.config(), "two", "/models/m")
+        assert worker.engine["seed"] == 1
+        assert worker.engine["max_num_seqs"] == 9
+        assert worker.engine["distributed_executor_backend"] == "uni"
+        assert (worker.role, worker.data_port, worker.model) == ("decode", 7001, "/models/m")
+        environment = worker.process_environment()
+        assert (environment["A"], environment["B"]) == ("1", "y")
+        assert environment["OMP_NUM_THREADS"] == "7"
+        assert environment["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+        assert environment["UCX_TLS"] == "tcp,shm,self,cma"
+        assert int(environment["VLLM_NIXL_SIDE_CHANNEL_PORT"]) > 0
+
+    def test_engine_arguments_are_complete_and_every_engine_is_another(self) -> None:
+        worker = worker_config(self.config("network: {lease_s: 12}\n"), "one", "/models/m")
+        first, second = worker.engine_arguments(), worker.engine_arguments()
+        assert first["model"] == "/models/m"
+        assert first["served_model_name"] == ["served"]
+        transfer = first["kv_transfer_config"]
+        assert transfer["kv_connector_extra_config"]["kv_lease_duration"] == 12
+        assert transfer["engine_id"] != second["kv_transfer_config"]["engine_id"]
+
+    def test_side_channel_ports_count_from_the_base(self) -> None:
+        config = self.config("network: {side_channel_port_base: 5600}\n")
+        ports = [worker_config(config, name, "m").side_channel_port for name in ("one", "two")]
+        assert ports == [5600, 5601]
+
+    def test_gpus(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        text = (
+            "model: m\nworkers:\n"
+            "  - {name: one, role: mixed, devices: [1, 2]}\n"
+            "  - {name: two, role: mixed, devices: [3, 0], engine: {pipeline_parallel_size: 2}}\n"
+        )
+        config = parse(text, "x.yaml")
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        one, two = (worker_config(config, name, "m") for name in ("one", "two"))
+        assert one.engine == {"tensor_parallel_size": 2}
+        assert two.engine == {"tensor_parallel_size": 1, "pipeline_parallel_size": 2}
+        assert one.process_environment()["CUDA_VISIBLE_DEVICES"] == "1,2"
+        assert "UCX_TLS" not in one.process_environment()
+        assert "VLLM_ENABLE_V1_MULTIPROCESSING" not in one.process_environment()
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,GPU-7")
+        assert two.process_environment()["CUDA_VISIBLE_DEVICES"] == "GPU-7,4"
+
+    def test_an_unknown_worker_is_a_config_error(self) -> None:
+        with pytest.raises(ConfigError, match="there are: one, two"):
+            worker_config(self.config(), "three", "m")
+
+    def test_joining(self) -> None:
+        entry = WorkerEntry(name="three", role="mixed")
+        config = joined(self.config(), entry, "tcp://10.0.0.1:99")
+        assert worker_config(config, "three", "m").coordinator == "tcp://10.0.0.1:99"
+        changed = joined(self.config(), WorkerEntry(name="two", role="mixed"))
+        assert [entry.role for entry in changed.workers] == ["prefill", "mixed"]
+        for bad in ("10.0.0.1:99", "tcp://x", "tcp://x:70000", "ipc://x"):
+            with pytest.raises(ConfigError, match="must be tcp://host:port"):
+                joined(self.config(), entry, bad)
+
+
+def test_coordinator_config_carries_what_the_file_says() -> None:
+    text = HEAD + "api: {keys: [k], servers: 2}\nlimits: {queue_calls: 7}\nengine: {seed: 3}\n"
+    made = coordinator_config(parse(text, "x.yaml"), "/models/m")
+    assert made.control_address == "tcp://127.0.0.1:5570"
+    assert (made.api_keys, made.api_servers, made.limits.queue_calls) == (["k"], 2, 7)
+    assert (made.model, made.served_model_name) == ("/models/m", ["tiny-llama"])
+    assert made.engine["seed"] == 3
+
+
+def test_reading_a_file_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from pathlib import Path; from cluster.config import load;"
+        f"load(Path({str(ROOT / 'examples/local.yaml')!r}));"
+        "sys.exit(any(m in sys.modules for m in ('vllm', 'torch', 'transformers', 'zmq')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+class TestNamesOfVllm:
+    """Names of vLLM's arguments are checked where vLLM is installed."""
+
+    @pytest.fixture(autouse=True)
+    def _vllm(self) -> None:
+        from cluster.arguments import engine_argument_names
+
+        if engine_argument_names() is None:
+            pytest.skip("vLLM is not installed")
+
+    @pytest.mark.parametrize(
+        ("added", "message"),
+        [
+            ("engine: {max_modl_len: 1}\n", "engine.max_modl_len: vLLM has no such argument; did"),
+            ("engine: {tool_call_parser: x}\n", "it is an option of the API server"),
+            ("api: {arguments: {reasoning_parser: x}}\n", "it is an argument of the engine"),
+            ("api: {arguments: {enable_auto_tools: x}}\n", "vLLM has no such argument"),
+        ],
+    )
+    def test_unknown_names(self, added: str, message: str) -> None:
+        assert any(problem.startswith("cluster.yaml:4: ") and message in problem
+                   for problem in problems(HEAD + added))  # fmt: skip

@@ -1,0 +1,345 @@
+"""The connector's decisions, without an engine: what is pulled, held, released, believed.
+
+vLLM's requests and configuration are stood in for by plain objects; the connector and the
+stock classes below it are the real ones. Real transfers are in tests/e2e and tests/gpu.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+import zmq
+
+pytest.importorskip("vllm")
+pytest.importorskip("nixl")
+
+from vllm.config import KVTransferConfig
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.request import RequestStatus
+
+from cluster.process import free_port
+from transfer import connector
+from transfer.connector import PythiaScheduler, PythiaWorker
+from transfer.pages import PAGE_BYTES, use_huge_pages
+from transfer.progress import progress_pause
+from transfer.renewal import Renewals
+from transfer.settings import kv_transfer_config
+
+BLOCK = 32
+ENGINE = "decode-1"
+
+
+@pytest.fixture
+def scheduler() -> PythiaScheduler:
+    import torch
+
+    spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=2, head_size=8, dtype=torch.float32)
+    caches = KVCacheConfig(
+        num_blocks=64, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)]
+    )
+    config = SimpleNamespace(
+        parallel_config=SimpleNamespace(
+            tensor_parallel_size=1,
+            decode_context_parallel_size=1,
+            pipeline_parallel_size=1,
+            data_parallel_index=0,
+        ),
+        cache_config=SimpleNamespace(block_size=BLOCK),
+        scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=True),
+        kv_transfer_config=KVTransferConfig(**kv_transfer_config(ENGINE)),
+        num_prefill_lookahead_tokens=0,
+    )
+    return PythiaScheduler(config, ENGINE, caches)
+
+
+def a_request(params: object, tokens: int = 100, request_id: str = "r~1") -> Any:
+    return SimpleNamespace(
+        request_id=request_id,
+        kv_transfer_params=params,
+        prompt_token_ids=[1] * tokens,
+        num_prompt_tokens=tokens,
+        num_computed_tokens=tokens,
+        status=RequestStatus.FINISHED_LENGTH_CAPPED,
+    )
+
+
+def a_handle(**fields: Any) -> dict[str, Any]:
+    handle = {
+        "do_remote_prefill": True,
+        "do_remote_decode": False,
+        "remote_block_ids": [[1, 2, 3, 4]],
+        "remote_engine_id": "prefill-0",
+        "remote_request_id": "r~1",
+        "remote_host": "127.0.0.1",
+        "remote_port": 5600,
+        "tp_size": 1,
+        "remote_num_tokens": 100,
+        "remote_blocks_expiry_time": 50.0,
+    }
+    return {**handle, **fields}
+
+
+def pulled(scheduler: PythiaScheduler, request: Any, local_tokens: int = 0) -> tuple[int, bool]:
+    scheduler.on_new_request(request)
+    return scheduler.get_num_new_matched_tokens(request, local_tokens)
+
+
+# --- what is pulled -------------------------------------------------------------------
+
+
+def test_a_good_handle_is_pulled_beyond_what_is_here(scheduler: PythiaScheduler) -> None:
+    assert pulled(scheduler, a_request(a_handle())) == (100, True)
+    assert pulled(scheduler, a_request(a_handle()), local_tokens=64) == (36, True)
+    assert pulled(scheduler, a_request(a_handle()), local_tokens=100) == (0, False)
+
+
+def test_its_lease_is_renewed_while_it_waits(scheduler: PythiaScheduler) -> None:
+    scheduler.on_new_request(a_request(a_handle(remote_request_id="held~1")))
+    metadata = scheduler.build_connector_meta(SimpleNamespace())
+    assert metadata.heartbeat_by_engine["prefill-0"].req_ids == {"held~1"}
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        a_handle(remote_engine_id=None),
+        a_handle(remote_request_id=None),
+        a_handle(remote_host=None),
+        a_handle(remote_port="x"),
+        a_handle(tp_size=None),
+        a_handle(remote_num_tokens=None),
+        a_handle(remote_block_ids=[]),
+        a_handle(remote_block_ids=[[]]),
+        a_handle(remote_block_ids=[[1, 2, 3]]),
+        a_handle(remote_block_ids=[[1, 2, 3, 4], [5]]),
+        {"do_remote_prefill": True},
+    ],
+)
+def test_an_unusable_handle_is_a_local_prefill(
+    scheduler: PythiaScheduler, params: dict[str, Any]
+) -> None:
+    request = a_request(params)
+    assert pulled(scheduler, request) == (0, False)
+    blocks = SimpleNamespace(blocks=([],))
+    scheduler.update_state_after_alloc(request, blocks, 0)
+    metadata = scheduler.build_connector_meta(SimpleNamespace())
+    assert not metadata.reqs_to_recv
+    assert not metadata.heartbeat_by_engine
+    assert scheduler.request_finished(request, ([1, 2],)) == (False, None)
+
+
+@pytest.mark.parametrize("params", ["handle", [1, 2], 7])
+def test_parameters_of_another_type_are_dropped(scheduler: PythiaScheduler, params: object) -> None:
+    request = a_request(params)
+    assert pulled(scheduler, request) == (0, False)
+    assert request.kv_transfer_params is None
+
+
+def test_a_shorter_handle_is_a_prefix(scheduler: PythiaScheduler) -> None:
+    request = a_request(a_handle(), tokens=500)
+    assert pulled(scheduler, request, local_tokens=32) == (68, True)
+
+
+def test_a_longer_handle_is_cut_to_the_prompt(scheduler: PythiaScheduler) -> None:
+    request = a_request(a_handle(), tokens=40)
+    assert pulled(scheduler, request) == (40, True)
+    assert request.kv_transfer_params["remote_block_ids"] == [[1, 2]]
+
+
+def test_a_holder_is_never_asked_to_pull_by_the_way(scheduler: PythiaScheduler) -> None:
+    params = a_handle(do_remote_prefill=False, do_remote_decode=True)
+    request = a_request(params)
+    assert pulled(scheduler, request) == (0, False)
+    assert params == {
+        "do_remote_prefill": False,
+        "do_remote_decode": True,
+        "tp_size": 1,
+    }
+
+
+# --- what is held and released -----------------------------------------------------------
+
+
+def test_a_finished_prefill_is_held_and_says_until_when(scheduler: PythiaScheduler) -> None:
+    request = a_request({"do_remote_decode": True})
+    scheduler.on_new_request(request)
+    held, handle = scheduler.request_finished(request, ([7, 8, 9, 10],))
+    assert held
+    assert handle is not None
+    assert handle["remote_blocks_expiry_time"] == pytest.approx(time.perf_counter() + 30, abs=1)
+    assert handle["remote_block_ids"] == ([7, 8, 9, 10],)
+    assert handle["remote_num_tokens"] == 100
+
+
+def test_an_aborted_prefill_is_not_held(scheduler: PythiaScheduler) -> None:
+    request = a_request({"do_remote_decode": True})
+    scheduler.on_new_request(request)
+    request.status = RequestStatus.FINISHED_ABORTED
+    assert scheduler.request_finished(request, ([7, 8],)) == (False, None)
+
+
+def test_a_finished_decode_is_not_held(scheduler: PythiaScheduler) -> None:
+    request = a_request(a_handle())
+    scheduler.on_new_request(request)
+    request.kv_transfer_params["do_remote_prefill"] = False  # as after its pull
+    assert scheduler.request_finished(request, ([1, 2, 3, 4],)) == (False, None)
+    metadata = scheduler.build_connector_meta(SimpleNamespace())
+    assert not metadata.heartbeat_by_engine
+    assert not metadata.reqs_to_send
+
+
+def test_a_pull_that_never_began_tells_the_holder(scheduler: PythiaScheduler) -> None:
+    request = a_request(a_handle())
+    scheduler.on_new_request(request)
+    request.status = RequestStatus.FINISHED_ABORTED
+    assert scheduler.request_finished(request, ([],)) == (False, None)
+    metadata = scheduler.build_connector_meta(SimpleNamespace())
+    assert metadata.reqs_to_recv["r~1"].remote.engine_id == "prefill-0"
+    assert not metadata.reqs_to_recv["r~1"].local_block_ids
+
+
+def test_a_handle_given_back_to_its_engine_is_released(scheduler: PythiaScheduler) -> None:
+    request = a_request(a_handle(remote_engine_id=ENGINE, remote_request_id="held~1"))
+    assert pulled(scheduler, request) == (0, False)
+    assert scheduler.build_connector_meta(SimpleNamespace()).releases == {"held~1"}
+    assert scheduler.build_connector_meta(SimpleNamespace()).releases == set()
+
+
+# --- the worker half -----------------------------------------------------------------------
+
+
+class StillWorker(PythiaWorker):
+    """The worker half without NIXL, model or threads: its books only."""
+
+    def __init__(self) -> None:
+        self._renewals = Renewals(lease_s=20.0, margin_s=5.0)
+        self._released: set[str] = set()
+        self._engine_clock_offset = {"prefill-0": 1000.0}
+
+    def shutdown(self) -> None:
+        """Nothing was started."""
+
+
+def a_read(ends_in_s: float, blocks: tuple[list[int], ...] = ([1],)) -> Any:
+    remote = SimpleNamespace(
+        engine_id="prefill-0",
+        request_id="held~1",
+        blocks_expiry_time=time.perf_counter() + 1000.0 + ends_in_s,
+    )
+    return SimpleNamespace(remote=remote, local_block_ids=blocks)
+
+
+def test_a_read_is_believed_only_within_its_lease() -> None:
+    worker = StillWorker()
+    assert not worker._is_turn2_read_expired(a_read(ends_in_s=6.0))
+    assert worker._is_turn2_read_expired(a_read(ends_in_s=4.0))
+    assert not worker._is_turn2_read_expired(a_read(ends_in_s=-99.0, blocks=([],)))
+
+
+def test_a_renewed_lease_is_believed_beyond_its_end() -> None:
+    worker = StillWorker()
+    now_s = time.perf_counter()
+    worker._renewals.renewed("prefill-0", ["held~1"], now_s - 15.0)
+    worker._renewals.renewed("prefill-0", ["held~1"], now_s - 5.0)
+    assert not worker._is_turn2_read_expired(a_read(ends_in_s=-8.0))
+
+
+def test_a_read_from_an_engine_never_met_is_not_believed() -> None:
+    worker = StillWorker()
+    worker._engine_clock_offset.clear()
+    assert worker._is_turn2_read_expired(a_read(ends_in_s=30.0))
+
+
+# --- the handshake socket --------------------------------------------------------------------
+
+QUESTION = msgspec.msgpack.encode((b"get_meta_msg", 0, 0))
+
+
+@pytest.fixture
+def listener() -> Iterator[str]:
+    port, ready, stop = free_port("127.0.0.1"), threading.Event(), threading.Event()
+    thread = threading.Thread(
+        target=PythiaScheduler._nixl_handshake_listener,
+        args=({(0, 0): b"metadata"}, ready, stop, "127.0.0.1", port),
+    )
+    thread.start()
+    assert ready.wait(10)
+    yield f"tcp://127.0.0.1:{port}"
+    stop.set()
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def ask(address: str, kind: int, frames: list[bytes]) -> list[bytes]:
+    with zmq.Context() as context, context.socket(kind) as socket:
+        socket.linger = 200
+        socket.connect(address)
+        socket.send_multipart(frames)
+        return socket.recv_multipart() if socket.poll(500) else []
+
+
+def test_garbage_does_not_end_the_handshakes(listener: str) -> None:
+    garbage = [
+        [b"x"],
+        [b""],
+        [b"", b"\xc1"],
+        [b"", QUESTION, b"more"],
+        [b"", b"z" * (connector.HANDSHAKE_BYTES_MAX + 1)],
+        [b"", msgspec.msgpack.encode((b"get_meta_msg", 0, 7))],
+        [b"", msgspec.msgpack.encode((b"get_something", 0, 0))],
+        [b"", msgspec.msgpack.encode(("get_meta_msg", "a", None))],
+    ]
+    for frames in garbage:
+        assert ask(listener, zmq.DEALER, frames) == []
+    payload, clock = ask(listener, zmq.REQ, [QUESTION])
+    assert payload == b"metadata"
+    assert msgspec.msgpack.decode(clock) == pytest.approx(time.perf_counter(), abs=5)
+
+
+# --- NIXL and memory ---------------------------------------------------------------------------
+
+
+def test_the_progress_thread_sleeps_as_told_and_only_inside() -> None:
+    from nixl import _api as nixl_api
+
+    with progress_pause(250):
+        config = nixl_api.nixlBind.nixlAgentConfig()
+        config.pthrDelay = 0
+        config.useProgThread = True
+        assert (config.pthrDelay, config.useProgThread) == (250, True)
+    config = nixl_api.nixlBind.nixlAgentConfig()
+    config.pthrDelay = 0
+    assert config.pthrDelay == 0
+
+
+def test_moving_to_huge_pages_keeps_the_contents() -> None:
+    import torch
+
+    memory = torch.arange(PAGE_BYTES, dtype=torch.int64)  # eight pages
+    moved_bytes = use_huge_pages([(memory.data_ptr(), memory.nbytes)] * 2)
+    assert moved_bytes % PAGE_BYTES == 0
+    assert moved_bytes <= memory.nbytes
+    assert torch.equal(memory, torch.arange(PAGE_BYTES, dtype=torch.int64))
+
+
+def test_memory_smaller_than_a_huge_page_stays_where_it_is() -> None:
+    assert use_huge_pages([(4096, 100), (PAGE_BYTES + 1, PAGE_BYTES)]) == 0
+
+
+def test_the_advice_against_both_roles_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    import logging
+
+    log = logging.getLogger(connector.stock.__name__)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(connector._kv_both_is_meant())
+        filters = list(log.filters)
+        record = logging.LogRecord("n", 30, "p", 1, "Using kv_role='kv_both' with", (), None)
+        assert not all(keep(record) for keep in filters if callable(keep))
+    assert len(log.filters) == len(filters) - 1

@@ -1,0 +1,273 @@
+"""Leases, renewals and links: books about time and blocks, kept without a clock."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from transfer.lease import Held, Lease, LeaseError, Spent
+from transfer.links import Defaults, Links
+from transfer.renewal import Renewals
+from transfer.settings import (
+    dispatch_margin_s,
+    heartbeat_s,
+    kv_transfer_config,
+    progress_delay_us,
+    transfer_environment,
+)
+
+# --- a lease in the API process ---------------------------------------------------
+
+
+def test_a_lease_is_dispatched_once() -> None:
+    lease = Lease(received_at_s=100.0, lease_s=30.0)
+    lease.take(105.0, margin_s=10.0)
+    assert not lease.dispatchable(105.0, margin_s=10.0)
+    with pytest.raises(LeaseError, match="dispatched"):
+        lease.take(105.0, margin_s=10.0)
+
+
+@given(st.floats(0, 60), st.floats(0, 30))
+def test_a_lease_is_never_dispatched_with_less_left_than_the_margin(
+    age_s: float, margin_s: float
+) -> None:
+    lease = Lease(received_at_s=0.0, lease_s=30.0)
+    try:
+        lease.take(age_s, margin_s)
+    except LeaseError:
+        assert lease.state == "missed"
+        assert age_s + margin_s >= 30.0
+    else:
+        assert age_s + margin_s < 30.0
+
+
+def test_a_missed_lease_stays_missed_and_owes_nobody_anything() -> None:
+    lease = Lease(received_at_s=0.0, lease_s=30.0)
+    with pytest.raises(LeaseError, match="not dispatchable"):
+        lease.take(25.0, margin_s=10.0)
+    with pytest.raises(LeaseError, match="missed"):
+        lease.take(0.0, margin_s=10.0)
+    assert not lease.discard()
+
+
+def test_only_a_handle_that_nobody_may_be_reading_is_discarded() -> None:
+    unused = Lease(0.0, 30.0)
+    assert unused.discard()
+    assert not unused.discard()
+    with pytest.raises(LeaseError, match="discarded"):
+        unused.take(1.0, 0.0)
+    dispatched = Lease(0.0, 30.0)
+    dispatched.take(1.0, 10.0)
+    assert not dispatched.discard()
+
+
+# --- handles a decode worker has used ------------------------------------------------
+
+
+def test_a_handle_is_used_once() -> None:
+    spent = Spent()
+    assert spent.use("engine", "r~1", 0.0)
+    assert not spent.use("engine", "r~1", 1.0)
+    assert spent.use("engine", "r~2", 1.0)
+    assert spent.use("other", "r~1", 1.0)
+
+
+def test_used_handles_are_remembered_for_a_time_and_a_number() -> None:
+    spent = Spent(entries=3, keep_s=100.0)
+    for index in range(4):
+        assert spent.use("engine", f"r~{index}", float(index))
+    assert len(spent) == 3
+    assert not spent.use("engine", "r~3", 50.0)
+    assert spent.use("engine", "r~3", 103.0)
+    assert len(spent) == 1
+
+
+# --- what a prefill worker has pinned ----------------------------------------------
+
+
+def test_held_blocks_are_counted_until_released_or_expired() -> None:
+    held = Held()
+    held.add("a~1", 10, expires_at_s=30.0)
+    held.add("b~1", 5, expires_at_s=40.0)
+    assert held.held_blocks(29.9) == 15
+    assert held.held_blocks(30.0) == 5
+    assert held.released("b~1") == 5
+    assert held.released("b~1") == 0
+    assert held.released("a~1") == 0
+    assert held.held_blocks(0.0) == 0
+
+
+def test_held_is_bounded_and_drops_what_ends_first() -> None:
+    held = Held(entries=2)
+    held.add("late", 1, expires_at_s=90.0)
+    held.add("early", 2, expires_at_s=10.0)
+    held.add("late", 3, expires_at_s=95.0)
+    assert held.held_blocks(0.0) == 5
+    held.add("middle", 4, expires_at_s=50.0)
+    assert len(held) == 2
+    assert held.held_blocks(0.0) == 7
+
+
+# --- a reader's renewals --------------------------------------------------------------
+
+LEASE_S = 20.0
+MARGIN_S = 5.0
+
+
+def renewals() -> Renewals:
+    return Renewals(lease_s=LEASE_S, margin_s=MARGIN_S)
+
+
+def test_without_a_renewal_a_lease_holds_until_its_end_less_the_margin() -> None:
+    book = renewals()
+    assert book.holds("e", "r", ends_s=30.0, now_s=24.9)
+    assert not book.holds("e", "r", ends_s=30.0, now_s=25.1)
+
+
+def test_renewals_in_time_carry_a_lease_on() -> None:
+    book = renewals()
+    for now_s in range(5, 100, 5):
+        book.renewed("e", ["r"], float(now_s))
+    assert book.holds("e", "r", ends_s=30.0, now_s=109.0)
+    assert not book.holds("e", "r", ends_s=30.0, now_s=111.0)
+    assert not book.holds("other", "r", ends_s=30.0, now_s=60.0)
+
+
+def test_a_first_renewal_that_came_too_late_is_worth_nothing() -> None:
+    book = renewals()
+    book.renewed("e", ["r"], 26.0)
+    assert not book.holds("e", "r", ends_s=30.0, now_s=27.0)
+
+
+def test_a_gap_between_renewals_is_never_closed_again() -> None:
+    book = renewals()
+    book.renewed("e", ["r"], 10.0)
+    book.renewed("e", ["r"], 26.0)
+    book.renewed("e", ["r"], 27.0)
+    assert not book.holds("e", "r", ends_s=15.0, now_s=28.0)
+
+
+def test_requests_that_are_not_renewed_any_more_are_forgotten() -> None:
+    book = renewals()
+    book.renewed("e", [f"r{index}" for index in range(100)], 0.0)
+    book.renewed("e", ["new"], 200.0)
+    assert len(book) == 1
+
+
+@given(
+    st.lists(st.floats(0.0, 30.0), max_size=12),
+    st.floats(0.0, 40.0),
+    st.floats(0.0, 4.9),
+    st.floats(0.0, 30.0),
+)
+def test_whatever_holds_has_never_run_out_at_the_holder(
+    pauses_s: list[float], granted_s: float, way_s: float, then_s: float
+) -> None:
+    """The holder, played beside the book: each renewal arrives ``way_s`` after it was sent."""
+    book = renewals()
+    now_s, holder_end_s, over = 0.0, granted_s, False
+    for pause_s in pauses_s:
+        now_s += pause_s
+        book.renewed("e", ["r"], now_s)
+        over = over or now_s + way_s >= holder_end_s
+        if not over:
+            holder_end_s = max(holder_end_s, now_s + way_s + LEASE_S)
+    now_s += then_s
+    if book.holds("e", "r", granted_s, now_s):
+        assert not over
+        assert now_s < holder_end_s
+
+
+# --- links --------------------------------------------------------------------------
+
+MEBIBYTE = 1 << 20
+
+
+def test_an_unknown_link_is_judged_by_defaults_and_has_to_shake_hands() -> None:
+    links = Links(Defaults(bytes_per_s=1e9, fixed_s=0.01, handshake_s=0.5))
+    assert links.estimate_s("p", "d", 10**9) == pytest.approx(1.51)
+    links.observe("p", "d", MEBIBYTE, 3.0)
+    assert links.is_warm("p", "d")
+    assert not links.is_warm("d", "p")
+    assert links.estimate_s("p", "d", 10**9) == pytest.approx(1.01)
+
+
+def test_bandwidth_follows_what_is_observed() -> None:
+    links = Links()
+    links.observe("p", "d", MEBIBYTE, 1.0)
+    for _ in range(20):
+        links.observe("p", "d", 100 * 10**6, 0.05)
+    assert links.bytes_per_s("p", "d") == pytest.approx(2e9)
+    for _ in range(60):
+        links.observe("p", "d", 100 * 10**6, 0.5)
+    assert links.bytes_per_s("p", "d") == pytest.approx(2e8, rel=0.05)
+
+
+def test_a_link_never_used_in_bulk_is_judged_by_the_others() -> None:
+    links = Links()
+    for _ in range(3):
+        links.observe("p", "d", 100 * 10**6, 0.05)
+    assert links.bytes_per_s("p", "new") == pytest.approx(2e9)
+
+
+def test_small_transfers_tell_the_fixed_part_only() -> None:
+    links = Links(Defaults(bytes_per_s=1e9, fixed_s=0.5))
+    for _ in range(3):
+        links.observe("p", "d", 1000, 0.02)
+    assert links.estimate_s("p", "d", 0) == pytest.approx(0.02)
+    assert links.bytes_per_s("p", "d") == 1e9
+
+
+def test_bytes_in_flight_are_waited_for_and_never_negative() -> None:
+    links = Links(Defaults(bytes_per_s=1e9, fixed_s=0.0, handshake_s=0.0))
+    links.started("p", "d", 10**9)
+    assert links.in_flight_bytes("p", "d") == 10**9
+    assert links.estimate_s("p", "d", 10**9) == pytest.approx(2.0)
+    links.ended("p", "d", 10**9)
+    links.ended("p", "d", 10**9)
+    assert links.in_flight_bytes("p", "d") == 0
+
+
+def test_links_are_bounded_and_forgotten_with_their_worker() -> None:
+    links = Links(links=2)
+    for target in ("a", "b", "c"):
+        links.observe("p", target, MEBIBYTE, 1.0)
+    assert [links.is_warm("p", target) for target in ("a", "b", "c")] == [False, True, True]
+    links.forget("c")
+    assert not links.is_warm("p", "c")
+    assert links.is_warm("p", "b")
+
+
+# --- settings ---------------------------------------------------------------------------
+
+
+def test_every_engine_may_hold_and_read() -> None:
+    config = kv_transfer_config("prefill-0-1f2e", lease_s=12, nixl_progress_delay_us=100)
+    assert config["kv_role"] == "kv_both"
+    assert config["engine_id"] == "prefill-0-1f2e"
+    assert config["kv_load_failure_policy"] == "recompute"
+    assert config["kv_connector_extra_config"]["kv_lease_duration"] == 12
+    assert config["kv_connector_extra_config"]["nixl_progress_delay_us"] == 100
+
+
+@pytest.mark.parametrize("wrong", [{"lease_s": 5}, {"lease_s": 0}, {"nixl_progress_delay_us": -1}])
+def test_settings_that_can_not_work_are_refused(wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        kv_transfer_config("e", **wrong)  # type: ignore[arg-type]
+
+
+def test_a_lease_leaves_room_for_the_first_renewal() -> None:
+    for lease_s in (6, 30, 300):
+        assert 0 < heartbeat_s(lease_s) < dispatch_margin_s(lease_s) < lease_s
+
+
+def test_progress_is_polled_only_where_cores_are_to_spare() -> None:
+    assert progress_delay_us(0) > 0
+    assert progress_delay_us(-3) > 0
+    assert progress_delay_us(64) == 0
+
+
+def test_only_loopback_limits_the_transports() -> None:
+    assert "UCX_TLS" not in transfer_environment("10.0.0.7", 5600)
+    assert transfer_environment("127.0.0.1", 5600, loopback=True)["UCX_TLS"]
