@@ -27,32 +27,25 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import threading
 import time
 from collections.abc import Iterator
 from typing import Any
 
-import msgspec
-import zmq
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl import connector as stock
-from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import GET_META_MSG
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_scheduler import (
     NixlPullConnectorScheduler,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import NixlPullConnectorWorker
-from vllm.utils.network_utils import make_zmq_path
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from transfer.handle import Handle, HandleError, from_params
+from transfer.handshake import serve_handshakes
 from transfer.pages import use_huge_pages
 from transfer.progress import progress_pause
 from transfer.renewal import Renewals
 
 logger = logging.getLogger(f"vllm.{__name__}")
-
-HANDSHAKE_BYTES_MAX = 4096
-"""Longest request that is read from the handshake socket."""
 
 
 class PythiaConnector(stock.NixlPullConnector):
@@ -164,35 +157,7 @@ class PythiaScheduler(NixlPullConnectorScheduler):
         self._releases = set()
         return metadata
 
-    @staticmethod
-    def _nixl_handshake_listener(
-        encoded_data: dict[tuple[int, int], bytes],
-        ready_event: threading.Event,
-        stop_event: threading.Event,
-        host: str,
-        port: int,
-    ) -> None:
-        """Answer peers that ask for NIXL metadata; drop, and mention once, what is no question."""
-        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        socket = context.socket(zmq.ROUTER)
-        socket.linger = 0
-        socket.ipv6 = ":" in host
-        socket.maxmsgsize = HANDSHAKE_BYTES_MAX
-        socket.bind(make_zmq_path("tcp", host, port))
-        ready_event.set()
-        warned = False
-        while not stop_event.is_set():
-            if not socket.poll(1000):
-                continue
-            frames = socket.recv_multipart()
-            answer = _handshake_answer(frames[1:], encoded_data)
-            if answer is not None:
-                with contextlib.suppress(zmq.ZMQError):  # the asker is gone
-                    socket.send_multipart([frames[0], *answer])
-            elif not warned:
-                warned = True
-                logger.warning("dropping frames on %s:%d that ask for nothing we have", host, port)
-        context.destroy(linger=0)
+    _nixl_handshake_listener = staticmethod(serve_handshakes)
 
 
 class PythiaWorker(NixlPullConnectorWorker):
@@ -213,7 +178,7 @@ class PythiaWorker(NixlPullConnectorWorker):
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
         """Make the KV cache known to NIXL."""
-        if self.device_type == "cpu" and not os.environ.get("NOHUGE"):
+        if self.device_type == "cpu":
             memory = [cache.untyped_storage() for cache in kv_caches.values()]
             use_huge_pages((storage.data_ptr(), storage.nbytes()) for storage in memory)
         super().register_kv_caches(kv_caches)
@@ -297,23 +262,6 @@ def _drop_source(params: dict[str, Any]) -> None:
     params["do_remote_prefill"] = False
     for name in [name for name in params if str(name).startswith("remote_")]:
         del params[name]
-
-
-def _handshake_answer(
-    frames: list[bytes], encoded_data: dict[tuple[int, int], bytes]
-) -> list[bytes] | None:
-    """Reply to one question of a REQ socket, or None if it is none of ours."""
-    if len(frames) != 2 or frames[0]:
-        return None
-    try:
-        word, stage, rank = msgspec.msgpack.decode(frames[1], type=tuple[bytes, int, int])
-    except (msgspec.MsgspecError, UnicodeDecodeError):
-        return None
-    payload = encoded_data.get((stage, rank))
-    if word != GET_META_MSG or payload is None:
-        return None
-    # The reader works out the clocks' difference from our time.
-    return [b"", payload, msgspec.msgpack.encode(time.perf_counter())]
 
 
 @contextlib.contextmanager

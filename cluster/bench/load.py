@@ -1,8 +1,8 @@
 """Child of ``pythia bench overhead``: a load generator, a process of its own.
 
-Streams chat completions over kept-alive connections and reads no more of the answers than
-it has to: when the first token's event came, how many events there were and what the usage
-says. It knows nothing of who serves them; both sides get the same prompts.
+Streams chat completions, each over a connection of its own, and reads no more of the answers
+than it has to: when the first token's event came, how many events there were and what the
+usage says. It knows nothing of who serves them; both sides get the same prompts.
 """
 
 from __future__ import annotations
@@ -63,11 +63,11 @@ class Outcome(msgspec.Struct, frozen=True):
 
 
 class _Stream(asyncio.Protocol):
-    """One connection, one request at a time."""
+    """One chat on a connection of its own."""
 
     def __init__(self) -> None:
         self._transport: asyncio.Transport | None = None
-        self._done: asyncio.Future[None] | None = None
+        self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._sent_s = 0.0
         self._tail = b""
         self.ttft_s = 0.0
@@ -77,40 +77,37 @@ class _Stream(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._done is not None and not self._done.done():
-            self._done.set_exception(LoadError(f"the server hung up: {exc or self._tail!r}"))
+        if not self._done.done():
+            self._done.set_exception(LoadError(f"cut off ({exc}) behind {self._tail[-500:]!r}"))
 
     def data_received(self, data: bytes) -> None:
         kept = self._tail[-len(EVENT) + 1 :]
-        self._tail = self._tail + data
+        self._tail += data
         self.events += (kept + data).count(EVENT)
         if not self.ttft_s and self.events > EVENTS_BEFORE_TOKENS:
             self.ttft_s = time.perf_counter() - self._sent_s
-        assert self._done is not None
+        if self._done.done():
+            return
         if self.events:
             if self._tail.endswith(LAST_CHUNK):
                 self._done.set_result(None)
             self._tail = self._tail[-TAIL_BYTES:]
-        elif not self._tail.startswith(STATUS_OK[: len(self._tail)]) and not self._done.done():
+        elif not self._tail.startswith(STATUS_OK[: len(self._tail)]):
             self._done.set_exception(LoadError(f"the server refused: {self._tail!r}"))
 
     async def ask(self, head: bytes, body: bytes) -> tuple[int, int]:
-        """One chat. Its prompt's and its answer's tokens."""
+        """The chat. Its prompt's and its answer's tokens."""
         assert self._transport is not None
-        self._done = asyncio.get_running_loop().create_future()
-        self._tail, self.ttft_s, self.events = b"", 0.0, 0
         self._sent_s = time.perf_counter()
         self._transport.write(head % len(body) + body)
-        await asyncio.wait_for(self._done, ANSWER_S)
+        try:
+            await asyncio.wait_for(self._done, ANSWER_S)
+        finally:
+            self._transport.close()
         usage = _USAGE.search(self._tail)
         if usage is None:
-            raise LoadError(f"no usage in the answer: {self._tail[-500:]!r}")
+            raise LoadError(f"no usage at the end of the answer: {self._tail[-500:]!r}")
         return int(usage[1]), int(usage[2])
-
-    def close(self) -> None:
-        """Hang up."""
-        if self._transport is not None:
-            self._transport.close()
 
 
 def prompt(rng: random.Random, words: int) -> str:
@@ -124,32 +121,27 @@ async def generate(load: Load) -> Outcome:
     url = urllib.parse.urlsplit(load.base_url)
     head = (
         f"POST /v1/chat/completions HTTP/1.1\r\nHost: {url.netloc}\r\n"
-        "Content-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+        "Content-Type: application/json\r\nContent-Length: %d\r\n"
+        "Connection: close\r\n\r\n"
     ).encode()
     rng = random.Random(load.seed)
     bodies = [_body(load, rng) for _ in range(load.calls)]
-    assert url.hostname is not None
     loop = asyncio.get_running_loop()
-    streams = [
-        (await loop.create_connection(_Stream, url.hostname, url.port))[1]
-        for _ in range(min(load.concurrency, load.calls))
-    ]
+    host, port = url.hostname or "", url.port or 80
     results: list[tuple[float, int, int, int]] = []
 
-    async def work(stream: _Stream) -> None:
+    async def work() -> None:
         while bodies:
-            tokens = await stream.ask(head, bodies.pop())
+            body = bodies.pop()
+            _, stream = await loop.create_connection(_Stream, host, port)
+            tokens = await stream.ask(head, body)
             results.append((stream.ttft_s, *tokens, stream.events))
 
     started_s = time.perf_counter()
-    try:
-        async with asyncio.TaskGroup() as group:
-            for stream in streams:
-                group.create_task(work(stream))
-        elapsed_s = time.perf_counter() - started_s
-    finally:
-        for stream in streams:
-            stream.close()
+    async with asyncio.TaskGroup() as group:
+        for _ in range(load.concurrency):
+            group.create_task(work())
+    elapsed_s = time.perf_counter() - started_s
     if any(output != load.output_tokens for _, _, output, _ in results):
         raise LoadError(f"answers are not all of {load.output_tokens} tokens")
     return Outcome(

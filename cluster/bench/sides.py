@@ -11,15 +11,21 @@ import http.client
 import json
 import os
 import sys
+import tempfile
 import time
 import urllib.request
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import msgspec
+from rich.console import Console
+from rich.progress import Progress
 
+from cluster.bench.child import Child as BenchChild
+from cluster.bench.load import Load, Outcome
 from cluster.child import Child, stop_all
 from cluster.config import default_cluster, worker_config
 from cluster.devices import gpu_count
@@ -29,6 +35,9 @@ from cluster.schema import ApiEntry, ClusterConfig, CoordinatorEntry, WorkerEntr
 
 HOST = "127.0.0.1"
 HEALTH_POLL_S = 0.5
+LOAD_START_S = 60.0
+ROUND_S = 900.0
+CALIBRATION_WORDS = 32
 ENGINE_THREADS = 1
 """Of a CPU engine, as in a cluster of several workers on few cores. More would spin while they
 wait for each other, at the expense of what is measured."""
@@ -42,12 +51,16 @@ _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 def cluster_config(
-    name: str, model: str, roles: Iterable[str], engine: Mapping[str, Any], **sections: Any
+    name: str,
+    model: str,
+    roles: Iterable[str],
+    engine: Mapping[str, Any] | None = None,
+    **sections: Any,
 ) -> ClusterConfig:
     """A cluster on this machine: one worker per role, with free ports and open metrics.
 
-    ``sections`` replaces other parts of the file. With GPUs each worker gets one of its own;
-    LaunchError if there are too few.
+    ``engine`` adds arguments, ``sections`` replaces other parts of the file. With GPUs each
+    worker gets one of its own; LaunchError if there are too few.
     """
     gpus = gpu_count()
     config = default_cluster(model, gpus)
@@ -71,11 +84,70 @@ def cluster_config(
         name=name,
         served_model_name=model,
         workers=workers,
-        engine=config.engine | dict(engine),
+        engine=config.engine | dict(engine or {}),
         environment=config.environment | ({} if gpus else {"OMP_NUM_THREADS": ENGINE_THREADS}),
         coordinator=CoordinatorEntry(port=0),
         **{"api": ApiEntry(port=0)} | sections,
     )
+
+
+class Client:
+    """The load generator, in a process of its own; an asynchronous context manager."""
+
+    def __init__(self, model: str, folder: Path) -> None:
+        self._model = model
+        self._folder = folder
+        self._words = CALIBRATION_WORDS
+        self._seed = 0
+        self._child: BenchChild | None = None
+
+    async def __aenter__(self) -> Client:
+        self._child = await BenchChild.start(
+            "cluster.bench.load", {}, {}, self._folder / "load.log"
+        )
+        await self._child.answer(LOAD_START_S)
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        if self._child is not None:
+            await self._child.stop()
+
+    def next_prompts(self) -> None:
+        """From now on other prompts, which no cache has seen."""
+        self._seed += 1
+
+    async def fit_prompts(self, base_url: str, tokens: int) -> None:
+        """Make prompts of about ``tokens`` tokens, template included, as the server counts."""
+        counts = []
+        for words in (CALIBRATION_WORDS, 2 * CALIBRATION_WORDS):
+            self._words = words
+            counts.append((await self.send(base_url, 4, 1, 1)).prompt_tokens / 4)
+        per_word = (counts[1] - counts[0]) / CALIBRATION_WORDS
+        template = counts[0] - per_word * CALIBRATION_WORDS
+        self._words = max(1, round((tokens - template) / per_word))
+
+    async def send(
+        self,
+        base_url: str,
+        calls: int,
+        concurrency: int,
+        output_tokens: int,
+        extra: Mapping[str, Any] | None = None,
+    ) -> Outcome:
+        """Send calls and wait for all answers. ChildError if one fails."""
+        assert self._child is not None
+        load = Load(
+            base_url=base_url,
+            model=self._model,
+            calls=calls,
+            concurrency=concurrency,
+            prompt_words=self._words,
+            output_tokens=output_tokens,
+            seed=self._seed,
+            extra=dict(extra or {}),
+        )
+        answer = await self._child.ask(msgspec.to_builtins(load), ROUND_S)
+        return msgspec.convert(answer, Outcome)
 
 
 class Plain:
@@ -140,6 +212,21 @@ class Plain:
             if time.monotonic() > deadline_s:
                 raise LaunchError(f"vLLM's server is not up; its log is {self._log}")
             time.sleep(HEALTH_POLL_S)
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder for logs, gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="pythia-bench-") as folder:
+        yield Path(folder)
+
+
+@contextmanager
+def progress_bar(console: Console, total: int) -> Iterator[Progress]:
+    """A bar of ``total`` steps that is taken away at the end."""
+    with Progress(console=console, transient=True) as progress:
+        progress.add_task("warming up", total=total)
+        yield progress
 
 
 def command_line(options: Mapping[str, Any]) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from cluster.bench.child import Parent
 from cluster.process import die_with_parent
+from transfer.pages import use_huge_pages
 from transfer.progress import progress_pause
 
 
@@ -33,6 +34,9 @@ class Buffer:
         self.kind = "VRAM" if device.startswith("cuda") else "DRAM"
         self.device = self.memory.get_device() if self.kind == "VRAM" else 0
         self.address = self.memory.data_ptr()
+        if self.kind == "DRAM":
+            # As the engines' KV.
+            use_huge_pages([(self.address, size_bytes)])
         self.agent.register_memory([(self.address, size_bytes, self.device, "")], self.kind)
 
     def facts(self) -> dict[str, Any]:

@@ -466,6 +466,11 @@ class ClusterClient(AsyncLLM):
         to_abort = self.output_processor.abort_requests(ids, internal)
         self.cluster.calls.end(to_abort, "abort", time.monotonic())
 
+    @property
+    def dead_error(self) -> BaseException:
+        """What requests get when the cluster can't serve."""
+        return CallError(Failure(503, "no worker is up"))
+
     def is_ready(self) -> bool:
         """Whether a call could be served now: core and a worker that decodes are there."""
         return self.cluster.link.welcome is not None and bool(self.cluster.workers)

@@ -8,6 +8,8 @@ and a call that is refused after vLLM has begun a stream still gets a real HTTP 
 from __future__ import annotations
 
 import json
+import logging
+from http import HTTPStatus
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -15,6 +17,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from coordinator.api.exchange import Exchange, Failure, current_exchange
 from coordinator.api.identity import call_context
+
+logger = logging.getLogger("pythia.api")
 
 HELD_CHUNKS_MAX = 64
 CONTENT_LENGTH_DIGITS_MAX = 18
@@ -60,6 +64,11 @@ class Front:
         token = current_exchange.set(exchange)
         try:
             await self.app(scope, receive, response.send)
+        except Exception:
+            logger.exception("%s %s failed", scope["method"], scope["path"])
+            if response.begun:
+                raise
+            await response.refuse(exchange.failure or _blame(exchange))
         finally:
             current_exchange.reset(token)
 
@@ -146,19 +155,26 @@ class Response:
             and len(self._held) < HELD_CHUNKS_MAX
         )
 
+    @property
+    def begun(self) -> bool:
+        """Whether the client has been sent anything."""
+        return self._released or self._refused
+
     def _failure(self) -> Failure | None:
         """Why the response that vLLM began is not to be sent as it is."""
         assert self._start is not None
         status = self._start["status"]
-        if status == 401 and not self._is_shaped():
-            return Failure(401, "the API key is missing or wrong")
         if status < 400:
             return self.exchange.failure
-        return None
-
-    def _is_shaped(self) -> bool:
+        if status == 500 and self.may_call and not self.exchange.calls:
+            logger.error("%s: refused, vLLM could not process the request", self.path)
+            return _blame(self.exchange)
         body = b"".join(message.get("body", b"") for message in self._held)
-        return b'"message"' in body
+        if status == 401 and b'"message"' not in body:
+            return Failure(401, "the API key is missing or wrong")
+        if status in (404, 405) and body.startswith(b'{"detail"'):
+            return Failure(status, f"{self.path}: {HTTPStatus(status).phrase}")
+        return None
 
     async def _release(self) -> None:
         assert self._start is not None
@@ -199,6 +215,14 @@ class Response:
             {"type": "http.response.start", "status": failure.status, "headers": headers.raw}
         )
         await self._send({"type": "http.response.body", "body": body})
+
+
+def _blame(exchange: Exchange) -> Failure:
+    """Whose fault an unexpected exception of vLLM's is: before there is a call, nothing but
+    the request itself has been looked at."""
+    if exchange.calls:
+        return Failure(500, "internal error")
+    return Failure(400, "the request could not be processed: a part of it is not as it should be")
 
 
 def error_body(path: str, failure: Failure) -> dict[str, Any]:

@@ -72,7 +72,7 @@ class Control:
 
     def __init__(self, address: str) -> None:
         self._address = address
-        self._socket = zmq.Context.instance().socket(zmq.DEALER)
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.connect(address)
         self._token = 0

@@ -8,7 +8,7 @@ import anthropic
 import pytest
 from anthropic.types import MessageParam, ToolParam
 
-from tests.e2e.harness import MODEL
+from tests.e2e.harness import MODEL, Server
 
 PROSE = "The slowest sibling decides. "
 HELLO: list[MessageParam] = [{"role": "user", "content": "Who goes first?"}]
@@ -32,7 +32,7 @@ def text_of(message: anthropic.types.Message) -> str:
 
 def input_of(usage: anthropic.types.Usage) -> int:
     cached = usage.cache_read_input_tokens or 0
-    return usage.input_tokens + cached + (usage.cache_creation_input_tokens or 0)
+    return int(usage.input_tokens + cached + (usage.cache_creation_input_tokens or 0))
 
 
 @pytest.mark.parametrize("repeats", [1, 60], ids=["short", "long"])
@@ -87,7 +87,7 @@ def test_tool_use(claude_client: anthropic.Anthropic, choice: dict[str, Any], pa
         max_tokens=900,
         messages=[{"role": "user", "content": PROSE * padding + "What time is it?"}],
         tools=[CLOCK],
-        tool_choice={**choice, "disable_parallel_tool_use": True},  # type: ignore[arg-type]
+        tool_choice={**choice, "disable_parallel_tool_use": True},
         extra_body=GREEDY,
     )
     assert answer.stop_reason == "tool_use"
@@ -135,3 +135,11 @@ def test_cached_input_is_counted_apart(claude_client: anthropic.Anthropic) -> No
     again = [claude_client.messages.create(**arguments).usage for _ in range(2)]
     assert all((usage.cache_read_input_tokens or 0) > 96 for usage in again)
     assert {input_of(usage) for usage in again} == {input_of(first)}
+
+
+def test_key_in_anthropics_own_header(cluster: Server) -> None:
+    with anthropic.Anthropic(
+        base_url=cluster.base_url, api_key=cluster.api_key, max_retries=0
+    ) as made:
+        answer = made.messages.create(model=MODEL, max_tokens=1, messages=HELLO)
+    assert answer.usage.output_tokens == 1

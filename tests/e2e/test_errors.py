@@ -22,6 +22,13 @@ ENDPOINTS: dict[str, dict[str, Any]] = {
     "/v1/messages": {"model": MODEL, "messages": HELLO, "max_tokens": 2},
 }
 JSON = {"Content-Type": "application/json"}
+EMPTY_ANSWER = {
+    "type": "message",
+    "role": "assistant",
+    "status": "in_progress",
+    "content": [],
+    "id": "message-1",
+}
 HANDLE = {
     "do_remote_prefill": True,
     "remote_engine_id": "someone-elses",
@@ -222,6 +229,22 @@ def test_wrong_api_key(cluster: Server, path: str, header: str | None) -> None:
     else:
         response = httpx.get(f"{cluster.base_url}{path}", headers=headers)
     assert_error(response, 401)
+
+
+@pytest.mark.parametrize(
+    ("path", "change"),
+    [
+        ("/v1/completions", {"structured_outputs": True}),
+        ("/v1/responses", {"input": [EMPTY_ANSWER]}),
+        ("/v1/responses", {"stream": True, "background": None}),
+    ],
+    ids=["constraint", "answer", "background"],
+)
+def test_what_a_plain_server_stumbles_over(
+    http: httpx.Client, path: str, change: dict[str, Any]
+) -> None:
+    """Found by fuzzing: 500 or a broken connection in vLLM 0.32."""
+    assert_error(http.post(path, json={**ENDPOINTS[path], **change}), 400)
 
 
 def test_unknown_path_and_method(http: httpx.Client) -> None:

@@ -38,7 +38,6 @@ PLAN: dict[tuple[str, str], dict[GenerationMode, int]] = {
     ("GET", "/v1/responses/{response_id}"): {POSITIVE: 10, NEGATIVE: 10},
     ("POST", "/v1/responses/{response_id}/cancel"): {POSITIVE: 10},
     ("POST", "/generative_scoring"): {POSITIVE: 10, NEGATIVE: 5},
-    ("POST", "/v1/systemone"): {POSITIVE: 10, NEGATIVE: 5},
     ("GET", "/v1/models"): {POSITIVE: 1},
     ("GET", "/version"): {POSITIVE: 1},
     ("GET", "/health"): {POSITIVE: 1},
@@ -55,6 +54,8 @@ PLAN: dict[tuple[str, str], dict[GenerationMode, int]] = {
 Left out, and why: ``/invocations`` is the same handlers again under SageMaker's name.
 ``/scale_elastic_ep`` resizes a data-parallel engine; a plain vLLM server without one answers
 500 to valid requests ("Scale failed"). ``/is_scaling_elastic_ep`` is its companion.
+``/v1/systemone`` needs a model with a head for decisions; a plain server without one
+answers 501 to valid requests.
 """
 
 

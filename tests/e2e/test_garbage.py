@@ -98,7 +98,7 @@ def _still_serving(cluster: Server, control: Control) -> Iterator[None]:
 
 def send_to(address: str, messages: list[list[bytes]]) -> None:
     """Sends them over a connection of its own and waits until they are on the wire."""
-    peer = zmq.Context.instance().socket(zmq.DEALER)
+    peer: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
     peer.setsockopt(zmq.LINGER, 10_000)
     peer.connect(address)
     for frames in messages:
@@ -202,7 +202,7 @@ def test_frames_beyond_the_limit(
     frame = b"\x00" * (protocol.MESSAGE_BYTES_MAX + 1)
     before = counted_by_core(control)
     for address in (cluster.control_address, addresses["decode-0"][0]):
-        peer = zmq.Context.instance().socket(zmq.DEALER)
+        peer: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         peer.setsockopt(zmq.LINGER, 0)
         monitor = peer.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         peer.connect(address)

@@ -34,7 +34,7 @@ def test_metrics_count_requests(cluster: Server, http: httpx.Client) -> None:
     def served() -> float:
         page = httpx.get(f"{cluster.base_url}/metrics").text
         return sum(
-            sample.value
+            float(sample.value)
             for family in text_string_to_metric_families(page)
             for sample in family.samples
             if sample.name == "vllm:request_success_total"
@@ -127,7 +127,7 @@ def test_identity_is_recorded_from_the_body(client: openai.OpenAI, control: Cont
     who = {"name": "research", "run": "run-7", "agent": "engineer", "parent": "planner"}
     client.chat.completions.create(
         model=MODEL,
-        messages=[_user("x")],  # type: ignore[list-item]
+        messages=[_user("x")],
         max_tokens=1,
         extra_headers={"X-Request-Id": mine},
         extra_body={"workflow": {**who, "final": True}},

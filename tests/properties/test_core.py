@@ -7,7 +7,10 @@ ended once and nothing of any is left.
 
 from __future__ import annotations
 
-from hypothesis import HealthCheck, assume, given, settings
+from collections.abc import Sequence
+from typing import TypeVar
+
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -40,7 +43,7 @@ from coordinator.protocol import (
     Submit,
     ToCore,
 )
-from tests.simulation.fakes import CORE, FakeApi, FakeWorker, Letter, World, make_handle
+from tests.simulation.fakes import CORE, FakeApi, Letter, World, make_handle
 
 LIMITS = Limits(
     queue_calls=8,
@@ -65,12 +68,13 @@ LIMITS = Limits(
 PLACEMENT = Placement(remote_prefill_min_tokens=8, reserve_output_tokens=8)
 ROLES: dict[str, Role] = {"p": "prefill", "d": "decode", "e": "decode", "m": "mixed"}
 IMPOSTOR = b"impostor"
+T = TypeVar("T")
 
 PROFILE = settings(
-    max_examples=300,
+    max_examples=800,
     stateful_step_count=50,
     deadline=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+    suppress_health_check=[HealthCheck.too_slow],
     print_blob=True,
 )
 
@@ -82,36 +86,32 @@ class CoreInALossyNetwork(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
+        self.world = World(LIMITS, PLACEMENT)
         self.held_back: list[Letter] = []
 
     @initialize(extra=st.sets(st.sampled_from(["e", "m"])))
     def start(self, extra: set[str]) -> None:
-        self.world = World(LIMITS, PLACEMENT)
         for name in ("p", "d", *sorted(extra)):
             self.world.start_worker(name, ROLES[name])
         self.world.start_api()
         self.flow(12, 0.2)
 
-    def an_api(self, number: int) -> FakeApi:
-        apis = list(self.world.apis.values())
-        assume(apis)
-        return apis[number % len(apis)]
+    def calls(self) -> list[tuple[FakeApi, str]]:
+        """Open calls, as their API processes see them."""
+        return [(api, request) for api in self.world.apis.values() for request in api.calls]
 
-    def a_worker(self, number: int) -> FakeWorker:
-        workers = list(self.world.workers.values())
-        assume(workers)
-        return workers[number % len(workers)]
-
-    def a_call(self, api: FakeApi, number: int) -> str:
-        assume(api.calls)
-        return sorted(api.calls)[number % len(api.calls)]
-
-    def a_letter(self, number: int) -> Letter:
-        assume(self.world.letters)
-        return self.world.letters[number % len(self.world.letters)]
+    def late_letters(self) -> list[Letter]:
+        """What was said about earlier attempts of open calls."""
+        attempts = {request: api.calls[request].attempt for api, request in self.calls()}
+        return [
+            letter
+            for letter in self.world.history
+            if letter.message.attempt < attempts.get(letter.message.request, 0)
+        ]
 
     # --- what people and time do ---------------------------------------------------------
 
+    @precondition(lambda self: self.world.apis)
     @rule(
         number=index,
         prompts_tokens=st.lists(st.integers(1, 120), min_size=1, max_size=4),
@@ -121,19 +121,21 @@ class CoreInALossyNetwork(RuleBasedStateMachine):
     def submit(
         self, number: int, prompts_tokens: list[int], output_tokens: int, group: str
     ) -> None:
-        api = self.an_api(number)
+        api = pick(list(self.world.apis.values()), number)
         for prompt_tokens in prompts_tokens:
             self.world.submit(api, prompt_tokens, output_tokens, group)
 
-    @rule(number=index, which=index)
-    def abort(self, number: int, which: int) -> None:
-        api = self.an_api(number)
-        self.world.emit(api.address, api.abort(self.a_call(api, which)))
+    @precondition(lambda self: self.calls())
+    @rule(number=index)
+    def abort(self, number: int) -> None:
+        api, request = pick(self.calls(), number)
+        self.world.emit(api.address, api.abort(request))
 
-    @rule(number=index, which=index)
-    def give_up(self, number: int, which: int) -> None:
-        api = self.an_api(number)
-        self.world.emit(api.address, api.give_up(self.a_call(api, which), self.world.now_s))
+    @precondition(lambda self: self.calls())
+    @rule(number=index)
+    def give_up(self, number: int) -> None:
+        api, request = pick(self.calls(), number)
+        self.world.emit(api.address, api.give_up(request, self.world.now_s))
 
     @rule(rounds=st.integers(1, 8), elapsed_s=st.sampled_from([0.0, 0.2, 0.4]))
     def flow(self, rounds: int, elapsed_s: float) -> None:
@@ -147,44 +149,38 @@ class CoreInALossyNetwork(RuleBasedStateMachine):
 
     # --- what the network does -------------------------------------------------------------
 
-    @rule(numbers=st.lists(index, min_size=1, max_size=4))
-    def deliver(self, numbers: list[int]) -> None:
-        for number in numbers:
-            letter = self.a_letter(number)
+    @precondition(lambda self: self.world.letters)
+    @rule(number=index, how=st.sampled_from(["deliver", "double", "lose"]))
+    def treat_one_letter(self, number: int, how: str) -> None:
+        letter = pick(self.world.letters, number)
+        if how != "double":
             self.world.letters.remove(letter)
+        if how != "lose":
             self.world.deliver(letter)
 
-    @rule(numbers=st.lists(index, min_size=1, max_size=3))
-    def double(self, numbers: list[int]) -> None:
-        for number in numbers:
-            self.world.deliver(self.a_letter(number))
+    @precondition(lambda self: self.calls())
+    @rule(number=index)
+    def overtake(self, number: int) -> None:
+        """What was said about an attempt arrives after the news that it failed."""
+        api, request = pick(self.calls(), number)
+        self.world.emit(api.address, api.give_up(request, self.world.now_s))
+        self.flow(2, 0.0)
+        for letter in self.late_letters():
+            if letter.message.request == request:
+                self.world.deliver(letter)
+                self.world.check()
 
-    @rule(numbers=st.lists(index, min_size=1, max_size=3))
-    def lose(self, numbers: list[int]) -> None:
-        for number in numbers:
-            self.world.letters.remove(self.a_letter(number))
-
+    @precondition(lambda self: self.late_letters())
     @rule(number=index)
     def repeat(self, number: int) -> None:
-        """What was said about an earlier attempt of a call that goes on arrives once more."""
-        attempts = {
-            request: call.attempt
-            for api in self.world.apis.values()
-            for request, call in api.calls.items()
-        }
-        old = [
-            letter
-            for letter in self.world.history
-            if letter.message.attempt < attempts.get(letter.message.request, 0)
-        ]
-        assume(old)
-        self.world.deliver(old[number % len(old)])
+        self.world.deliver(pick(self.late_letters(), number))
 
-    @rule(every=st.booleans())
-    def confuse(self, every: bool) -> None:
+    @precondition(lambda self: self.world.letters)
+    @rule(hold_back=st.booleans())
+    def confuse(self, hold_back: bool) -> None:
         """Turn the order around, or hold everything back until much later."""
         self.world.letters.reverse()
-        if every:
+        if hold_back:
             self.held_back += self.world.letters
             self.world.letters = []
 
@@ -210,17 +206,17 @@ class CoreInALossyNetwork(RuleBasedStateMachine):
     def change_front(self, number: int, what: str) -> None:
         if what == "core":
             self.world.restart_core()
-        elif what == "crash":
-            del self.world.apis[self.an_api(number).address]
+        elif what == "crash" and self.world.apis:
+            del self.world.apis[pick(sorted(self.world.apis), number)]
         elif len(self.world.apis) < LIMITS.apis:
             self.world.start_api()
 
     # --- what others pretend -----------------------------------------------------------------
 
-    @rule(number=index, which=index, what=st.integers(0, 6))
-    def speak_for_another_api(self, number: int, which: int, what: int) -> None:
-        api = self.an_api(number)
-        request = self.a_call(api, which)
+    @precondition(lambda self: self.calls())
+    @rule(number=index, what=st.integers(0, 6))
+    def speak_for_another_api(self, number: int, what: int) -> None:
+        api, request = pick(self.calls(), number)
         attempt = api.calls[request].attempt
         forged = (
             Prefilled(api.name, request, attempt),
@@ -233,14 +229,14 @@ class CoreInALossyNetwork(RuleBasedStateMachine):
         )
         self.forge(IMPOSTOR, forged[what])
 
+    @precondition(lambda self: self.world.workers and self.world.oracle.asked)
     @rule(number=index, which=index, by_worker=st.booleans())
     def answer_for_another_worker(self, number: int, which: int, by_worker: bool) -> None:
         """A stranger speaks under a worker's name, or a worker answers what others were asked."""
-        worker = self.a_worker(number)
+        worker = pick(list(self.world.workers.values()), number)
         asked = self.world.oracle.asked
-        assume(asked)
-        probes = sorted({probe for _, probe, _ in asked})
-        probe = probes[-1 - which % len(probes)]
+        newest = sorted({probe for _, probe, _ in asked}, reverse=True)[:4]
+        probe = pick(newest, which)
         peer = worker.address.encode() if by_worker else IMPOSTOR
         handle = make_handle("nobody", "0", "probe", probe)
         if not by_worker or (worker.address, probe, "Probe") not in asked:
@@ -255,14 +251,17 @@ class CoreInALossyNetwork(RuleBasedStateMachine):
 
     @invariant()
     def check(self) -> None:
-        if hasattr(self, "world"):
-            self.world.check()
+        self.world.check()
 
     def teardown(self) -> None:
-        if hasattr(self, "world"):
-            self.world.letters += self.held_back
-            self.world.settle()
-            self.world.assert_quiet()
+        self.world.letters += self.held_back
+        self.world.settle()
+        self.world.assert_quiet()
+
+
+def pick(choices: Sequence[T], number: int) -> T:
+    """One of several, by a number of any size."""
+    return choices[number % len(choices)]
 
 
 def test_nothing_breaks_and_nothing_is_left() -> None:

@@ -27,6 +27,7 @@ from vllm.v1.request import RequestStatus
 from cluster.process import free_port
 from transfer import connector
 from transfer.connector import PythiaScheduler, PythiaWorker
+from transfer.handshake import QUESTION_BYTES_MAX, serve_handshakes
 from transfer.pages import PAGE_BYTES, use_huge_pages
 from transfer.progress import progress_pause
 from transfer.renewal import Renewals
@@ -266,7 +267,7 @@ QUESTION = msgspec.msgpack.encode((b"get_meta_msg", 0, 0))
 def listener() -> Iterator[str]:
     port, ready, stop = free_port("127.0.0.1"), threading.Event(), threading.Event()
     thread = threading.Thread(
-        target=PythiaScheduler._nixl_handshake_listener,
+        target=serve_handshakes,
         args=({(0, 0): b"metadata"}, ready, stop, "127.0.0.1", port),
     )
     thread.start()
@@ -291,7 +292,7 @@ def test_garbage_does_not_end_the_handshakes(listener: str) -> None:
         [b""],
         [b"", b"\xc1"],
         [b"", QUESTION, b"more"],
-        [b"", b"z" * (connector.HANDSHAKE_BYTES_MAX + 1)],
+        [b"", b"z" * (QUESTION_BYTES_MAX + 1)],
         [b"", msgspec.msgpack.encode((b"get_meta_msg", 0, 7))],
         [b"", msgspec.msgpack.encode((b"get_something", 0, 0))],
         [b"", msgspec.msgpack.encode(("get_meta_msg", "a", None))],

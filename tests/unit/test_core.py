@@ -359,6 +359,14 @@ def test_a_probe_is_answered_only_by_whom_it_was_asked() -> None:
     ):
         assert bed.say(peer, message) == []
     assert bed.say("p", Probed("p", "1", number, b"h")) != []
+    for peer, message in (
+        ("p", Probed("p", "1", number, b"again")),
+        ("p", ProbeFinished("p", "1", number, 0.1, 32)),
+        ("d", ProbeFinished("d", "1", number + 1, 0.1, 32)),
+    ):
+        assert bed.say(peer, message) == []
+    bed.say("d", ProbeFinished("d", "1", number, 0.1, 32))
+    assert bed.status("d").warm_peers == 1
 
 
 @pytest.mark.parametrize("how", ["error", "nothing moved", "silence"])
