@@ -11,7 +11,12 @@ from __future__ import annotations
 import random
 import time
 from collections import deque
+from pathlib import Path
+from statistics import median
 
+from rich.console import Console
+
+from cluster.bench.report import table, write
 from coordinator.core import Core, Send
 from coordinator.limits import Limits, Placement
 from coordinator.protocol import (
@@ -128,3 +133,25 @@ def run(
         "decisions_per_s": len(decisions_s) / sum(decisions_s),
         "events_per_s": bench.events / bench.busy_s,
     }
+
+
+def main(
+    json_path: Path | None = None,
+    workers: int = 64,
+    calls: int = 20000,
+    prompt_blocks: int = 128,
+    seed: int = 0,
+    repeats: int = 5,
+) -> int:
+    """The command: ``repeats`` runs, the median of each figure, and every run as a row."""
+    console = Console()
+    rows: list[dict[str, float]] = []
+    with console.status("deciding") as status:
+        for number in range(1, repeats + 1):
+            status.update(f"run {number} of {repeats}: {calls} calls over {workers} workers")
+            rows.append({"run": number, **run(workers, calls, prompt_blocks, seed)})
+    figures = {name: median(row[name] for row in rows) for name in rows[0] if name != "run"}
+    write(json_path, "pythia bench core", figures, rows)
+    table(console, f"decisions of the core with {workers} workers", rows)
+    table(console, "median", [{"figure": name, "value": value} for name, value in figures.items()])
+    return 0

@@ -97,6 +97,7 @@ class Call:
     """The core that made ``plan``; another one does not know the attempt."""
     tokens: array[int] = field(default_factory=lambda: array("I"))
     resumed_tokens: int = 0
+    submitted_tokens: int = 0
     started_s: float = 0.0
     prefill_sent_s: float = 0.0
     prefill_done: protocol.PrefillDone | None = None
@@ -406,8 +407,10 @@ class Calls:
         if call.tokens and not self._resume(call, now_s):
             return
         if call.planned_by == self.core:
+            # Counted from what the core was told the prompt is.
+            generated = len(call.tokens) - call.submitted_tokens
             call.failed = protocol.Failed(
-                self.api, call.submit.request, call.attempt, worker, reason, len(call.tokens)
+                self.api, call.submit.request, call.attempt, worker, reason, generated
             )
         else:
             call.attempt += 1
@@ -418,6 +421,7 @@ class Calls:
         if call.failed is not None:
             self.wire.to_core(call.failed)
             return
+        call.submitted_tokens = len(call.tokens)
         self.wire.to_core(
             msgspec.structs.replace(
                 call.submit,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import re
 import time
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
@@ -44,6 +45,8 @@ from coordinator.protocol import Placed
 
 logger = logging.getLogger("pythia.api")
 
+REQUEST_ID_MAX = 200
+UNFIT_IN_IDS = re.compile(r"[^A-Za-z0-9_.-]")
 TICK_S = 0.25
 UTILITY_S = 120.0
 INSPECT_S = 5.0
@@ -393,6 +396,20 @@ class ClusterEngineCore(EngineCoreClient):
             future.set_result(result)
 
 
+class ClusterInputProcessor(InputProcessor):
+    """vLLM's input processor, whose request ids are fit to travel.
+
+    They begin with what the client chose (``X-Request-Id``). Engines renew leases with
+    comma-separated lists of them, and everybody bounds them.
+    """
+
+    @staticmethod
+    def assign_request_id(request: EngineCoreRequest) -> None:
+        """As vLLM's, keeping the random end, which makes the id unique."""
+        InputProcessor.assign_request_id(request)
+        request.request_id = UNFIT_IN_IDS.sub("_", request.request_id)[-REQUEST_ID_MAX:]
+
+
 class ClusterClient(AsyncLLM):
     """vLLM's ``AsyncLLM`` over the cluster. Needs a running event loop."""
 
@@ -406,7 +423,7 @@ class ClusterClient(AsyncLLM):
         self.log_requests = False
         self.log_stats = True
         self.renderer = renderer_from_config(vllm_config)
-        self.input_processor = InputProcessor(vllm_config, self.renderer)
+        self.input_processor = ClusterInputProcessor(vllm_config, self.renderer)
         self.admission_stats = None
         self.output_processor = OutputProcessor(
             self.renderer.tokenizer,

@@ -60,7 +60,7 @@ class Exchange:
 
     def headers(self) -> dict[str, str]:
         """Response headers that tell where the calls ran and what they found there."""
-        if not self.calls:
+        if not any(call.decode for call in self.calls):
             return {}
         headers = {
             "X-Pythia-Prefill": ",".join(call.prefill or call.decode for call in self.calls),

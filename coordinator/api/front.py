@@ -66,9 +66,12 @@ class Front:
             await self.app(scope, receive, response.send)
         except Exception:
             logger.exception("%s %s failed", scope["method"], scope["path"])
-            if response.begun:
+            # Raised on, it makes the server close the connection: right for an answer that
+            # was cut short, wrong for one that the client has got whole.
+            if response.begun and not response.complete:
                 raise
-            await response.refuse(exchange.failure or _blame(exchange))
+            if not response.begun:
+                await response.refuse(exchange.failure or _blame(exchange))
         finally:
             current_exchange.reset(token)
 
@@ -127,11 +130,14 @@ class Response:
         self._held: list[Message] = []
         self._released = False
         self._refused = False
+        self.complete = False
 
     async def send(self, message: Message) -> None:
         """ASGI's ``send``."""
         if self._refused:
             return
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            self.complete = True
         if self._released:
             await self._send(message)
             return
@@ -199,6 +205,7 @@ class Response:
     async def refuse(self, failure: Failure) -> None:
         """Answer with an error in the shape of the API that was asked."""
         self._refused = True
+        self.complete = True
         body = json.dumps(error_body(self.path, failure)).encode()
         headers = MutableHeaders(raw=[])
         if self._start is not None:

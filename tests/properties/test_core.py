@@ -71,7 +71,7 @@ IMPOSTOR = b"impostor"
 T = TypeVar("T")
 
 PROFILE = settings(
-    max_examples=800,
+    max_examples=500,
     stateful_step_count=50,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],

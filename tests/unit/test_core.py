@@ -732,6 +732,7 @@ def test_a_lost_prefill_worker_is_not_missed_once_it_is_done() -> None:
     bed.say("api", Prefilled("api", "r", 1))
     bed.say("prefill-0", Leaving("prefill-0", "1"))
     assert bed.heard(Plan) == []
+    assert bed.submit("r", LONG) == []
     bed.say("api", Started("api", "r", 1))
     assert bed.row("r").phase == "decoding"
 

@@ -182,6 +182,7 @@ async def test_a_refusal_behind_a_begun_stream_is_a_real_status(stream: bool) ->
     assert conversation.headers["content-type"] == "application/json"
     assert int(conversation.headers["content-length"]) == len(conversation.content)
     assert len(conversation.sent) == 2, "nothing of the stream is left"
+    assert "x-pythia-decode" not in conversation.headers, "nobody was asked"
     error = json.loads(conversation.content)["error"]
     assert error == {
         "message": "the queue is full",
@@ -246,18 +247,61 @@ async def test_a_bare_401_gets_the_apis_shape(path: str, field: str) -> None:
     assert "API key" in error["message"]
 
 
-async def test_an_app_that_raises_leaves_the_answer_to_the_server() -> None:
+@pytest.mark.parametrize(("calls", "status"), [(0, 400), (1, 500)])
+async def test_an_app_that_raises_gets_an_answer_before_the_client_has_one(
+    calls: int, status: int
+) -> None:
     async def app(scope: Any, receive: Receive, send: Send) -> None:
+        exchange_now().calls.extend(CallRecord("r") for _ in range(calls))
         await start(send)
         await chunk(send, b"half")
+        raise RuntimeError("a secret of ours")
+
+    conversation = Conversation(app)
+    conversation.body(b"{}")
+    await conversation.run()
+    assert conversation.status == status
+    assert json.loads(conversation.content)["error"]["code"] == status
+    assert b"secret" not in conversation.content
+    assert current_exchange.get() is None
+
+
+async def test_an_app_that_raises_behind_the_first_tokens_ends_the_connection() -> None:
+    async def app(scope: Any, receive: Receive, send: Send) -> None:
+        exchange_now().calls.append(started_call())
+        await start(send)
+        await chunk(send, b"token")
         raise RuntimeError("ours")
 
     conversation = Conversation(app)
     conversation.body(b"{}")
     with pytest.raises(RuntimeError):
         await conversation.run()
-    assert not conversation.sent
+    assert conversation.content == b"token"
     assert current_exchange.get() is None
+
+
+async def test_what_vllm_can_not_process_before_any_call_is_the_requests_fault() -> None:
+    async def app(scope: Any, receive: Receive, send: Send) -> None:
+        await start(send, 500)
+        await chunk(send, b'{"error": {"message": "KeyError: x"}}', more=False)
+
+    conversation = Conversation(app)
+    conversation.body(b"{}")
+    await conversation.run()
+    assert conversation.status == 400
+    assert b"KeyError" not in conversation.content
+
+
+async def test_an_unknown_path_gets_the_apis_shape() -> None:
+    async def app(scope: Any, receive: Receive, send: Send) -> None:
+        await start(send, 404)
+        await chunk(send, b'{"detail":"Not Found"}', more=False)
+
+    conversation = Conversation(app, method="GET", path="/v1/nothing")
+    await conversation.run()
+    assert conversation.status == 404
+    assert json.loads(conversation.content)["error"]["code"] == 404
 
 
 # --- the request's body ---------------------------------------------------------------------------
@@ -328,7 +372,7 @@ async def test_a_client_that_leaves_later_is_noticed() -> None:
     await conversation.run()
 
 
-# --- who speaks, and what is echoed ----------------------------------------------------------------
+# --- who speaks, and what is echoed --------------------------------------------------------
 
 
 async def test_the_exchange_knows_who_speaks_also_in_tasks_begun_for_it() -> None:

@@ -1,0 +1,283 @@
+"""The control link over real sockets, against a core that is played by hand."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import msgspec
+import pytest
+import zmq
+import zmq.asyncio
+
+from coordinator import link as subject
+from coordinator import protocol
+from coordinator.link import ControlLink, GarbageCounter, make_socket, post, refuse_pickle
+from coordinator.protocol import ApiBeat, Hello, Refused, Unknown, Welcome, WorkerGone, encode
+
+WAIT_S = 10.0
+GARBAGE = [
+    b"",
+    b"\x00",
+    b"\xc1" * 10,
+    os.urandom(64),
+    b"\x81\xa4type\xa7Nothing",
+    encode(Hello("a message, but not one for an API process")),
+    encode(WorkerGone("w", "i", "r"))[:-1],
+    b"\x82\xa4type\xa6Unknown\xa4core\xa2\xff\xfe",
+    b"\x82\xa4type\xa6Unknown\xa1x" + b"\x91" * 1_000_000,
+    b"\x82\xa4type\xa6Unknown\xa4core\xdb\xff\xff\xff\xff",
+]
+
+
+class PlayedCore:
+    """A ROUTER socket and what arrives on it."""
+
+    def __init__(self, context: zmq.asyncio.Context, address: str = "tcp://127.0.0.1:*") -> None:
+        self.socket = make_socket(context, zmq.ROUTER)
+        self.socket.bind(address)
+        self.address = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.peer = b""
+
+    async def hear(self, kind: type[msgspec.Struct]) -> protocol.Message:
+        """The next message of that kind."""
+        async with asyncio.timeout(WAIT_S):
+            while True:
+                self.peer, frame = await self.socket.recv_multipart()
+                message = protocol.decode_to_core(frame)
+                if isinstance(message, kind):
+                    return message
+
+    def say(self, *frames: bytes) -> None:
+        assert post(self.socket, [self.peer, *frames])
+
+    def close(self) -> None:
+        self.socket.close(linger=0)
+
+
+class Peer:
+    """A link of an API process and what it was told."""
+
+    def __init__(self, context: zmq.asyncio.Context, address: str) -> None:
+        self.heard: asyncio.Queue[protocol.CoreToApi] = asyncio.Queue()
+        self.link = ControlLink(
+            context,
+            address,
+            hello=lambda: Hello("api"),
+            beat=lambda: ApiBeat("api", 3),
+            decode=protocol.decode_core_to_api,
+            on_message=self.heard.put_nowait,
+        )
+
+    async def hear(self) -> protocol.CoreToApi:
+        return await asyncio.wait_for(self.heard.get(), WAIT_S)
+
+
+@pytest.fixture
+async def context() -> AsyncIterator[zmq.asyncio.Context]:
+    context = zmq.asyncio.Context()
+    yield context
+    context.destroy(linger=0)
+
+
+@asynccontextmanager
+async def running(link: ControlLink[protocol.CoreToApi]) -> AsyncIterator[asyncio.Task[None]]:
+    task = asyncio.create_task(link.run())
+    try:
+        yield task
+    finally:
+        link.close()
+        await asyncio.wait({task}, timeout=WAIT_S)
+        link.socket.close(linger=0)
+
+
+async def test_a_peer_introduces_itself_until_it_is_taken_in_then_beats(
+    context: zmq.asyncio.Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subject, "HELLO_INTERVAL_S", 0.05)
+    core = PlayedCore(context)
+    peer = Peer(context, core.address)
+    async with running(peer.link):
+        for _ in range(3):
+            await core.hear(Hello)
+        assert peer.link.welcome is None
+        core.say(encode(Welcome(0.05, "core-1", 16)))
+        assert await peer.hear() == Welcome(0.05, "core-1", 16)
+        await asyncio.wait_for(peer.link.welcomed(), WAIT_S)
+        assert peer.link.core == "core-1"
+        assert await core.hear(ApiBeat) == ApiBeat("api", 3)
+    core.close()
+
+
+async def test_garbage_is_counted_said_once_and_changes_nothing(
+    context: zmq.asyncio.Context, caplog: pytest.LogCaptureFixture
+) -> None:
+    core = PlayedCore(context)
+    peer = Peer(context, core.address)
+    async with running(peer.link) as task:
+        await core.hear(Hello)
+        with caplog.at_level(logging.WARNING):
+            for garbage in GARBAGE:
+                core.say(garbage)
+            core.say(encode(Unknown("c")), b"a second frame")
+            core.say(encode(WorkerGone("w", "i", "r")))
+            assert await peer.hear() == WorkerGone("w", "i", "r")
+        assert peer.link.garbage.total == len(GARBAGE) + 1
+        said = [record for record in caplog.records if "no message" in record.message]
+        assert len(said) == 1
+        assert not task.done()
+        assert peer.heard.empty()
+    core.close()
+
+
+async def test_a_core_that_does_not_know_us_is_told_again(context: zmq.asyncio.Context) -> None:
+    core = PlayedCore(context)
+    peer = Peer(context, core.address)
+    async with running(peer.link):
+        await core.hear(Hello)
+        core.say(encode(Welcome(0.05, "core-1")))
+        await peer.hear()
+        await core.hear(ApiBeat)
+        core.say(encode(Unknown("core-2")))
+        await core.hear(Hello)
+        assert peer.link.welcome is None
+        core.say(encode(Welcome(0.05, "core-2")))
+        assert await peer.hear() == Welcome(0.05, "core-2")
+        assert peer.link.core == "core-2"
+    core.close()
+
+
+async def test_a_refusal_ends_it_with_the_reason(context: zmq.asyncio.Context) -> None:
+    core = PlayedCore(context)
+    peer = Peer(context, core.address)
+    async with running(peer.link) as task:
+        await core.hear(Hello)
+        core.say(encode(Refused("another vLLM version")))
+        await asyncio.wait_for(task, WAIT_S)
+        assert peer.link.refused == "another vLLM version"
+        assert peer.heard.empty()
+    core.close()
+
+
+async def test_a_core_that_restarts_on_its_port_is_found_again(
+    context: zmq.asyncio.Context,
+) -> None:
+    core = PlayedCore(context)
+    peer = Peer(context, core.address)
+    async with running(peer.link):
+        await core.hear(Hello)
+        core.say(encode(Welcome(0.05, "core-1")))
+        await peer.hear()
+        core.close()
+        await asyncio.sleep(0.2)
+        core = PlayedCore(context, core.address)
+        await core.hear(ApiBeat)
+        core.say(encode(Unknown("core-2")))
+        await core.hear(Hello)
+        core.say(encode(Welcome(0.05, "core-2")))
+        assert await peer.hear() == Welcome(0.05, "core-2")
+    core.close()
+
+
+async def test_an_error_of_ours_ends_the_link_with_its_story(
+    context: zmq.asyncio.Context,
+) -> None:
+    core = PlayedCore(context)
+    peer = Peer(context, core.address)
+
+    def broken(message: protocol.CoreToApi) -> None:
+        raise AssertionError("ours")
+
+    peer.link._on_message = broken
+    task = asyncio.create_task(peer.link.run())
+    await core.hear(Hello)
+    core.say(encode(WorkerGone("w", "i", "r")))
+    with pytest.raises(ExceptionGroup) as raised:
+        await asyncio.wait_for(task, WAIT_S)
+    assert raised.group_contains(AssertionError, match="ours")
+    peer.link.socket.close(linger=0)
+    core.close()
+
+
+async def test_nobody_listening_is_no_error(context: zmq.asyncio.Context) -> None:
+    peer = Peer(context, "tcp://127.0.0.1:1")
+    async with running(peer.link) as task:
+        assert peer.link.send(ApiBeat("api"))
+        await asyncio.sleep(0.1)
+        assert not task.done()
+
+
+# --- sockets ------------------------------------------------------------------------------------
+
+
+async def test_a_message_to_a_peer_that_is_not_there_is_told(context: zmq.asyncio.Context) -> None:
+    core = PlayedCore(context)
+    assert not post(core.socket, [b"nobody", b"frame"])
+    core.close()
+
+
+async def test_a_full_queue_is_told_and_what_fitted_arrives_whole_and_in_order(
+    context: zmq.asyncio.Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subject, "SEND_QUEUE_MESSAGES", 20)
+    core = PlayedCore(context)
+    slow = make_socket(context, zmq.DEALER)
+    slow.connect(core.address)
+    await slow.send(encode(Hello("slow")))
+    await core.hear(Hello)
+    filler = b"x" * 200_000
+    sent = 0
+    while post(core.socket, [core.peer, str(sent).encode(), filler]):
+        sent += 1
+        assert sent < 10_000
+    for number in range(sent):
+        head, body = await asyncio.wait_for(slow.recv_multipart(), WAIT_S)
+        assert (head, len(body)) == (str(number).encode(), len(filler))
+    for _ in range(1000):
+        if post(core.socket, [core.peer, b"again"]):
+            break
+        await asyncio.sleep(0.01)
+    assert await asyncio.wait_for(slow.recv_multipart(), WAIT_S) == [b"again"]
+    slow.close(linger=0)
+    core.close()
+
+
+async def test_an_oversized_frame_ends_its_connection_and_nothing_else(
+    context: zmq.asyncio.Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "MESSAGE_BYTES_MAX", 10_000)
+    core = PlayedCore(context)
+    other = zmq.asyncio.Context()
+    big = other.socket(zmq.DEALER)
+    big.connect(core.address)
+    await big.send(b"x" * 20_000)
+    good = make_socket(context, zmq.DEALER)
+    good.connect(core.address)
+    await good.send(encode(Hello("good")))
+    assert await core.hear(Hello) == Hello("good")
+    good.close(linger=0)
+    core.close()
+    other.destroy(linger=0)
+
+
+def test_garbage_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    counter = GarbageCounter("a test")
+    for _ in range(5):
+        counter.add(ValueError("x"))
+    assert counter.total == 5
+    assert len(caplog.records) == 1
+    assert "a test" in caplog.records[0].message
+
+
+@pytest.mark.parametrize(("value", "refused"), [("1", True), ("0", False), ("", False)])
+def test_unpickling_is_refused(value: str, refused: bool) -> None:
+    environment = {"VLLM_ALLOW_INSECURE_SERIALIZATION": value}
+    if refused:
+        with pytest.raises(SystemExit, match="VLLM_ALLOW_INSECURE_SERIALIZATION"):
+            refuse_pickle(environment)
+    else:
+        refuse_pickle(environment)
+    refuse_pickle({})

@@ -1,0 +1,302 @@
+"""A worker's sockets around an engine that is played: who gets what, and what if they can't."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+import zmq
+import zmq.asyncio
+from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest, FinishReason
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+
+from cluster.config import WorkerConfig
+from cluster.serving import Worker
+from coordinator import link, protocol
+from coordinator.link import make_socket
+from coordinator.protocol import (
+    Abort,
+    CallFailed,
+    Decode,
+    Deltas,
+    Discard,
+    Load,
+    Prefill,
+    PrefillDone,
+    Utility,
+    UtilityReply,
+    encode,
+)
+from tests.unit.recording_wire import engine_request, output
+from tests.unit.test_worker_requests import HANDLE, PARAMS
+from transfer import handle as handles
+
+WAIT_S = 10.0
+
+
+class PlayedEngine:
+    """What a worker uses of its engine; notes what it is given."""
+
+    def __init__(self) -> None:
+        self.given: dict[str, EngineCoreRequest] = {}
+        self.forgotten: list[str] = []
+        self.refuses: Exception | None = None
+        self.errored = False
+        self.on_step: Any = None
+        self.engine_core = self
+        self.model_config = SimpleNamespace(
+            max_model_len=4096,
+            dtype="float32",
+            quantization=None,
+            hf_config=SimpleNamespace(to_dict=dict),
+            get_total_num_kv_heads=lambda: 2,
+            get_num_layers=lambda parallel: 2,
+            get_head_size=lambda: 8,
+        )
+        self.vllm_config = SimpleNamespace(
+            model_config=self.model_config,
+            parallel_config=SimpleNamespace(pipeline_parallel_size=1),
+            scheduler_config=SimpleNamespace(max_num_seqs=8, max_num_batched_tokens=2048),
+            cache_config=SimpleNamespace(
+                block_size=16,
+                effective_attention_block_size=None,
+                num_gpu_blocks=100,
+                cache_dtype="auto",
+            ),
+        )
+
+    async def submit(self, request: EngineCoreRequest) -> None:
+        if self.refuses is not None:
+            raise self.refuses
+        self.given[request.request_id] = request
+
+    async def add_request_async(self, request: EngineCoreRequest) -> None:
+        self.given[request.request_id] = request
+
+    async def forget(self, engine_ids: list[str]) -> None:
+        self.forgotten.extend(engine_ids)
+
+    async def list_loras_async(self) -> set[int]:
+        return {3, 1}
+
+    def load(self, garbage_frames: int) -> Load:
+        return Load(garbage_frames_total=garbage_frames)
+
+
+class Api:
+    """The data connection of an API process."""
+
+    def __init__(self, context: zmq.asyncio.Context, worker: Worker) -> None:
+        self.worker = worker
+        self.socket = make_socket(context, zmq.DEALER)
+        self.socket.connect(worker.data_address)
+
+    async def say(self, message: protocol.Message, body: Any = None) -> None:
+        frames = MsgpackEncoder().encode(body) if body is not None else []
+        await self.socket.send_multipart([encode(message), *frames])
+
+    async def hear(self, kind: type[msgspec.Struct]) -> tuple[Any, list[bytes]]:
+        header, *frames = await asyncio.wait_for(self.socket.recv_multipart(), WAIT_S)
+        message = protocol.decode_worker_to_api(header)
+        assert isinstance(message, kind), message
+        return message, frames
+
+    async def decode(self, request: str = "r", handle: bytes = b"") -> None:
+        message = Decode(request, 1, self.worker.incarnation, handle)
+        await self.say(message, engine_request(request))
+
+
+async def until(condition: Any) -> None:
+    for _ in range(int(WAIT_S / 0.01)):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("it did not come")
+
+
+@asynccontextmanager
+async def serving() -> AsyncIterator[tuple[Worker, PlayedEngine, Api]]:
+    context = zmq.asyncio.Context()
+    engine: Any = PlayedEngine()
+    config = WorkerConfig(
+        name="decode-0",
+        role="mixed",
+        coordinator="tcp://127.0.0.1:1",
+        model="m",
+        served_model_name="m",
+    )
+    worker = Worker(config, engine, context)
+    running = asyncio.create_task(worker.run())
+    try:
+        yield worker, engine, Api(context, worker)
+    finally:
+        worker.stopping.set()
+        await asyncio.wait({running}, timeout=WAIT_S)
+        context.destroy(linger=0)
+
+
+async def test_tokens_of_a_step_come_in_one_message() -> None:
+    async with serving() as (_, engine, api):
+        await api.decode("a")
+        await api.decode("b")
+        await until(lambda: len(engine.given) == 2)
+        engine.on_step([output("a", 1, [1]), output("b", 1, [2]), output("c", 1, [3])], 5.0)
+        _, frames = await api.hear(Deltas)
+        outputs = MsgpackDecoder(EngineCoreOutputs).decode(frames)
+        assert [(out.request_id, out.new_token_ids) for out in outputs.outputs] == [
+            ("a~1", [1]),
+            ("b~1", [2]),
+        ]
+        assert outputs.timestamp == 5.0
+
+
+async def test_a_prefill_is_answered_with_its_handle() -> None:
+    async with serving() as (worker, engine, api):
+        await api.say(Prefill("r", 1, worker.incarnation), engine_request())
+        await until(lambda: "r~1" in engine.given)
+        done = output("r", 1, [1], FinishReason.LENGTH)
+        done.kv_transfer_params = PARAMS
+        engine.on_step([done], 0.0)
+        message, _ = await api.hear(PrefillDone)
+        assert handles.decode(message.handle) == HANDLE
+        assert not worker.jobs
+
+
+async def test_garbage_is_dropped_and_counted() -> None:
+    async with serving() as (worker, engine, api):
+        good = bytes(MsgpackEncoder().encode(engine_request())[0])
+        decode = encode(Decode("r", 1, worker.incarnation))
+        garbage: list[list[bytes]] = [
+            [b""],
+            [os.urandom(40)],
+            [decode],
+            [decode, b""],
+            [decode, os.urandom(200)],
+            [decode, good[:-3]],
+            [decode, *MsgpackEncoder().encode(engine_request(prompt=[]))],
+            [decode, b"\xc7\x03\x01abc"],
+            [encode(Utility(1, "list_loras")), b"\xff" * 3 + b"\xc1"],
+            [b"\x82\xa4type\xa5Abort\xa1x" + b"\x91" * 1_000_000],
+            [b"\x82\xa4type\xa6Decode\xa7request\xa2\xff\xfe"],
+        ]
+        for frames in garbage:
+            await api.socket.send_multipart(frames)
+        await api.decode("good")
+        await until(lambda: "good~1" in engine.given)
+        assert list(engine.given) == ["good~1"]
+        assert worker.garbage.total == len(garbage)
+
+
+async def test_what_is_meant_for_a_former_incarnation_is_refused() -> None:
+    async with serving() as (worker, engine, api):
+        await api.say(Decode("r", 1, "former"), engine_request())
+        failed, _ = await api.hear(CallFailed)
+        assert (failed.request, failed.attempt, failed.retryable) == ("r", 1, True)
+        assert failed.incarnation == worker.incarnation
+        assert not engine.given
+
+
+async def test_a_handle_is_read_once() -> None:
+    async with serving() as (_, engine, api):
+        await api.decode("a", handles.encode(HANDLE))
+        await api.decode("a", handles.encode(HANDLE))  # sent twice: nothing happens
+        await api.decode("b", handles.encode(HANDLE))
+        failed, _ = await api.hear(CallFailed)
+        assert failed.request == "b"
+        assert "read once" in failed.reason
+        assert list(engine.given) == ["a~1"]
+
+
+async def test_a_handle_that_is_given_back_is_not_read_afterwards() -> None:
+    async with serving() as (worker, engine, api):
+        frame = handles.encode(HANDLE)
+        await api.say(Discard("r", 1, worker.incarnation, frame))
+        await api.say(Discard("r", 1, worker.incarnation, frame))
+        await api.say(Discard("r", 1, worker.incarnation, b"no handle"))
+        await api.decode("r", frame)
+        failed, _ = await api.hear(CallFailed)
+        assert failed.request == "r"
+        assert list(engine.given) == ["discard-r~1"]
+        assert engine.given["discard-r~1"].abort_immediately
+
+
+async def test_an_abort_reaches_the_engine_once() -> None:
+    async with serving() as (worker, engine, api):
+        await api.decode("r")
+        await api.say(Abort([("r", 1), ("unknown", 1)]))
+        await api.say(Abort([("r", 1)]))
+        await api.decode("next")
+        await until(lambda: "next~1" in engine.given)
+        assert engine.forgotten == ["r~1"]
+        assert list(worker.jobs) == ["next~1"]
+
+
+async def test_a_request_that_the_engine_can_not_take_fails_alone() -> None:
+    async with serving() as (worker, engine, api):
+        engine.refuses = ValueError("odd")
+        await api.decode("r")
+        failed, _ = await api.hear(CallFailed)
+        assert not failed.retryable
+        assert "odd" in failed.reason
+        assert not worker.jobs
+        engine.refuses = None
+        await api.decode("next")
+        await until(lambda: "next~1" in engine.given)
+
+
+async def test_calls_of_an_api_process_that_is_gone_are_aborted() -> None:
+    async with serving() as (worker, engine, api):
+        await api.decode("r")
+        await until(lambda: "r~1" in engine.given)
+        api.socket.close(linger=0)
+        await asyncio.sleep(0.2)
+        engine.on_step([output("r", 1, [1])], 0.0)
+        await until(lambda: engine.forgotten == ["r~1"])
+        assert not worker.jobs
+
+
+async def test_an_api_process_that_does_not_keep_up_is_told_what_it_misses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(link, "SEND_QUEUE_MESSAGES", 5)
+    async with serving() as (worker, engine, api):
+        await api.decode("r")
+        await until(lambda: "r~1" in engine.given)
+        tokens = list(range(20_000))
+        steps = 0
+        while worker.jobs and steps < 10_000:
+            engine.on_step([output("r", 1, tokens)], float(steps))
+            steps += 1
+            await asyncio.sleep(0)
+        assert engine.forgotten == ["r~1"]
+        heard = 0
+        while True:
+            header, *_ = await asyncio.wait_for(api.socket.recv_multipart(), WAIT_S)
+            message = protocol.decode_worker_to_api(header)
+            if isinstance(message, CallFailed):
+                break
+            heard += 1
+        assert heard == steps - 1, "everything before the gap, then the news"
+        assert (message.request, message.retryable) == ("r", True)
+        await until(lambda: not worker.owed)
+
+
+async def test_only_what_is_offered_can_be_called() -> None:
+    async with serving() as (_, _, api):
+        await api.say(Utility(1, "list_loras"), [])
+        reply, frames = await api.hear(UtilityReply)
+        assert (reply.call, reply.error) == (1, "")
+        assert MsgpackDecoder().decode(frames) == [1, 3]
+        for number, method in enumerate(("shutdown", "__init__", "collective_rpc")):
+            await api.say(Utility(number, method), [])
+            reply, _ = await api.hear(UtilityReply)
+            assert "not offered" in reply.error
+        await api.say(Utility(9, "list_loras"), [1, 2, 3])
+        reply, _ = await api.hear(UtilityReply)
+        assert "TypeError" in reply.error
