@@ -71,7 +71,7 @@ Messages = list[ChatCompletionMessageParam]
 
 @dataclass(frozen=True)
 class Document:
-    """A text to read: ``title`` is its first heading, ``words`` all that follows."""
+    """A text to read: ``title`` is its first line, ``words`` the rest without its headings."""
 
     title: str
     words: tuple[str, ...]
@@ -231,8 +231,9 @@ def read_documents(folder: Path) -> list[Document]:
         raise ValueError(f"{folder} holds {len(paths)} documents (*.md), {EXPLORERS} are needed")
     documents = []
     for path in paths:
-        heading, _, text = path.read_text(encoding="utf-8").partition("\n")
-        documents.append(Document(heading.lstrip("# ").strip(), tuple(text.split())))
+        title, *lines = path.read_text(encoding="utf-8").splitlines()
+        prose = " ".join(line for line in lines if not line.startswith("#"))
+        documents.append(Document(title.lstrip("# "), tuple(prose.split())))
     return documents
 
 
@@ -292,8 +293,8 @@ async def run_workflow(
     *,
     question: str = QUESTION,
     documents: list[Document] | None = None,
-    document_words: int = 450,
-    max_tokens: int = 32,
+    document_words: int = 360,
+    max_tokens: int = 28,
     on_call: Callable[[CallReport], None] = lambda call: None,
 ) -> RunReport:
     """Run the workflow once.
@@ -389,9 +390,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--base-url", default="http://127.0.0.1:8000/v1", help="with its /v1")
     parser.add_argument("--model", default="", help="default: the first of /v1/models")
     parser.add_argument("--api-key", default="none", help="if the server wants one")
-    parser.add_argument("--max-tokens", type=int, default=32, help="longest answer, in tokens")
+    parser.add_argument("--max-tokens", type=int, default=28, help="longest answer, in tokens")
     parser.add_argument(
-        "--document-words", type=int, default=450, help="words of a document that are read"
+        "--document-words", type=int, default=360, help="words of a document that are read"
     )
     parser.add_argument("--question", default=QUESTION)
     parser.add_argument("--documents", type=Path, default=DOCUMENTS, help="folder of *.md files")

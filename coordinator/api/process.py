@@ -105,15 +105,29 @@ async def _serve_http(app: object, arguments: Namespace, start: ApiStart) -> Non
     # The coordinator owns the segment; this process must not remove it at its end.
     resource_tracker.unregister(loads._name, "shared_memory")  # type: ignore[attr-defined]
     assert loads.buf is not None
-    slots = loads.buf.cast("i")
     several = start.config.api_servers > 1
     options = {}
     if (log_config := get_uvicorn_log_config(arguments)) is not None:
         options["log_config"] = log_config
+    # Views of the memory have to be gone before it can be let go.
+    with loads.buf.cast("i") as slots, slots[: start.config.api_servers] as shares:
+        await _serve_until_stopped(
+            app, arguments, listener, (shares, start.index) if several else None, options
+        )
+    loads.close()
+
+
+async def _serve_until_stopped(
+    app: object,
+    arguments: Namespace,
+    listener: socket.socket,
+    peer_loads: tuple[memoryview[int], int] | None,
+    options: dict[str, object],
+) -> None:
     shutdown = await serve_http(
         app,
         sock=listener,
-        peer_loads=(slots[: start.config.api_servers], start.index) if several else None,
+        peer_loads=peer_loads,
         host=arguments.host,
         port=arguments.port,
         log_level=arguments.uvicorn_log_level,
