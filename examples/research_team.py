@@ -26,6 +26,7 @@ import argparse
 import asyncio
 import json
 import platform
+import re
 import statistics
 import sys
 import time
@@ -49,22 +50,17 @@ WORKFLOW = "research-team"
 DOCUMENTS = Path(__file__).parent / "documents"
 EXPLORERS = 3
 ROUNDS_MAX = 3
-ABSTRACT_WORDS = 60
+ABSTRACT_WORDS = 70
 LINE_CHARACTERS = 110
 QUESTION = (
     "How should a cluster that serves language model agents spend its machines and its memory?"
 )
 
-TEAM_RULES = """\
-You belong to a small research team that answers one question for an engineer who has little \
-time. The planner decides what to look for. Three explorers read one document each and report \
-what it says about the question. The engineer turns the reports into one recommendation. The \
-reviewer reads the recommendation and either approves it or names the one thing that is most \
-wrong with it. The summariser writes down what the team has found.
-
-Rules for everybody. Write plain English. Answer in one or two short sentences. Say only what \
-the document or the reports say, and leave out what you do not know. Do not greet, do not \
-apologise, do not repeat the task, do not write lists, and stop when you have said it."""
+RULES = """\
+You help an engineer who runs many computers on which language models answer questions. You \
+read carefully and write plain English. You answer in one short sentence. You say only what you \
+have read, in your own words. You do not greet, you do not apologise, you do not repeat the \
+question, and you do not write lists."""
 
 Messages = list[ChatCompletionMessageParam]
 
@@ -240,10 +236,12 @@ def read_documents(folder: Path) -> list[Document]:
 def briefing(question: str, documents: list[Document]) -> str:
     """What every agent is told first: the prefix that all prompts of a run share."""
     listed = "\n\n".join(
-        f"Document {number}, {document.title}: {document.excerpt(ABSTRACT_WORDS)} ..."
-        for number, document in enumerate(documents, 1)
+        f"{document.title}: {document.excerpt(ABSTRACT_WORDS)} ..." for document in documents
     )
-    return f"{TEAM_RULES}\n\nThe question: {question}\n\nThe documents:\n\n{listed}"
+    return (
+        f"{RULES}\n\nThe engineer wants to know: {question}\n\n"
+        f"The library has these texts, and they begin like this.\n\n{listed}"
+    )
 
 
 def _user(text: str) -> ChatCompletionMessageParam:
@@ -254,9 +252,9 @@ async def _explore(
     team: Team, briefed: Messages, plan: str, number: int, document: Document, words: int
 ) -> str:
     task = (
-        f"The plan: {plan}\n\nYou are an explorer. Read this part of document {number}, "
-        f"{document.title}.\n\n{document.excerpt(words)}\n\n"
-        "What does it say that helps to answer the question? One sentence."
+        f"We look for this: {plan}\n\n"
+        f"Here is a text with the title {document.title}.\n\n{document.excerpt(words)}\n\n"
+        "What is the most important thing that this text says?"
     )
     messages = [*briefed, _user(task)]
     return await team.ask("explorer", messages, parent="planner", label=f"explorer {number}")
@@ -266,7 +264,10 @@ async def _build(team: Team, briefed: Messages, reports: str) -> str:
     """Engineer and reviewer in turn until the reviewer approves or the rounds are used up."""
     conversation = [
         *briefed,
-        _user(f"The reports:\n\n{reports}\n\nYou are the engineer. Write the recommendation."),
+        _user(
+            f"These are notes from the library:\n\n{reports}\n\n"
+            "What should the engineer do? Begin with: The engineer should"
+        ),
     ]
     proposal = ""
     parent = "explorer"
@@ -274,15 +275,15 @@ async def _build(team: Team, briefed: Messages, reports: str) -> str:
         team.report.rounds += 1
         proposal = await team.ask("engineer", conversation, parent=parent)
         task = (
-            f"The recommendation: {proposal}\n\nYou are the reviewer. If it answers the question, "
-            "reply with the single word APPROVE. Otherwise name its worst fault in one sentence."
+            f"Somebody wrote this advice:\n\n{proposal}\n\nIs it good advice? "
+            "Answer APPROVE if it is. Otherwise say in one sentence what is missing."
         )
         review = await team.ask("reviewer", [*briefed, _user(task)], parent="engineer")
-        team.report.approved = "APPROVE" in review.upper()
+        team.report.approved = re.search(r"\bAPPROVED?\b", review.upper()) is not None
         parent = "reviewer"
         conversation += [
             {"role": "assistant", "content": proposal},
-            _user(f"The reviewer says: {review}\n\nWrite the recommendation again, better."),
+            _user(f"A reader says: {review}\n\nWrite the advice again and make it better."),
         ]
     return proposal
 
@@ -293,7 +294,7 @@ async def run_workflow(
     *,
     question: str = QUESTION,
     documents: list[Document] | None = None,
-    document_words: int = 360,
+    document_words: int = 450,
     max_tokens: int = 28,
     on_call: Callable[[CallReport], None] = lambda call: None,
 ) -> RunReport:
@@ -307,7 +308,7 @@ async def run_workflow(
     library = documents or read_documents(DOCUMENTS)
     briefed: Messages = [{"role": "system", "content": briefing(question, library)}]
     started_s = time.monotonic()
-    planning = "You are the planner. What should the explorers look for? One sentence."
+    planning = "What should we look for in the library? Begin with: We should look for"
     plan = await team.ask("planner", [*briefed, _user(planning)], parent="")
     async with asyncio.TaskGroup() as group:
         exploring = [
@@ -315,12 +316,13 @@ async def run_workflow(
             for number, document in enumerate(library, 1)
         ]
     reports = "\n\n".join(
-        f"Explorer {number}: {task.result()}" for number, task in enumerate(exploring, 1)
+        f"{document.title}: {task.result()}"
+        for document, task in zip(library, exploring, strict=True)
     )
     proposal = await _build(team, briefed, reports)
     closing = (
-        f"The reports:\n\n{reports}\n\nThe recommendation: {proposal}\n\n"
-        "You are the summariser. Answer the question in one sentence."
+        f"These are notes from the library:\n\n{reports}\n\n"
+        f"This is the advice:\n\n{proposal}\n\nSay it all in one short sentence."
     )
     await team.ask("summariser", [*briefed, _user(closing)], parent="reviewer", final=True)
     team.report.completion_s = time.monotonic() - started_s
@@ -392,7 +394,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--api-key", default="none", help="if the server wants one")
     parser.add_argument("--max-tokens", type=int, default=28, help="longest answer, in tokens")
     parser.add_argument(
-        "--document-words", type=int, default=360, help="words of a document that are read"
+        "--document-words", type=int, default=450, help="words of a document that are read"
     )
     parser.add_argument("--question", default=QUESTION)
     parser.add_argument("--documents", type=Path, default=DOCUMENTS, help="folder of *.md files")

@@ -9,6 +9,7 @@ import socket
 import uuid
 from argparse import Namespace
 from collections.abc import Mapping
+from dataclasses import is_dataclass
 from multiprocessing import resource_tracker, shared_memory
 
 import uvloop
@@ -60,6 +61,10 @@ def server_arguments(config: CoordinatorConfig) -> Namespace:
     for name, value in given.items():
         if not hasattr(arguments, name):
             raise SystemExit(f"vLLM's server has no argument {name!r}")
+        default = getattr(arguments, name)
+        if isinstance(value, dict) and is_dataclass(default) and not isinstance(default, type):
+            # One of vLLM's configuration groups, written as a mapping in the cluster file.
+            value = type(default)(**value)
         setattr(arguments, name, value)
     validate_parsed_serve_args(arguments)
     return arguments
