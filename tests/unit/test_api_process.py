@@ -18,7 +18,10 @@ def config(model: Path, **engine: object) -> CoordinatorConfig:
 
 def test_groups_written_as_mappings_become_vllms_own(tiny_model: Path) -> None:
     arguments = server_arguments(
-        config(tiny_model, structured_outputs_config={"disable_any_whitespace": True})
+        config(
+            tiny_model,
+            structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
+        )
     )
     assert arguments.structured_outputs_config.disable_any_whitespace is True
     assert not arguments.structured_outputs_config.reasoning_parser
