@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-from http import HTTPStatus
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -178,8 +177,9 @@ class Response:
         body = b"".join(message.get("body", b"") for message in self._held)
         if status == 401 and b'"message"' not in body:
             return Failure(401, "the API key is missing or wrong")
-        if status in (404, 405) and body.startswith(b'{"detail"'):
-            return Failure(status, f"{self.path}: {HTTPStatus(status).phrase}")
+        if body.startswith(b'{"detail"'):
+            # Starlette's own shape: no such path or method, a body that is no text.
+            return Failure(status, f"{self.path}: {json.loads(body)['detail']}")
         return None
 
     async def _release(self) -> None:

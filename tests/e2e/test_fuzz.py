@@ -62,7 +62,7 @@ answers 501 to valid requests.
 @pytest.fixture(scope="module")
 def described(cluster: Server) -> Any:
     """The API as the cluster describes it."""
-    return schemathesis.openapi.from_url(f"{cluster.base_url}/openapi.json")
+    return schemathesis.openapi.from_url(f"{cluster.base_url}/openapi.json", timeout=120)
 
 
 @pytest.fixture(scope="module")
