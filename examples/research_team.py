@@ -266,7 +266,7 @@ async def _build(team: Team, briefed: Messages, reports: str) -> str:
         *briefed,
         _user(
             f"These are notes from the library:\n\n{reports}\n\n"
-            "What should the engineer do? Begin with: The engineer should"
+            "What should the engineer do? Write one sentence that begins with: The engineer should"
         ),
     ]
     proposal = ""
@@ -308,17 +308,14 @@ async def run_workflow(
     library = documents or read_documents(DOCUMENTS)
     briefed: Messages = [{"role": "system", "content": briefing(question, library)}]
     started_s = time.monotonic()
-    planning = "What should we look for in the library? Begin with: We should look for"
+    planning = "What do we want to learn from these texts? Answer in one sentence."
     plan = await team.ask("planner", [*briefed, _user(planning)], parent="")
     async with asyncio.TaskGroup() as group:
         exploring = [
             group.create_task(_explore(team, briefed, plan, number, document, document_words))
             for number, document in enumerate(library, 1)
         ]
-    reports = "\n\n".join(
-        f"{document.title}: {task.result()}"
-        for document, task in zip(library, exploring, strict=True)
-    )
+    reports = "\n".join(f"- {task.result()}" for task in exploring)
     proposal = await _build(team, briefed, reports)
     closing = (
         f"These are notes from the library:\n\n{reports}\n\n"

@@ -2,15 +2,16 @@
 
 Two clusters are up: in one every prompt is prefilled on a prefill worker and its KV pulled
 by a decode worker, in the other a single worker does all. They take turns with prompts of one
-length that no cache has seen, one call at a time:
+length that no cache has seen, one call at a time. Of both, what their prefill does not explain:
 
-    overhead = time to first token with the hop
-             - time to first token without it    (the prefill, and all that any call costs)
-             - the transfer                       (as the decode worker's NIXL counts it)
+    rest = time to first token
+         - the prefill    (as the engine counts it, from taking the prompt to its first token)
+         - the transfer   (as the decode worker's NIXL counts it; none in a local call)
 
-What is left is messages, waiting for a step and the decode worker's own first step. Beside
-it the same against the prefill worker's own account of its prefill, from taking the prompt
-up to its first token; there the cost of any call (HTTP, tokenising) is part of the rest.
+The local call's rest is what any call costs: HTTP, tokenising, a plan. The hop's overhead is
+how much more the remote call's is: messages, waiting for a step, and the decode worker's own
+first step. Beside it the plain difference of the two times, in which the prefill's own ups
+and downs remain.
 """
 
 from __future__ import annotations
@@ -73,9 +74,10 @@ def measure(model: str, pairs: int, prompt_tokens: int, console: Console) -> lis
         "bench-hop",
         model,
         ["prefill", "decode"],
+        metrics=True,
         placement=Placement(remote_prefill_min_tokens=1),
     )
-    whole = cluster_config("bench-whole", model, ["mixed"])
+    whole = cluster_config("bench-whole", model, ["mixed"], metrics=True)
     with scratch() as folder:
         remote = LocalCluster(split, folder / "split", progress=progress_for(console))
         local = LocalCluster(whole, folder / "whole", progress=progress_for(console))
@@ -97,6 +99,7 @@ async def _take_turns(
     rows = []
     ports = {entry.role: entry.metrics_port for entry in remote.config.workers}
     prefill, transfer = _Timer(ports["prefill"], PREFILL), _Timer(ports["decode"], TRANSFER)
+    local_prefill = _Timer(local.config.workers[0].metrics_port, PREFILL)
     async with Client(model, folder) as client:
         await client.fit_prompts(local.base_url, prompt_tokens)
         for pair in range(WARM_UP_PAIRS + pairs):
@@ -105,7 +108,9 @@ async def _take_turns(
             row: dict[str, Any] = {"part": "hop", "pair": pair - WARM_UP_PAIRS + 1}
             for cluster in (local, remote) if pair % 2 else (remote, local):
                 if cluster is local:
+                    local_prefill.read()
                     row["local_ttft_ms"] = await _ttft_ms(client, local)
+                    row["local_prefill_ms"] = 1e3 * await local_prefill.added_s()
                     continue
                 prefill.read()
                 transfer.read()
@@ -114,7 +119,7 @@ async def _take_turns(
                 row["transfer_ms"] = 1e3 * await transfer.added_s()
             progress.advance(progress.task_ids[0])
             if pair >= WARM_UP_PAIRS:
-                rows.append(row | _rest(row))
+                rows.append(row | rest(row))
     return rows
 
 
@@ -123,11 +128,16 @@ async def _ttft_ms(client: Client, cluster: LocalCluster) -> float:
     return 1e3 * outcome.ttft_s[0]
 
 
-def _rest(row: Mapping[str, float]) -> dict[str, float]:
+def rest(row: Mapping[str, float]) -> dict[str, float]:
+    """What the parts that were timed by themselves do not explain, in milliseconds."""
     without_transfer_ms = row["remote_ttft_ms"] - row["transfer_ms"]
+    local_rest_ms = row["local_ttft_ms"] - row["local_prefill_ms"]
+    rest_ms = without_transfer_ms - row["prefill_ms"]
     return {
-        "overhead_ms": without_transfer_ms - row["local_ttft_ms"],
-        "rest_ms": without_transfer_ms - row["prefill_ms"],
+        "local_rest_ms": local_rest_ms,
+        "rest_ms": rest_ms,
+        "overhead_ms": rest_ms - local_rest_ms,
+        "difference_ms": without_transfer_ms - row["local_ttft_ms"],
     }
 
 
@@ -136,6 +146,8 @@ def figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     names = {
         "hop_overhead_ms_p50": "overhead_ms",
         "hop_rest_ms_p50": "rest_ms",
+        "hop_local_rest_ms_p50": "local_rest_ms",
+        "hop_difference_ms_p50": "difference_ms",
         "hop_ttft_ms_p50": "remote_ttft_ms",
         "hop_local_ttft_ms_p50": "local_ttft_ms",
         "hop_prefill_ms_p50": "prefill_ms",

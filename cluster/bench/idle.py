@@ -119,11 +119,12 @@ def _processes(cluster: LocalCluster) -> dict[int, dict[str, str]]:
     found = {}
     for name, leader in cluster.processes.items():
         for pid in session_members(leader):
-            if name != COORDINATOR:
-                kind, owner = "worker", name
-            elif "coordinator.api" in command_of(pid):
-                kind, owner = "api", f"API process {pid}"
-            else:
-                kind, owner = "core", name
-            found[pid] = {"kind": kind, "name": owner, "process": command_of(pid)[-40:]}
+            command = command_of(pid)
+            kind, owner = ("core", name) if name == COORDINATOR else ("worker", name)
+            process = "main" if pid == leader else "helper"
+            if "EngineCore" in command:
+                process = "engine"
+            elif "coordinator.api" in command:
+                kind, owner, process = "api", f"API process {pid}", "main"
+            found[pid] = {"kind": kind, "name": owner, "process": process}
     return found

@@ -31,7 +31,7 @@ LAST_CHUNK = b"0\r\n\r\n"
 STATUS_OK = b"HTTP/1.1 200"
 TAIL_BYTES = 4096
 ANSWER_S = 300.0
-_USAGE = re.compile(rb'"prompt_tokens":(\d+).*?"completion_tokens":(\d+)')
+_USAGE = re.compile(rb'"prompt_tokens":\s*(\d+).*?"completion_tokens":\s*(\d+)')
 
 
 class LoadError(RuntimeError):

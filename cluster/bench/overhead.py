@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import asyncio
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +37,19 @@ PARTS = ("local", "hop", "api")
 CALLS_PER_SEAT = {1: 6, 8: 4, 32: 2}
 """Concurrency of the throughput rounds, and calls one after the other in each place."""
 Side = Plain | LocalCluster
+PLAIN_COLUMNS = 140
 TTFT_CALLS = 4
 TTFT_OUTPUT_TOKENS = 2
 
 
 class Setup(msgspec.Struct, frozen=True):
-    """What is measured. ``pairs``: rounds of each kind and side; ``parts``: comma-separated."""
+    """What is measured. ``pairs``: rounds of each kind and side, after each of ``starts``
+    starts of both sides; ``parts``: comma-separated."""
 
     model: str = "tiny-llama"
     parts: str = ",".join(PARTS)
-    pairs: int = 7
+    starts: int = 2
+    pairs: int = 5
     ttft_pairs: int = 20
     prompt_tokens: int = 128
     output_tokens: int = 64
@@ -66,7 +71,13 @@ def run(setup: Setup | None = None, console: Console | None = None) -> dict[str,
     figures: dict[str, float] = {}
     rows: list[dict[str, Any]] = []
     if "local" in parts:
-        measured = _local(setup, console)
+        # Two processes of one program differ by where their memory happens to be: several
+        # starts, in turns first and second, keep that out of the ratio.
+        measured = [
+            {**row, "start": start}
+            for start in range(1, setup.starts + 1)
+            for row in _local(setup, console, plain_first=start % 2 == 1)
+        ]
         figures |= local_figures(measured)
         rows += measured
     if "hop" in parts:
@@ -83,27 +94,29 @@ def run(setup: Setup | None = None, console: Console | None = None) -> dict[str,
 
 def main(json_path: Path | None = None, **options: Any) -> int:
     """The command: tables, and with ``json_path`` a JSON file. ``options`` make a ``Setup``."""
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else PLAIN_COLUMNS)
     result = run(Setup(**options), console)
     report = write(json_path, COMMAND, result["figures"], result["rows"])
     for part in PARTS:
         rows = [row for row in report["rows"] if row["part"] == part]
         if rows:
-            table(console, part, [_rounded(row) for row in rows])
+            table(console, f"{part}: medians", summary(rows))
     figures = [{"figure": name, "value": value} for name, value in report["figures"].items()]
     table(console, "ratios are Pythia / plain vLLM, medians over pairs", figures)
     return 0
 
 
-def _local(setup: Setup, console: Console) -> list[dict[str, Any]]:
+def _local(setup: Setup, console: Console, plain_first: bool) -> list[dict[str, Any]]:
     config = cluster_config("bench-overhead", setup.model, ["mixed"])
-    with scratch() as folder:
-        console.print("starting vLLM's own server")
-        with Plain(config, folder) as plain:
-            cluster = LocalCluster(config, folder, progress=progress_for(console))
-            with cluster, progress_bar(console, _rounds(setup)) as progress:
-                sides: dict[str, Side] = {"plain": plain, "pythia": cluster}
-                return asyncio.run(_take_turns(setup, sides, folder, progress))
+    with scratch() as folder, ExitStack() as stack:
+        plain = Plain(config, folder)
+        cluster = LocalCluster(config, folder, progress=progress_for(console))
+        sides: dict[str, Side] = {"plain": plain, "pythia": cluster}
+        for name in ("plain", "pythia") if plain_first else ("pythia", "plain"):
+            console.print(f"starting {name}")
+            stack.enter_context(sides[name])
+        progress = stack.enter_context(progress_bar(console, _rounds(setup)))
+        return asyncio.run(_take_turns(setup, sides, folder, progress))
 
 
 def _rounds(setup: Setup) -> int:
@@ -191,7 +204,17 @@ def local_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return figures
 
 
-def _rounded(row: Mapping[str, Any]) -> dict[str, Any]:
-    """For people: floats of four digits, the part left out."""
-    shown = {name: value for name, value in row.items() if name != "part"}
-    return {name: float(f"{v:.4g}") if isinstance(v, float) else v for name, v in shown.items()}
+def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """For people: one row per kind of round, or number of API processes, of a part."""
+    kinds: dict[Any, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        kinds.setdefault(row.get("kind", row.get("api_processes", "hop")), []).append(row)
+    return [
+        {"kind": kind, "rounds": len(members)}
+        | {
+            name.replace("_", " "): statistics.median(row[name] for row in members if name in row)
+            for name, value in members[0].items()
+            if isinstance(value, float)
+        }
+        for kind, members in kinds.items()
+    ]

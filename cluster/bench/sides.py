@@ -55,12 +55,14 @@ def cluster_config(
     model: str,
     roles: Iterable[str],
     engine: Mapping[str, Any] | None = None,
+    metrics: bool = False,
     **sections: Any,
 ) -> ClusterConfig:
-    """A cluster on this machine: one worker per role, with free ports and open metrics.
+    """A cluster on this machine: one worker per role, with free ports.
 
-    ``engine`` adds arguments, ``sections`` replaces other parts of the file. With GPUs each
-    worker gets one of its own; LaunchError if there are too few.
+    ``engine`` adds arguments, ``metrics`` makes the workers serve theirs, ``sections``
+    replaces other parts of the file. With GPUs each worker gets one of its own; LaunchError
+    if there are too few.
     """
     gpus = gpu_count()
     config = default_cluster(model, gpus)
@@ -74,7 +76,7 @@ def cluster_config(
                     "name": f"{role}-{index}",
                     "role": role,
                     "devices": [index] if gpus else [],
-                    "metrics_port": free_port(HOST),
+                    "metrics_port": free_port(HOST) if metrics else 0,
                 },
                 WorkerEntry,
             )

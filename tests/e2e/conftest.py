@@ -50,9 +50,8 @@ engine:
   block_size: {BLOCK_TOKENS}
   max_model_len: {MAX_MODEL_LEN}
   max_num_seqs: 32
+  kv_cache_memory_bytes: 268435456
   structured_outputs_config: {{disable_any_whitespace: true, backend: xgrammar}}
-environment:
-  VLLM_CPU_KVCACHE_SPACE: 1
 workers:
   - {{name: prefill-0, role: prefill}}
   - {{name: decode-0, role: decode}}
