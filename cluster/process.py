@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -23,6 +24,8 @@ import msgspec
 
 _PR_SET_PDEATHSIG = 1
 PHASE_PREFIX = "pythia phase: "
+FREE_PORTS_FROM, FREE_PORTS_TO = 15_000, 32_000
+FREE_PORT_TRIES = 100
 
 
 class ProcessIdentity(msgspec.Struct, frozen=True):
@@ -103,7 +106,15 @@ def usable_cores() -> int:
 
 
 def free_port(host: str) -> int:
-    """A port of ``host`` that nobody listened on a moment ago."""
+    """A port of ``host`` that nobody listened on a moment ago.
+
+    From below the range that the kernel hands out by itself where there is room: whoever
+    is told the port may listen much later, and until then no connection must get it.
+    """
+    for _ in range(FREE_PORT_TRIES):
+        port = FREE_PORTS_FROM + secrets.randbelow(FREE_PORTS_TO - FREE_PORTS_FROM)
+        if port_is_free(host, port):
+            return port
     with socket.socket(_family(host), socket.SOCK_STREAM) as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])
