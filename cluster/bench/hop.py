@@ -9,9 +9,10 @@ length that no cache has seen, one call at a time. Of both, what their prefill d
          - the transfer   (as the decode worker's NIXL counts it; none in a local call)
 
 The local call's rest is what any call costs: HTTP, tokenising, a plan. The hop's overhead is
-how much more the remote call's is: messages, waiting for a step, and the decode worker's own
-first step. Beside it the plain difference of the two times, in which the prefill's own ups
-and downs remain.
+how much more the remote call's is. It has two parts, reported beside it: the decode worker's
+own first step, which computes the prompt's last token once more (vLLM keeps no logits), and
+messages with waiting for a step. The plain difference of the two times is there as well; the
+prefill's own ups and downs remain in it.
 """
 
 from __future__ import annotations
@@ -99,6 +100,7 @@ async def _take_turns(
     rows = []
     ports = {entry.role: entry.metrics_port for entry in remote.config.workers}
     prefill, transfer = _Timer(ports["prefill"], PREFILL), _Timer(ports["decode"], TRANSFER)
+    first_step = _Timer(ports["decode"], PREFILL)
     local_prefill = _Timer(local.config.workers[0].metrics_port, PREFILL)
     async with Client(model, folder) as client:
         await client.fit_prompts(local.base_url, prompt_tokens)
@@ -112,11 +114,12 @@ async def _take_turns(
                     row["local_ttft_ms"] = await _ttft_ms(client, local)
                     row["local_prefill_ms"] = 1e3 * await local_prefill.added_s()
                     continue
-                prefill.read()
-                transfer.read()
+                for timer in (prefill, transfer, first_step):
+                    timer.read()
                 row["remote_ttft_ms"] = await _ttft_ms(client, remote)
                 row["prefill_ms"] = 1e3 * await prefill.added_s()
                 row["transfer_ms"] = 1e3 * await transfer.added_s()
+                row["first_step_ms"] = 1e3 * await first_step.added_s()
             progress.advance(progress.task_ids[0])
             if pair >= WARM_UP_PAIRS:
                 rows.append(row | rest(row))
@@ -137,6 +140,7 @@ def rest(row: Mapping[str, float]) -> dict[str, float]:
         "local_rest_ms": local_rest_ms,
         "rest_ms": rest_ms,
         "overhead_ms": rest_ms - local_rest_ms,
+        "messages_ms": rest_ms - local_rest_ms - row["first_step_ms"],
         "difference_ms": without_transfer_ms - row["local_ttft_ms"],
     }
 
@@ -147,6 +151,8 @@ def figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         "hop_overhead_ms_p50": "overhead_ms",
         "hop_rest_ms_p50": "rest_ms",
         "hop_local_rest_ms_p50": "local_rest_ms",
+        "hop_first_step_ms_p50": "first_step_ms",
+        "hop_messages_ms_p50": "messages_ms",
         "hop_difference_ms_p50": "difference_ms",
         "hop_ttft_ms_p50": "remote_ttft_ms",
         "hop_local_ttft_ms_p50": "local_ttft_ms",
