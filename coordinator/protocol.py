@@ -467,7 +467,6 @@ class Decode(Message, frozen=True, gc=False, tag=True):
     attempt: int
     incarnation: str
     handle: bytes = b""
-    skip_tokens: int = 0
 
 
 class Abort(Message, frozen=True, gc=False, tag=True):
