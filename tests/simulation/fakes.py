@@ -85,6 +85,20 @@ class Letter:
     message: Any
 
 
+@dataclass(frozen=True)
+class DecodeWithPrompt:
+    """``Decode`` and what the frames behind it hold: a prompt that ends in ``generated`` tokens
+    of the answer."""
+
+    decode: Decode
+    generated: int
+
+    @property
+    def incarnation(self) -> str:
+        """Of the worker it is meant for."""
+        return self.decode.incarnation
+
+
 Out = list[tuple[str, object]]
 """What somebody sends: targets and messages."""
 
@@ -182,11 +196,11 @@ class FakeWorker:
         match message:
             case Prefill():
                 self.prefills[message.request, message.attempt] = source, now_s + PREFILL_TIME_S
-            case Decode():
-                key = message.request, message.attempt
-                if message.handle:
-                    self.handles_read.append((message.handle, key))
-                self.jobs[key] = Job(source, message.skip_tokens, now_s + LOAD_TIME_S)
+            case DecodeWithPrompt(decode, generated):
+                key = decode.request, decode.attempt
+                if decode.handle:
+                    self.handles_read.append((decode.handle, key))
+                self.jobs[key] = Job(source, generated, now_s + LOAD_TIME_S)
             case Abort():
                 for request, attempt in message.calls:
                     self.prefills.pop((request, attempt), None)
@@ -344,8 +358,8 @@ class FakeApi:
     def _decode(self, call: FakeCall, plan: Plan, handle: bytes) -> tuple[str, object]:
         call.state = "loading"
         incarnation = plan.decode.incarnation
-        decode = Decode(plan.request, call.attempt, incarnation, handle, call.generated)
-        return address(plan.decode), decode
+        decode = Decode(plan.request, call.attempt, incarnation, handle)
+        return address(plan.decode), DecodeWithPrompt(decode, call.generated)
 
     def _prefill_done(self, message: PrefillDone) -> Out:
         call = self.calls.get(message.request)
