@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 import msgspec
 import zmq
-import zmq.asyncio
 from prometheus_client import start_http_server
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
@@ -29,8 +28,9 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from cluster.config import WorkerConfig
 from cluster.engine import WorkerEngine, engine_facts
 from coordinator import protocol
-from coordinator.link import BAD_FRAME, BadBody, ControlLink, GarbageCounter, make_socket, post
+from coordinator.link import BAD_FRAME, BadBody, ControlLink, GarbageCounter
 from coordinator.protocol import engine_request_id
+from coordinator.sockets import make_socket
 from decode.worker import decode_request, discard_request
 from prefill.worker import prefill_request, prefill_result
 from transfer import handle as handles
@@ -74,7 +74,10 @@ class Worker:
     """The sockets around an engine, and the table of what the engine is working on."""
 
     def __init__(
-        self, config: WorkerConfig, engine: WorkerEngine, context: zmq.asyncio.Context
+        self,
+        config: WorkerConfig,
+        engine: WorkerEngine,
+        context: zmq.Context[zmq.Socket[bytes]],
     ) -> None:
         self.config = config
         self.incarnation = uuid.uuid4().hex
@@ -84,8 +87,7 @@ class Worker:
         self.stopping = asyncio.Event()
         self.exit_code = 0
         self.data = make_socket(context, zmq.ROUTER)
-        self.data.bind(f"tcp://{config.host}:{config.data_port or '*'}")
-        self.data_address: str = self.data.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.data_address = self.data.bind(f"tcp://{config.host}:{config.data_port or '*'}")
         self.link = ControlLink(
             context,
             config.coordinator,
@@ -131,6 +133,11 @@ class Worker:
         for task in pending:
             task.cancel()
         return self.exit_code
+
+    def close(self) -> None:
+        """Close the sockets."""
+        self.data.close()
+        self.link.socket.close()
 
     # --- control ---------------------------------------------------------------
 
@@ -214,7 +221,7 @@ class Worker:
 
     async def _serve_data(self) -> None:
         while True:
-            frames = await self.data.recv_multipart(copy=False)
+            frames = await self.data.receive()
             api = frames[0].bytes
             if len(frames) < 2:
                 self.garbage.add(ValueError(f"{len(frames)} frames"))
@@ -274,7 +281,7 @@ class Worker:
         self, api: bytes, request: str, attempt: int, reason: str, retryable: bool = True
     ) -> None:
         failed = protocol.CallFailed(request, attempt, self.incarnation, reason, retryable)
-        if not post(self.data, [api, protocol.encode(failed)]) and len(self.owed) < OWED_MAX:
+        if not self.data.post([api, protocol.encode(failed)]) and len(self.owed) < OWED_MAX:
             self.owed[api, request, attempt] = Owed(failed, time.monotonic())
 
     async def _prefill(
@@ -363,7 +370,7 @@ class Worker:
                 logger.exception("utility %s failed", message.method)
                 error = f"{type(raised).__name__}: {raised}"
         reply = protocol.UtilityReply(message.call, self.incarnation, error)
-        post(self.data, [api, protocol.encode(reply), *self.encoder.encode(result)])
+        self.data.post([api, protocol.encode(reply), *self.encoder.encode(result)])
 
     async def _call_engine(self, method: str, arguments: list[Any]) -> object:
         if method == "add_lora":
@@ -392,7 +399,7 @@ class Worker:
 
         frames = self.encoder.encode(EngineCoreOutputs(outputs=outputs, timestamp=timestamp_s))
         header = protocol.encode(protocol.Deltas(self.incarnation))
-        if not post(self.data, [api, header, *frames]):
+        if not self.data.post([api, header, *frames]):
             self._api_gone(api)
 
     def _api_gone(self, api: bytes) -> None:
@@ -410,7 +417,7 @@ class Worker:
         """Tell API processes what they could not be told before, or forget it in the end."""
         now_s = time.monotonic()
         for key, owed in list(self.owed.items()):
-            sent = post(self.data, [key[0], protocol.encode(owed.failed)])
+            sent = self.data.post([key[0], protocol.encode(owed.failed)])
             if sent or now_s - owed.since_s > OWED_S:
                 del self.owed[key]
 
@@ -438,7 +445,7 @@ class Worker:
         if result is None:
             return
         if job.kind == "prefill":
-            if not post(self.data, [job.api, protocol.encode(result)]):
+            if not self.data.post([job.api, protocol.encode(result)]):
                 self._api_gone(job.api)
             return
         probed = (
@@ -471,9 +478,10 @@ async def serve(config: WorkerConfig, engine: WorkerEngine) -> int:
     """Serve until told to stop. Returns the process's exit code."""
     if config.metrics_port:
         start_http_server(config.metrics_port, addr=config.host)
-    context = zmq.asyncio.Context()
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     worker = Worker(config, engine, context)
     try:
         return await worker.run()
     finally:
+        worker.close()
         context.destroy(linger=0)

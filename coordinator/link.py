@@ -1,4 +1,4 @@
-"""Sockets of ours, made in one place, and the peer's end of the control connection.
+"""The peer's end of the control connection.
 
 ``ControlLink`` says who we are until the core answers, beats, and says it again when
 a restarted core does not know us. It loses messages when the core is away: whoever
@@ -9,20 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Generic, TypeVar, cast
+from collections.abc import Callable, Mapping
+from typing import Generic, TypeVar
 
 import msgspec
 import zmq
-import zmq.asyncio
 
 from coordinator import protocol
+from coordinator.sockets import make_socket
 
 logger = logging.getLogger("pythia.link")
 
-HEARTBEAT_MS = 2_000
-HEARTBEAT_TIMEOUT_MS = 10_000
-SEND_QUEUE_MESSAGES = 100_000
 HELLO_INTERVAL_S = 0.5
 
 BAD_FRAME = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
@@ -40,38 +37,6 @@ def refuse_pickle(environment: Mapping[str, str]) -> None:
     """SystemExit if vLLM is told to unpickle what comes over a socket."""
     if environment.get(PICKLE_VARIABLE, "0") not in ("", "0"):
         raise SystemExit(f"{PICKLE_VARIABLE} is set: whoever reaches a socket could run code here")
-
-
-def make_socket(context: zmq.asyncio.Context, kind: int) -> zmq.asyncio.Socket:
-    """A socket with the project's limits: bounded queues and frames, peers watched."""
-    socket = context.socket(kind)
-    socket.setsockopt(zmq.LINGER, 0)
-    socket.setsockopt(zmq.MAXMSGSIZE, protocol.MESSAGE_BYTES_MAX)
-    socket.setsockopt(zmq.SNDHWM, SEND_QUEUE_MESSAGES)
-    socket.setsockopt(zmq.RCVHWM, SEND_QUEUE_MESSAGES)
-    socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
-    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
-    socket.setsockopt(zmq.HEARTBEAT_TTL, HEARTBEAT_TIMEOUT_MS)
-    socket.setsockopt(zmq.RECONNECT_IVL, 100)
-    socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2_000)
-    if kind == zmq.ROUTER:
-        # A peer that is gone is an event for the caller, not a message lost in silence.
-        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-    return socket
-
-
-def post(socket: zmq.asyncio.Socket, frames: Sequence[Any]) -> bool:
-    """Send without waiting, all frames or none. False if the peer is gone or its queue full."""
-    # Without waiting, the future is done at once.
-    future = cast(
-        "asyncio.Future[Any]", socket.send_multipart(frames, flags=zmq.NOBLOCK, copy=False)
-    )
-    error = future.exception()
-    if error is None:
-        return True
-    if isinstance(error, zmq.ZMQError) and error.errno in (zmq.EHOSTUNREACH, zmq.EAGAIN):
-        return False
-    raise error
 
 
 class GarbageCounter:
@@ -101,11 +66,11 @@ class ControlLink(Generic[M]):
 
     def __init__(
         self,
-        context: zmq.asyncio.Context,
+        context: zmq.Context[zmq.Socket[bytes]],
         address: str,
         hello: Callable[[], protocol.Message],
         beat: Callable[[], protocol.Message],
-        decode: Callable[[bytes], M],
+        decode: Callable[[memoryview], M],
         on_message: Callable[[M], None],
     ) -> None:
         self.socket = make_socket(context, zmq.DEALER)
@@ -124,7 +89,7 @@ class ControlLink(Generic[M]):
 
     def send(self, message: protocol.Message) -> bool:
         """Send to the core without waiting; False if that is impossible now."""
-        return post(self.socket, [protocol.encode(message)])
+        return self.socket.post([protocol.encode(message)])
 
     async def welcomed(self) -> None:
         """Wait until the core has taken us in."""
@@ -155,12 +120,12 @@ class ControlLink(Generic[M]):
 
     async def _receive(self) -> None:
         while True:
-            frames = await self.socket.recv_multipart()
+            frames = await self.socket.receive()
             if len(frames) != 1:
                 self.garbage.add(ValueError(f"{len(frames)} frames"))
                 continue
             try:
-                message = self._decode(frames[0])
+                message = self._decode(frames[0].buffer)
             except BAD_FRAME as error:
                 self.garbage.add(error)
                 continue

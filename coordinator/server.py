@@ -19,17 +19,16 @@ from collections.abc import Iterable
 from multiprocessing import shared_memory
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import cast
 
 import msgspec
 import uvloop
 import zmq
-import zmq.asyncio
 
 from coordinator import protocol
 from coordinator.core import Core, Send
 from coordinator.limits import Limits, Placement
-from coordinator.link import BAD_FRAME, GarbageCounter, make_socket, post
+from coordinator.link import BAD_FRAME, GarbageCounter
+from coordinator.sockets import make_socket
 
 logger = logging.getLogger("pythia.coordinator")
 
@@ -79,20 +78,19 @@ class ApiStart(msgspec.Struct, frozen=True):
 class CoreServer:
     """The control socket around a ``Core``."""
 
-    def __init__(self, context: zmq.asyncio.Context, config: CoordinatorConfig) -> None:
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], config: CoordinatorConfig) -> None:
         self.core = Core(
             config.limits, config.placement, core_id=uuid.uuid4().hex, model=config.model
         )
         self.garbage = GarbageCounter("a peer on the control socket")
         self.socket = make_socket(context, zmq.ROUTER)
-        self.socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
-        self.socket.bind(config.control_address)
-        self.address = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.socket.raw.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        self.address = self.socket.bind(config.control_address)
 
     async def run(self) -> None:
         """Serve until cancelled."""
         while True:
-            await self.socket.poll(self._wait_s() * 1000)
+            await self.socket.wait(self._wait_s())
             self._receive_waiting()
             # Only now: after a pause of ours, what peers have said meanwhile proves them alive.
             self._send(self.core.tick(time.monotonic()))
@@ -106,26 +104,21 @@ class CoreServer:
 
     def _receive_waiting(self) -> None:
         for _ in range(MESSAGES_PER_TICK_MAX):
-            future = cast(
-                "asyncio.Future[list[bytes]]", self.socket.recv_multipart(flags=zmq.NOBLOCK)
-            )
-            error = future.exception()
-            if isinstance(error, zmq.Again):
+            frames = self.socket.receive_now()
+            if frames is None:
                 return
-            if error is not None:
-                raise error
-            self._on_frames(future.result())
+            self._on_frames(frames)
 
-    def _on_frames(self, frames: list[bytes]) -> None:
+    def _on_frames(self, frames: list[zmq.Frame]) -> None:
         if len(frames) != 2:
             self._drop(ValueError(f"{len(frames)} frames"))
             return
         try:
-            message = protocol.decode_to_core(frames[1])
+            message = protocol.decode_to_core(frames[1].buffer)
         except BAD_FRAME as error:
             self._drop(error)
             return
-        self._send(self.core.handle(frames[0], message, time.monotonic()))
+        self._send(self.core.handle(frames[0].bytes, message, time.monotonic()))
 
     def _drop(self, error: Exception) -> None:
         self.garbage.add(error)
@@ -133,7 +126,7 @@ class CoreServer:
 
     def _send(self, commands: Iterable[Send]) -> None:
         for command in commands:
-            if not post(self.socket, [command.peer, protocol.encode(command.message)]):
+            if not self.socket.post([command.peer, protocol.encode(command.message)]):
                 # The peer is gone or stuck; its missed beats will tell the core.
                 self.core.counters["sends_failed"] = self.core.counters.get("sends_failed", 0) + 1
 
@@ -249,7 +242,7 @@ async def _serve(config: CoordinatorConfig) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stopping.set)
-    context = zmq.asyncio.Context()
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     server = CoreServer(context, config)
     apis = ApiProcesses(config)
     logger.info(
@@ -272,4 +265,5 @@ async def _serve(config: CoordinatorConfig) -> int:
         return 0
     finally:
         await loop.run_in_executor(None, apis.stop)
+        server.socket.close()
         context.destroy(linger=0)

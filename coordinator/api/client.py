@@ -20,7 +20,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import zmq
-import zmq.asyncio
 from vllm.config import VllmConfig
 from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.lora.request import LoRARequest
@@ -40,8 +39,9 @@ from coordinator import protocol
 from coordinator.api.calls import Calls
 from coordinator.api.exchange import CallRecord, Exchange, Failure, current_exchange
 from coordinator.limits import Limits
-from coordinator.link import BAD_FRAME, BadBody, ControlLink, GarbageCounter, make_socket, post
+from coordinator.link import BAD_FRAME, BadBody, ControlLink, GarbageCounter
 from coordinator.protocol import Placed
+from coordinator.sockets import make_socket
 
 logger = logging.getLogger("pythia.api")
 
@@ -64,12 +64,12 @@ class CallError(GracefulHTTPError):
 class WorkerLink:
     """The data connection to one incarnation of a worker."""
 
-    def __init__(self, context: zmq.asyncio.Context, up: protocol.WorkerUp) -> None:
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], up: protocol.WorkerUp) -> None:
         self.placed = Placed(up.worker, up.incarnation)
         self.role = up.role
         self.facts = up.facts
         self.socket = make_socket(context, zmq.DEALER)
-        self.monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self.monitor = self.socket.monitor(zmq.EVENT_DISCONNECTED)
         self.socket.connect(up.data_address)
         self.tasks: list[asyncio.Task[None]] = []
 
@@ -83,7 +83,7 @@ class WorkerLink:
 
     async def _receive(self, owner: ClusterEngineCore) -> None:
         while True:
-            frames = await self.socket.recv_multipart(copy=False)
+            frames = await self.socket.receive()
             try:
                 message = protocol.decode_worker_to_api(frames[0].buffer)
                 body = owner.decode_body(message, frames[1:])
@@ -98,16 +98,15 @@ class WorkerLink:
         """A connection that broke has lost what was on it, and the worker knows the next one
         under another name: nothing more would come for calls begun on this one."""
         while True:
-            await self.monitor.recv_multipart()
+            await self.monitor.receive()
             owner.on_disconnected(self)
 
     def close(self) -> None:
         """Forget the worker."""
         for task in self.tasks:
             task.cancel()
-        self.socket.disable_monitor()
-        self.monitor.close(linger=0)
-        self.socket.close(linger=0)
+        self.monitor.close()
+        self.socket.close()
 
 
 class ClusterEngineCore(EngineCoreClient):
@@ -124,7 +123,7 @@ class ClusterEngineCore(EngineCoreClient):
         self.api = api
         self.model = model
         self.vllm_config = vllm_config
-        self.context = zmq.asyncio.Context()
+        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.resources = SimpleNamespace(engine_dead=False)
         self.engine_ranks_managed = [0]
         self.garbage = GarbageCounter("a worker")
@@ -258,7 +257,7 @@ class ClusterEngineCore(EngineCoreClient):
         self._utilities[number] = future
         try:
             header = protocol.encode(protocol.Utility(number, method))
-            if not post(link.socket, [header, *frames]):
+            if not link.socket.post([header, *frames]):
                 raise RuntimeError(f"{link.placed.worker} can't be reached")
             return await asyncio.wait_for(future, UTILITY_S)
         finally:
@@ -284,7 +283,7 @@ class ClusterEngineCore(EngineCoreClient):
     def to_worker(self, worker: Placed, message: protocol.Message, frames: Sequence[Any]) -> bool:
         """Send to a worker, if that incarnation is connected."""
         link = self.workers.get(worker)
-        return link is not None and post(link.socket, [protocol.encode(message), *frames])
+        return link is not None and link.socket.post([protocol.encode(message), *frames])
 
     def deliver(self, outputs: list[EngineCoreOutput], timestamp_s: float) -> None:
         """Hand outputs to vLLM's output handler."""

@@ -7,16 +7,17 @@ import logging
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import msgspec
 import pytest
 import zmq
-import zmq.asyncio
 
 from coordinator import link as subject
-from coordinator import protocol
-from coordinator.link import ControlLink, GarbageCounter, make_socket, post, refuse_pickle
+from coordinator import protocol, sockets
+from coordinator.link import ControlLink, GarbageCounter, refuse_pickle
 from coordinator.protocol import ApiBeat, Hello, Refused, Unknown, Welcome, WorkerGone, encode
+from coordinator.sockets import make_socket
 
 WAIT_S = 10.0
 GARBAGE = [
@@ -36,32 +37,32 @@ GARBAGE = [
 class PlayedCore:
     """A ROUTER socket and what arrives on it."""
 
-    def __init__(self, context: zmq.asyncio.Context, address: str = "tcp://127.0.0.1:*") -> None:
+    def __init__(self, context: zmq.Context[Any], address: str = "tcp://127.0.0.1:*") -> None:
         self.socket = make_socket(context, zmq.ROUTER)
-        self.socket.bind(address)
-        self.address = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.address = self.socket.bind(address)
         self.peer = b""
 
     async def hear(self, kind: type[msgspec.Struct]) -> protocol.Message:
         """The next message of that kind."""
         async with asyncio.timeout(WAIT_S):
             while True:
-                self.peer, frame = await self.socket.recv_multipart()
-                message = protocol.decode_to_core(frame)
+                peer, frame = await self.socket.receive()
+                self.peer = peer.bytes
+                message = protocol.decode_to_core(frame.buffer)
                 if isinstance(message, kind):
                     return message
 
     def say(self, *frames: bytes) -> None:
-        assert post(self.socket, [self.peer, *frames])
+        assert self.socket.post([self.peer, *frames])
 
     def close(self) -> None:
-        self.socket.close(linger=0)
+        self.socket.close()
 
 
 class Peer:
     """A link of an API process and what it was told."""
 
-    def __init__(self, context: zmq.asyncio.Context, address: str) -> None:
+    def __init__(self, context: zmq.Context[Any], address: str) -> None:
         self.heard: asyncio.Queue[protocol.CoreToApi] = asyncio.Queue()
         self.link = ControlLink(
             context,
@@ -77,8 +78,8 @@ class Peer:
 
 
 @pytest.fixture
-async def context() -> AsyncIterator[zmq.asyncio.Context]:
-    context = zmq.asyncio.Context()
+async def context() -> AsyncIterator[zmq.Context[Any]]:
+    context = zmq.Context()
     yield context
     context.destroy(linger=0)
 
@@ -91,11 +92,11 @@ async def running(link: ControlLink[protocol.CoreToApi]) -> AsyncIterator[asynci
     finally:
         link.close()
         await asyncio.wait({task}, timeout=WAIT_S)
-        link.socket.close(linger=0)
+        link.socket.close()
 
 
 async def test_a_peer_introduces_itself_until_it_is_taken_in_then_beats(
-    context: zmq.asyncio.Context, monkeypatch: pytest.MonkeyPatch
+    context: zmq.Context[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(subject, "HELLO_INTERVAL_S", 0.05)
     core = PlayedCore(context)
@@ -113,7 +114,7 @@ async def test_a_peer_introduces_itself_until_it_is_taken_in_then_beats(
 
 
 async def test_garbage_is_counted_said_once_and_changes_nothing(
-    context: zmq.asyncio.Context, caplog: pytest.LogCaptureFixture
+    context: zmq.Context[Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     core = PlayedCore(context)
     peer = Peer(context, core.address)
@@ -133,7 +134,7 @@ async def test_garbage_is_counted_said_once_and_changes_nothing(
     core.close()
 
 
-async def test_a_core_that_does_not_know_us_is_told_again(context: zmq.asyncio.Context) -> None:
+async def test_a_core_that_does_not_know_us_is_told_again(context: zmq.Context[Any]) -> None:
     core = PlayedCore(context)
     peer = Peer(context, core.address)
     async with running(peer.link):
@@ -150,7 +151,7 @@ async def test_a_core_that_does_not_know_us_is_told_again(context: zmq.asyncio.C
     core.close()
 
 
-async def test_a_refusal_ends_it_with_the_reason(context: zmq.asyncio.Context) -> None:
+async def test_a_refusal_ends_it_with_the_reason(context: zmq.Context[Any]) -> None:
     core = PlayedCore(context)
     peer = Peer(context, core.address)
     async with running(peer.link) as task:
@@ -163,7 +164,7 @@ async def test_a_refusal_ends_it_with_the_reason(context: zmq.asyncio.Context) -
 
 
 async def test_a_core_that_restarts_on_its_port_is_found_again(
-    context: zmq.asyncio.Context,
+    context: zmq.Context[Any],
 ) -> None:
     core = PlayedCore(context)
     peer = Peer(context, core.address)
@@ -183,7 +184,7 @@ async def test_a_core_that_restarts_on_its_port_is_found_again(
 
 
 async def test_an_error_of_ours_ends_the_link_with_its_story(
-    context: zmq.asyncio.Context,
+    context: zmq.Context[Any],
 ) -> None:
     core = PlayedCore(context)
     peer = Peer(context, core.address)
@@ -198,11 +199,11 @@ async def test_an_error_of_ours_ends_the_link_with_its_story(
     with pytest.raises(ExceptionGroup) as raised:
         await asyncio.wait_for(task, WAIT_S)
     assert raised.group_contains(AssertionError, match="ours")
-    peer.link.socket.close(linger=0)
+    peer.link.socket.close()
     core.close()
 
 
-async def test_nobody_listening_is_no_error(context: zmq.asyncio.Context) -> None:
+async def test_nobody_listening_is_no_error(context: zmq.Context[Any]) -> None:
     peer = Peer(context, "tcp://127.0.0.1:1")
     async with running(peer.link) as task:
         assert peer.link.send(ApiBeat("api"))
@@ -213,52 +214,53 @@ async def test_nobody_listening_is_no_error(context: zmq.asyncio.Context) -> Non
 # --- sockets ------------------------------------------------------------------------------------
 
 
-async def test_a_message_to_a_peer_that_is_not_there_is_told(context: zmq.asyncio.Context) -> None:
+async def test_a_message_to_a_peer_that_is_not_there_is_told(context: zmq.Context[Any]) -> None:
     core = PlayedCore(context)
-    assert not post(core.socket, [b"nobody", b"frame"])
+    assert not core.socket.post([b"nobody", b"frame"])
     core.close()
 
 
 async def test_a_full_queue_is_told_and_what_fitted_arrives_whole_and_in_order(
-    context: zmq.asyncio.Context, monkeypatch: pytest.MonkeyPatch
+    context: zmq.Context[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(subject, "SEND_QUEUE_MESSAGES", 20)
+    monkeypatch.setattr(sockets, "SEND_QUEUE_MESSAGES", 20)
     core = PlayedCore(context)
     slow = make_socket(context, zmq.DEALER)
     slow.connect(core.address)
-    await slow.send(encode(Hello("slow")))
+    slow.post([encode(Hello("slow"))])
     await core.hear(Hello)
     filler = b"x" * 200_000
     sent = 0
-    while post(core.socket, [core.peer, str(sent).encode(), filler]):
+    while core.socket.post([core.peer, str(sent).encode(), filler]):
         sent += 1
         assert sent < 10_000
     for number in range(sent):
-        head, body = await asyncio.wait_for(slow.recv_multipart(), WAIT_S)
-        assert (head, len(body)) == (str(number).encode(), len(filler))
+        head, body = await asyncio.wait_for(slow.receive(), WAIT_S)
+        assert (head.bytes, len(body)) == (str(number).encode(), len(filler))
     for _ in range(1000):
-        if post(core.socket, [core.peer, b"again"]):
+        if core.socket.post([core.peer, b"again"]):
             break
         await asyncio.sleep(0.01)
-    assert await asyncio.wait_for(slow.recv_multipart(), WAIT_S) == [b"again"]
-    slow.close(linger=0)
+    (frame,) = await asyncio.wait_for(slow.receive(), WAIT_S)
+    assert frame.bytes == b"again"
+    slow.close()
     core.close()
 
 
 async def test_an_oversized_frame_ends_its_connection_and_nothing_else(
-    context: zmq.asyncio.Context, monkeypatch: pytest.MonkeyPatch
+    context: zmq.Context[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(protocol, "MESSAGE_BYTES_MAX", 10_000)
+    monkeypatch.setattr(sockets, "MESSAGE_BYTES_MAX", 10_000)
     core = PlayedCore(context)
-    other = zmq.asyncio.Context()
+    other = zmq.Context()
     big = other.socket(zmq.DEALER)
     big.connect(core.address)
-    await big.send(b"x" * 20_000)
+    big.send(b"x" * 20_000)
     good = make_socket(context, zmq.DEALER)
     good.connect(core.address)
-    await good.send(encode(Hello("good")))
+    good.post([encode(Hello("good"))])
     assert await core.hear(Hello) == Hello("good")
-    good.close(linger=0)
+    good.close()
     core.close()
     other.destroy(linger=0)
 

@@ -11,16 +11,15 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 import zmq
-import zmq.asyncio
 
 from coordinator import protocol
 from coordinator import server as subject
 from coordinator.limits import Limits
-from coordinator.link import make_socket
 from coordinator.protocol import (
     ApiBeat,
     Beat,
@@ -38,6 +37,7 @@ from coordinator.protocol import (
     encode,
 )
 from coordinator.server import NOT_ACCEPTING, ApiProcesses, CoordinatorConfig, CoreServer
+from coordinator.sockets import make_socket
 from tests.unit.test_link import GARBAGE
 
 WAIT_S = 10.0
@@ -57,34 +57,34 @@ def config(**changes: object) -> CoordinatorConfig:
 class Peer:
     """A DEALER at the core."""
 
-    def __init__(self, context: zmq.asyncio.Context, address: str) -> None:
+    def __init__(self, context: zmq.Context[Any], address: str) -> None:
         self.socket = make_socket(context, zmq.DEALER)
         self.socket.connect(address)
 
     async def say(self, *frames: bytes) -> None:
-        await self.socket.send_multipart(frames)
+        assert self.socket.post(frames)
 
     async def hear(self, kind: type[msgspec.Struct]) -> protocol.Message:
         """The next message of that kind."""
         decode = msgspec.msgpack.Decoder(protocol.CoreToWorker | protocol.CoreToApi).decode
         async with asyncio.timeout(WAIT_S):
             while True:
-                (frame,) = await self.socket.recv_multipart()
-                message = decode(frame)
+                (frame,) = await self.socket.receive()
+                message = decode(frame.buffer)
                 if isinstance(message, kind):
                     return message
 
 
 @pytest.fixture
-async def context() -> AsyncIterator[zmq.asyncio.Context]:
-    context = zmq.asyncio.Context()
+async def context() -> AsyncIterator[zmq.Context[Any]]:
+    context = zmq.Context()
     yield context
     context.destroy(linger=0)
 
 
 @asynccontextmanager
 async def serving(
-    context: zmq.asyncio.Context, **changes: object
+    context: zmq.Context[Any], **changes: object
 ) -> AsyncIterator[tuple[CoreServer, asyncio.Task[None]]]:
     server = CoreServer(context, config(**changes))
     task = asyncio.create_task(server.run())
@@ -93,14 +93,14 @@ async def serving(
     finally:
         task.cancel()
         await asyncio.wait({task}, timeout=WAIT_S)
-        server.socket.close(linger=0)
+        server.socket.close()
 
 
 def ready(worker: str = "decode-0") -> bytes:
     return encode(Ready(worker, "i", "decode", "tcp://127.0.0.1:9", FACTS))
 
 
-async def test_a_conversation_over_sockets(context: zmq.asyncio.Context) -> None:
+async def test_a_conversation_over_sockets(context: zmq.Context[Any]) -> None:
     async with serving(context) as (server, _):
         worker, api = Peer(context, server.address), Peer(context, server.address)
         await worker.say(ready())
@@ -118,7 +118,7 @@ async def test_a_conversation_over_sockets(context: zmq.asyncio.Context) -> None
         assert (plan.request, plan.decode.worker, plan.prefill) == ("r", "decode-0", None)
 
 
-async def test_whoever_is_not_known_is_told_so(context: zmq.asyncio.Context) -> None:
+async def test_whoever_is_not_known_is_told_so(context: zmq.Context[Any]) -> None:
     async with serving(context) as (server, _):
         worker = Peer(context, server.address)
         await worker.say(encode(Beat("decode-0", "i", Load())))
@@ -126,7 +126,7 @@ async def test_whoever_is_not_known_is_told_so(context: zmq.asyncio.Context) -> 
         assert unknown == Unknown(server.core.core_id)
 
 
-async def test_time_passes_for_the_core_too(context: zmq.asyncio.Context) -> None:
+async def test_time_passes_for_the_core_too(context: zmq.Context[Any]) -> None:
     async with serving(context, limits=Limits(queue_s=0.2)) as (server, _):
         api = Peer(context, server.address)
         await api.say(encode(Hello("api-0")))
@@ -137,7 +137,7 @@ async def test_time_passes_for_the_core_too(context: zmq.asyncio.Context) -> Non
         assert rejected.status == 503
 
 
-async def test_garbage_is_counted_and_nothing_else_happens(context: zmq.asyncio.Context) -> None:
+async def test_garbage_is_counted_and_nothing_else_happens(context: zmq.Context[Any]) -> None:
     async with serving(context) as (server, task):
         peer = Peer(context, server.address)
         frames = [garbage for garbage in GARBAGE if garbage != GARBAGE[5]]
@@ -153,7 +153,7 @@ async def test_garbage_is_counted_and_nothing_else_happens(context: zmq.asyncio.
         assert not task.done()
 
 
-async def test_bytes_that_are_no_zmq_do_not_matter(context: zmq.asyncio.Context) -> None:
+async def test_bytes_that_are_no_zmq_do_not_matter(context: zmq.Context[Any]) -> None:
     async with serving(context) as (server, task):
         host, _, port = server.address.removeprefix("tcp://").rpartition(":")
         for noise in (b"GET / HTTP/1.1\r\n\r\n", os.urandom(500), b""):
@@ -166,7 +166,7 @@ async def test_bytes_that_are_no_zmq_do_not_matter(context: zmq.asyncio.Context)
 
 
 async def test_a_pause_of_the_core_is_not_the_silence_of_all_others(
-    context: zmq.asyncio.Context,
+    context: zmq.Context[Any],
 ) -> None:
     """Beats that came while the process stood still are heard before time is."""
     limits = Limits(beat_s=0.2, beats_missed=5)
@@ -185,14 +185,14 @@ async def test_a_pause_of_the_core_is_not_the_silence_of_all_others(
         assert server.core.counters["apis_lost"] == 0
 
 
-async def test_a_peer_that_is_gone_costs_nothing(context: zmq.asyncio.Context) -> None:
+async def test_a_peer_that_is_gone_costs_nothing(context: zmq.Context[Any]) -> None:
     async with serving(context, limits=Limits(queue_s=0.3)) as (server, task):
         api = Peer(context, server.address)
         await api.say(encode(Hello("api-0")))
         await api.hear(Welcome)
         await api.say(encode(Submit("api-0", "r", 1, 10, 10)))
         await asyncio.sleep(0.1)
-        api.socket.close(linger=0)
+        api.socket.close()
         await asyncio.sleep(0.6)
         assert server.core.counters["sends_failed"] == 1
         assert not task.done()

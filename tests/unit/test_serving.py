@@ -12,14 +12,12 @@ from typing import Any
 import msgspec
 import pytest
 import zmq
-import zmq.asyncio
 from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest, FinishReason
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from cluster.config import WorkerConfig
 from cluster.serving import Worker
-from coordinator import link, protocol
-from coordinator.link import make_socket
+from coordinator import protocol, sockets
 from coordinator.protocol import (
     Abort,
     CallFailed,
@@ -33,6 +31,7 @@ from coordinator.protocol import (
     UtilityReply,
     encode,
 )
+from coordinator.sockets import make_socket
 from tests.unit.recording_wire import engine_request, output
 from tests.unit.test_worker_requests import HANDLE, PARAMS
 from transfer import handle as handles
@@ -92,18 +91,18 @@ class PlayedEngine:
 class Api:
     """The data connection of an API process."""
 
-    def __init__(self, context: zmq.asyncio.Context, worker: Worker) -> None:
+    def __init__(self, context: zmq.Context[Any], worker: Worker) -> None:
         self.worker = worker
         self.socket = make_socket(context, zmq.DEALER)
         self.socket.connect(worker.data_address)
 
     async def say(self, message: protocol.Message, body: Any = None) -> None:
         frames = MsgpackEncoder().encode(body) if body is not None else []
-        await self.socket.send_multipart([encode(message), *frames])
+        assert self.socket.post([encode(message), *frames])
 
-    async def hear(self, kind: type[msgspec.Struct]) -> tuple[Any, list[bytes]]:
-        header, *frames = await asyncio.wait_for(self.socket.recv_multipart(), WAIT_S)
-        message = protocol.decode_worker_to_api(header)
+    async def hear(self, kind: type[msgspec.Struct]) -> tuple[Any, list[Any]]:
+        header, *frames = await asyncio.wait_for(self.socket.receive(), WAIT_S)
+        message = protocol.decode_worker_to_api(header.buffer)
         assert isinstance(message, kind), message
         return message, frames
 
@@ -122,7 +121,7 @@ async def until(condition: Any) -> None:
 
 @asynccontextmanager
 async def serving() -> AsyncIterator[tuple[Worker, PlayedEngine, Api]]:
-    context = zmq.asyncio.Context()
+    context = zmq.Context()
     engine: Any = PlayedEngine()
     config = WorkerConfig(
         name="decode-0",
@@ -186,7 +185,7 @@ async def test_garbage_is_dropped_and_counted() -> None:
             [b"\x82\xa4type\xa6Decode\xa7request\xa2\xff\xfe"],
         ]
         for frames in garbage:
-            await api.socket.send_multipart(frames)
+            assert api.socket.post(frames)
         await api.decode("good")
         await until(lambda: "good~1" in engine.given)
         assert list(engine.given) == ["good~1"]
@@ -254,7 +253,7 @@ async def test_calls_of_an_api_process_that_is_gone_are_aborted() -> None:
     async with serving() as (worker, engine, api):
         await api.decode("r")
         await until(lambda: "r~1" in engine.given)
-        api.socket.close(linger=0)
+        api.socket.close()
         await asyncio.sleep(0.2)
         engine.on_step([output("r", 1, [1])], 0.0)
         await until(lambda: engine.forgotten == ["r~1"])
@@ -264,7 +263,7 @@ async def test_calls_of_an_api_process_that_is_gone_are_aborted() -> None:
 async def test_an_api_process_that_does_not_keep_up_is_told_what_it_misses(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(link, "SEND_QUEUE_MESSAGES", 5)
+    monkeypatch.setattr(sockets, "SEND_QUEUE_MESSAGES", 5)
     async with serving() as (worker, engine, api):
         await api.decode("r")
         await until(lambda: "r~1" in engine.given)
@@ -277,7 +276,7 @@ async def test_an_api_process_that_does_not_keep_up_is_told_what_it_misses(
         assert engine.forgotten == ["r~1"]
         heard = 0
         while True:
-            header, *_ = await asyncio.wait_for(api.socket.recv_multipart(), WAIT_S)
+            header, *_ = await asyncio.wait_for(api.socket.receive(), WAIT_S)
             message = protocol.decode_worker_to_api(header)
             if isinstance(message, CallFailed):
                 break

@@ -13,7 +13,6 @@ from typing import Any
 import msgspec
 import pytest
 import zmq
-import zmq.asyncio
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
@@ -22,9 +21,9 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from coordinator import protocol
 from coordinator.api.client import CallError, ClusterEngineCore
 from coordinator.limits import Limits
-from coordinator.link import make_socket, post
 from coordinator.protocol import Beat, Decode, Deltas, EngineFacts, Load, Ready, Welcome, encode
 from coordinator.server import CoordinatorConfig, CoreServer
+from coordinator.sockets import make_socket
 from tests.unit.recording_wire import engine_request, output
 
 WAIT_S = 10.0
@@ -35,12 +34,11 @@ BEAT_S = 0.1
 class PlayedWorker:
     """The sockets of a worker; what it answers is up to the test."""
 
-    def __init__(self, context: zmq.asyncio.Context, core: str, incarnation: str) -> None:
+    def __init__(self, context: zmq.Context[Any], core: str, incarnation: str) -> None:
         self.context = context
         self.incarnation = incarnation
         self.data = make_socket(context, zmq.ROUTER)
-        self.data.bind("tcp://127.0.0.1:*")
-        self.address = self.data.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.address = self.data.bind("tcp://127.0.0.1:*")
         self.control = make_socket(context, zmq.DEALER)
         self.control.connect(core)
         self.api = b""
@@ -49,30 +47,31 @@ class PlayedWorker:
     async def join(self) -> None:
         """Register with the core and keep beating."""
         ready = Ready("decode-0", self.incarnation, "decode", self.address, FACTS)
-        await self.control.send(encode(ready))
+        self.control.post([encode(ready)])
         async with asyncio.timeout(WAIT_S):
-            while not isinstance(
-                protocol.decode_core_to_worker(await self.control.recv()), Welcome
-            ):
-                pass
+            while True:
+                (frame,) = await self.control.receive()
+                if isinstance(protocol.decode_core_to_worker(frame.buffer), Welcome):
+                    break
         self._beating = asyncio.create_task(self._beat())
 
     async def _beat(self) -> None:
         while True:
-            await self.control.send(encode(Beat("decode-0", self.incarnation, Load())))
+            self.control.post([encode(Beat("decode-0", self.incarnation, Load()))])
             await asyncio.sleep(BEAT_S)
 
     async def hear(self, kind: type[msgspec.Struct]) -> tuple[Any, list[Any]]:
         """The next message of that kind and the frames behind it."""
         async with asyncio.timeout(WAIT_S):
             while True:
-                self.api, header, *frames = await self.data.recv_multipart()
-                message = protocol.decode_api_to_worker(header)
+                peer, header, *frames = await self.data.receive()
+                self.api = peer.bytes
+                message = protocol.decode_api_to_worker(header.buffer)
                 if isinstance(message, kind):
                     return message, frames
 
     def say(self, *frames: Any) -> None:
-        assert post(self.data, [self.api, *frames])
+        assert self.data.post([self.api, *frames])
 
     def tokens(self, request: str, attempt: int, tokens: list[int]) -> None:
         outputs = EngineCoreOutputs(outputs=[output(request, attempt, tokens)])
@@ -80,7 +79,7 @@ class PlayedWorker:
 
     async def reopen(self) -> None:
         """The connection breaks; the same worker is there again soon."""
-        self.data.close(linger=0)
+        self.data.close()
         self.data = make_socket(self.context, zmq.ROUTER)
         for _ in range(100):
             try:
@@ -94,8 +93,8 @@ class PlayedWorker:
     def close(self) -> None:
         if self._beating is not None:
             self._beating.cancel()
-        self.control.close(linger=0)
-        self.data.close(linger=0)
+        self.control.close()
+        self.data.close()
 
 
 class Api:
@@ -129,14 +128,14 @@ class Api:
 
 
 @pytest.fixture
-async def context() -> AsyncIterator[zmq.asyncio.Context]:
-    context = zmq.asyncio.Context()
+async def context() -> AsyncIterator[zmq.Context[Any]]:
+    context = zmq.Context()
     yield context
     context.destroy(linger=0)
 
 
 @asynccontextmanager
-async def cluster(context: zmq.asyncio.Context) -> AsyncIterator[tuple[Api, PlayedWorker]]:
+async def cluster(context: zmq.Context[Any]) -> AsyncIterator[tuple[Api, PlayedWorker]]:
     """A core, an API process and one worker that know each other."""
     limits = Limits(beat_s=BEAT_S, beats_missed=20)
     server = CoreServer(
@@ -155,12 +154,12 @@ async def cluster(context: zmq.asyncio.Context) -> AsyncIterator[tuple[Api, Play
         worker.close()
         serving.cancel()
         await asyncio.wait({serving}, timeout=WAIT_S)
-        server.socket.close(linger=0)
+        server.socket.close()
         api.core.context.destroy(linger=0)
 
 
 async def test_a_call_goes_to_the_worker_and_its_tokens_come_back(
-    context: zmq.asyncio.Context,
+    context: zmq.Context[Any],
 ) -> None:
     async with cluster(context) as (api, worker):
         assert api.core.vllm_config.model_config.max_model_len == 2048, "what the engine can hold"
@@ -174,7 +173,7 @@ async def test_a_call_goes_to_the_worker_and_its_tokens_come_back(
 
 
 async def test_garbage_from_a_worker_is_counted_and_the_next_tokens_come(
-    context: zmq.asyncio.Context,
+    context: zmq.Context[Any],
 ) -> None:
     async with cluster(context) as (api, worker):
         await api.submit()
@@ -200,7 +199,7 @@ async def test_garbage_from_a_worker_is_counted_and_the_next_tokens_come(
 
 
 async def test_a_connection_that_breaks_costs_an_attempt_not_the_call(
-    context: zmq.asyncio.Context,
+    context: zmq.Context[Any],
 ) -> None:
     """Whatever was on it is lost, and nobody would say so: the worker is well, the core too."""
     async with cluster(context) as (api, worker):
@@ -218,7 +217,7 @@ async def test_a_connection_that_breaks_costs_an_attempt_not_the_call(
 
 
 async def test_a_new_incarnation_takes_the_place_of_the_former(
-    context: zmq.asyncio.Context,
+    context: zmq.Context[Any],
 ) -> None:
     async with cluster(context) as (api, worker):
         await api.submit()
@@ -231,7 +230,7 @@ async def test_a_new_incarnation_takes_the_place_of_the_former(
         successor.close()
 
 
-async def test_an_error_of_ours_is_not_silent(context: zmq.asyncio.Context) -> None:
+async def test_an_error_of_ours_is_not_silent(context: zmq.Context[Any]) -> None:
     async with cluster(context) as (api, worker):
         await api.submit()
         await worker.hear(Decode)
@@ -247,7 +246,7 @@ async def test_an_error_of_ours_is_not_silent(context: zmq.asyncio.Context) -> N
 
 
 async def test_a_request_that_can_not_be_encoded_fails_alone(
-    context: zmq.asyncio.Context,
+    context: zmq.Context[Any],
 ) -> None:
     async with cluster(context) as (api, worker):
         strange = engine_request("strange", extra_args={"x": object()})
@@ -260,7 +259,7 @@ async def test_a_request_that_can_not_be_encoded_fails_alone(
 
 
 async def test_a_stop_from_another_thread_ends_open_calls_with_an_error(
-    context: zmq.asyncio.Context,
+    context: zmq.Context[Any],
 ) -> None:
     async with cluster(context) as (api, worker):
         queue = await api.submit()
@@ -274,7 +273,7 @@ async def test_a_stop_from_another_thread_ends_open_calls_with_an_error(
         api.core.shutdown()
 
 
-async def test_many_messages_at_once_leave_a_turn_to_others(context: zmq.asyncio.Context) -> None:
+async def test_many_messages_at_once_leave_a_turn_to_others(context: zmq.Context[Any]) -> None:
     async with cluster(context) as (api, worker):
         await api.submit()
         await worker.hear(Decode)
