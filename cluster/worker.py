@@ -33,7 +33,7 @@ def main(config: WorkerConfig) -> int:
 
     announce(f"loading {config.model}")
     started_s = time.monotonic()
-    engine = start_engine(config.engine_arguments())
+    engine = start_engine(config.engine_arguments(), metrics=config.metrics_port > 0)
     announce(f"engine is up after {time.monotonic() - started_s:.0f} s")
     try:
         code: int = uvloop.run(serve(config, engine))
