@@ -51,24 +51,35 @@ class Relay(OutputProcessor):
         iteration_stats: IterationStats | None = None,
         weight_version: str | None = None,
     ) -> OutputProcessorOutput:
-        """Count, pass on, forget what is finished."""
-        for output in engine_core_outputs:
-            state = self.request_states.get(output.request_id)
-            if state is None:
-                continue
-            self._update_stats_from_output(state, output, engine_core_timestamp, iteration_stats)
-            self.decode_tokens += len(output.new_token_ids)
-            if state.is_prefilling:
-                state.is_prefilling = False
-                if (stats := output.prefill_stats) is not None:
-                    state.num_cached_tokens = stats.num_cached_tokens
-                    self.prefill_tokens += stats.num_computed_tokens
-                    self.external_tokens += stats.num_external_cached_tokens
-            if output.finish_reason is not None:
-                self._finish_request(state)
-                self._update_stats_from_finished(state, output.finish_reason, iteration_stats)
+        """Pass on, then count."""
         self.on_step(engine_core_outputs, engine_core_timestamp or 0.0)
+        for output in engine_core_outputs:
+            self.decode_tokens += len(output.new_token_ids)
+            if (stats := output.prefill_stats) is not None:
+                self.prefill_tokens += stats.num_computed_tokens
+                self.external_tokens += stats.num_external_cached_tokens
+            if iteration_stats is not None:
+                self._keep_statistics(output, engine_core_timestamp, iteration_stats)
         return OutputProcessorOutput(request_outputs=[], reqs_to_abort=[])
+
+    def _keep_statistics(
+        self,
+        output: EngineCoreOutput,
+        timestamp_s: float | None,
+        iteration_stats: IterationStats,
+    ) -> None:
+        """What vLLM's metrics of requests are made of."""
+        state = self.request_states.get(output.request_id)
+        if state is None:
+            return
+        self._update_stats_from_output(state, output, timestamp_s, iteration_stats)
+        if state.is_prefilling:
+            state.is_prefilling = False
+            if (stats := output.prefill_stats) is not None:
+                state.num_cached_tokens = stats.num_cached_tokens
+        if output.finish_reason is not None:
+            self._finish_request(state)
+            self._update_stats_from_finished(state, output.finish_reason, iteration_stats)
 
     def update_scheduler_stats(self, scheduler_stats: SchedulerStats | None) -> None:
         """Remember the newest; the beats report it."""
@@ -106,7 +117,6 @@ class WorkerEngine(AsyncLLM):
         assert self.output_handler is None, "the engine is at work already"
         self.log_stats = False
         self.logger_manager = None
-        self.output_processor.log_stats = False
 
     def _step(self, outputs: list[EngineCoreOutput], timestamp_s: float) -> None:
         self.on_step(outputs, timestamp_s)
@@ -114,12 +124,14 @@ class WorkerEngine(AsyncLLM):
     async def submit(self, request: EngineCoreRequest) -> None:
         """Give a request to the engine. Its outputs come through ``on_step``."""
         self._run_output_handler()
-        self.output_processor.add_request(request, None)
+        if self.log_stats:
+            self.output_processor.add_request(request, None)
         await self.engine_core.add_request_async(request)
 
     async def forget(self, engine_ids: list[str]) -> None:
         """Abort requests by their engine ids; unknown ones are ignored by the engine."""
-        self.output_processor.abort_requests(engine_ids, internal=True)
+        if self.log_stats:
+            self.output_processor.abort_requests(engine_ids, internal=True)
         await self.engine_core.abort_requests_async(engine_ids)
 
     def load(self, garbage_frames: int) -> Load:

@@ -308,16 +308,20 @@ class Calls:
     ) -> None:
         """Tokens of one engine step: give each to its client under the client's own id."""
         accepted = []
+        news: list[protocol.Message] = []
         for output in outputs:
             call = self._decoding(output.request_id, worker)
             if call is None:
                 self.stale += 1
                 continue
             output.request_id = call.submit.request
-            if self._on_output(call, output, now_s):
+            if self._on_output(call, output, news, now_s):
                 accepted.append(output)
         if accepted:
             self.wire.deliver(accepted, timestamp_s)
+        # The client waits for its tokens, the core does not wait for the news.
+        for message in news:
+            self.wire.to_core(message)
 
     def on_call_failed(self, failed: protocol.CallFailed, worker: Placed, now_s: float) -> None:
         """A worker could not: ask for another plan, or tell the client if none can help."""
@@ -362,8 +366,17 @@ class Calls:
         current = call.plan.decode == worker and call.phase in ("loading", "decoding")
         return call if current else None
 
-    def _on_output(self, call: Call, output: EngineCoreOutput, now_s: float) -> bool:
-        """False if the client must not see this output: the call goes on elsewhere."""
+    def _on_output(
+        self,
+        call: Call,
+        output: EngineCoreOutput,
+        news: list[protocol.Message],
+        now_s: float,
+    ) -> bool:
+        """False if the client must not see this output: the call goes on elsewhere.
+
+        ``news`` gets what the core is to be told.
+        """
         reason = output.finish_reason
         if reason in (FinishReason.ABORT, FinishReason.ERROR):
             # Not by this client: its worker is stopping, or could not load or compute it.
@@ -372,10 +385,11 @@ class Calls:
             return False
         if call.phase == "loading":
             self._started(call, output, now_s)
+            news.append(protocol.Started(self.api, call.submit.request, call.attempt))
         call.tokens.extend(output.new_token_ids)
         if reason is not None:
             del self.calls[call.submit.request]
-            self._finished(call, str(reason), now_s)
+            news.append(self._summary(call, str(reason), now_s))
         return True
 
     def _started(self, call: Call, output: EngineCoreOutput, now_s: float) -> None:
@@ -396,7 +410,6 @@ class Calls:
             if not first:
                 output.prefill_stats = None
         record.started = True
-        self.wire.to_core(protocol.Started(self.api, call.submit.request, call.attempt))
 
     def _retry(self, call: Call, worker: str, reason: str, now_s: float) -> None:
         """Give this attempt up and ask for another plan."""
@@ -479,20 +492,21 @@ class Calls:
         self.wire.fail(request, Failure(status, reason, retry_after_s))
 
     def _finished(self, call: Call, outcome: str, now_s: float) -> None:
+        self.wire.to_core(self._summary(call, outcome, now_s))
+
+    def _summary(self, call: Call, outcome: str, now_s: float) -> protocol.Finished:
         record = call.record
-        self.wire.to_core(
-            protocol.Finished(
-                self.api,
-                call.submit.request,
-                call.attempt,
-                outcome,
-                output_tokens=len(call.tokens),
-                prefill_cached_tokens=record.prefill_cached_tokens,
-                local_cached_tokens=record.local_cached_tokens,
-                moved_tokens=record.moved_tokens,
-                ttft_s=call.started_s - call.submitted_s if record.started else 0.0,
-                elapsed_s=now_s - call.submitted_s,
-            )
+        return protocol.Finished(
+            self.api,
+            call.submit.request,
+            call.attempt,
+            outcome,
+            output_tokens=len(call.tokens),
+            prefill_cached_tokens=record.prefill_cached_tokens,
+            local_cached_tokens=record.local_cached_tokens,
+            moved_tokens=record.moved_tokens,
+            ttft_s=call.started_s - call.submitted_s if record.started else 0.0,
+            elapsed_s=now_s - call.submitted_s,
         )
 
     def _hashes(self, request: EngineCoreRequest) -> bytes:

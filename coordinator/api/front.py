@@ -189,8 +189,9 @@ class Response:
         for name, value in self._headers().items():
             headers[name] = value
         await self._send({**self._start, "headers": headers.raw})
-        for message in self._held:
-            await self._send(message)
+        # In one piece: every write of its own would wake the client on the way to its token.
+        body = b"".join(message.get("body", b"") for message in self._held)
+        await self._send({**self._held[-1], "body": body})
         self._held.clear()
 
     def _headers(self) -> dict[str, str]:
