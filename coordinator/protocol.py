@@ -496,7 +496,8 @@ class Utility(Message, frozen=True, gc=False, tag=True):
 
 class PrefillDone(Message, frozen=True, gc=False, tag=True):
     """The prompt's KV is held behind ``handle``, for ``lease_s`` seconds from
-    ``held_at_unix_s`` (the worker's wall clock)."""
+    ``held_at_unix_s`` (the worker's wall clock). With less than ``margin_s`` left the
+    handle must not be sent on."""
 
     request: str
     attempt: int
@@ -506,6 +507,7 @@ class PrefillDone(Message, frozen=True, gc=False, tag=True):
     cached_tokens: int
     lease_s: float
     held_at_unix_s: float = 0.0
+    margin_s: float = 10.0
 
 
 class Deltas(Message, frozen=True, gc=False, tag=True):
