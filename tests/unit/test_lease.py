@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from transfer.lease import Spent
-from transfer.links import Defaults, Links
+from transfer.links import Link, Links
 from transfer.renewal import Renewals
 from transfer.settings import (
     dispatch_margin_s,
@@ -112,59 +112,56 @@ def test_whatever_holds_has_never_run_out_at_the_holder(
 MEBIBYTE = 1 << 20
 
 
-def test_an_unknown_link_is_judged_by_defaults_and_has_to_shake_hands() -> None:
-    links = Links(Defaults(bytes_per_s=1e9, fixed_s=0.01, handshake_s=0.5))
-    assert links.estimate_s("p", "d", 10**9) == pytest.approx(1.51)
-    links.observe("p", "d", MEBIBYTE, 3.0)
-    assert links.is_warm("p", "d")
-    assert not links.is_warm("d", "p")
-    assert links.estimate_s("p", "d", 10**9) == pytest.approx(1.01)
+def link(links: Links, source: str) -> Link:
+    return dict(links.latest()).get(source, Link())
 
 
-def test_bandwidth_follows_what_is_observed() -> None:
-    links = Links()
-    links.observe("p", "d", MEBIBYTE, 1.0)
+def test_what_was_read_is_summed_exactly() -> None:
+    links = Links(4)
+    for number in range(50):
+        links.observe("p", 1000 + number, 0.5)
+    book = link(links, "p")
+    assert (book.transfers, book.bytes_total, book.elapsed_s) == (50, 51_225, 25.0)
+
+
+def test_bandwidth_follows_what_is_observed_after_the_first_read() -> None:
+    links = Links(4)
+    links.observe("p", 100 * MEBIBYTE, 30.0)
+    assert link(links, "p").bytes_per_s == 0.0
     for _ in range(20):
-        links.observe("p", "d", 100 * 10**6, 0.05)
-    assert links.bytes_per_s("p", "d") == pytest.approx(2e9)
+        links.observe("p", 100 * 10**6, 0.05)
+    assert link(links, "p").bytes_per_s == pytest.approx(2e9)
     for _ in range(60):
-        links.observe("p", "d", 100 * 10**6, 0.5)
-    assert links.bytes_per_s("p", "d") == pytest.approx(2e8, rel=0.05)
+        links.observe("p", 100 * 10**6, 0.5)
+    assert link(links, "p").bytes_per_s == pytest.approx(2e8, rel=0.05)
 
 
-def test_a_link_never_used_in_bulk_is_judged_by_the_others() -> None:
-    links = Links()
+def test_small_reads_tell_the_fixed_part_only() -> None:
+    links = Links(4)
     for _ in range(3):
-        links.observe("p", "d", 100 * 10**6, 0.05)
-    assert links.bytes_per_s("p", "new") == pytest.approx(2e9)
+        links.observe("p", 1000, 0.02)
+    assert link(links, "p").fixed_s == pytest.approx(0.02)
+    assert link(links, "p").bytes_per_s == 0.0
 
 
-def test_small_transfers_tell_the_fixed_part_only() -> None:
-    links = Links(Defaults(bytes_per_s=1e9, fixed_s=0.5))
-    for _ in range(3):
-        links.observe("p", "d", 1000, 0.02)
-    assert links.estimate_s("p", "d", 0) == pytest.approx(0.02)
-    assert links.bytes_per_s("p", "d") == 1e9
+def test_bytes_in_flight_are_never_negative() -> None:
+    links = Links(4)
+    links.started("p", 10**9)
+    assert link(links, "p").in_flight_bytes == 10**9
+    links.ended("p", 10**9)
+    links.ended("p", 10**9)
+    links.ended("unknown", 10**9)
+    assert link(links, "p").in_flight_bytes == 0
+    assert [source for source, _ in links.latest()] == ["p"]
 
 
-def test_bytes_in_flight_are_waited_for_and_never_negative() -> None:
-    links = Links(Defaults(bytes_per_s=1e9, fixed_s=0.0, handshake_s=0.0))
-    links.started("p", "d", 10**9)
-    assert links.in_flight_bytes("p", "d") == 10**9
-    assert links.estimate_s("p", "d", 10**9) == pytest.approx(2.0)
-    links.ended("p", "d", 10**9)
-    links.ended("p", "d", 10**9)
-    assert links.in_flight_bytes("p", "d") == 0
-
-
-def test_links_are_bounded_and_forgotten_with_their_worker() -> None:
-    links = Links(links=2)
-    for target in ("a", "b", "c"):
-        links.observe("p", target, MEBIBYTE, 1.0)
-    assert [links.is_warm("p", target) for target in ("a", "b", "c")] == [False, True, True]
-    links.forget("c")
-    assert not links.is_warm("p", "c")
-    assert links.is_warm("p", "b")
+def test_links_are_bounded_forgotten_and_the_latest_comes_first() -> None:
+    links = Links(2)
+    for source in ("a", "b", "c", "b"):
+        links.observe(source, MEBIBYTE, 1.0)
+    assert [source for source, _ in links.latest()] == ["b", "c"]
+    links.forget("b")
+    assert [source for source, _ in links.latest()] == ["c"]
 
 
 # --- settings ---------------------------------------------------------------------------
