@@ -208,9 +208,11 @@ def _links(snapshot: Snapshot) -> Table:
 
 def _gigabytes_per_s(link: LinkStatus) -> str:
     """Lately; on average as long as nothing large has moved, which says less."""
-    if link.bytes_per_s:
-        return f"{link.bytes_per_s / 1e9:.2f}"
-    return f"{link.bytes_total / link.elapsed_s / 1e9:.2f}" if link.elapsed_s else "-"
+    average = link.bytes_total / link.elapsed_s if link.elapsed_s else 0.0
+    rate = (link.bytes_per_s or average) / 1e9
+    if not rate:
+        return "-"
+    return f"{rate:.2f}" if rate >= 0.01 else "<0.01"
 
 
 def _calls(snapshot: Snapshot, width: int) -> Table:

@@ -617,7 +617,7 @@ class World:
         snapshot = self.core.snapshot(0, self.now_s)
         assert (snapshot.queued, snapshot.active) == (0, 0), snapshot.calls
         for row in snapshot.workers:
-            assert (row.calls, row.kv_blocks_reserved) == (0, 0), row
+            assert (row.calls, row.handles, row.kv_blocks_reserved) == (0, 0, 0), row
         for api in self.apis.values():
             assert not api.calls, f"never ended: {api.calls}"
             for request, ends in api.ends.items():

@@ -54,7 +54,7 @@ def snapshot(token: int = 0) -> Snapshot:
     ]
     links = [
         LinkStatus("prefill-0", "decode-10", "warm", 12, 3_355_443_200, 1.5, 67_108_864, 2.5e9, 0),
-        LinkStatus("prefill-0", "decode-2", "warm", 1, 98_304, 0.001, 0, 0.0, 0.0),
+        LinkStatus("prefill-0", "decode-2", "warm", 1, 98_304, 1.0, 0, 0.0, 0.0),
         LinkStatus("decode-10", "prefill-0", "failed", 0, 0, 0.0, 0, 0.0, 0.0),
     ]
     counters = {"submits": 7}
@@ -180,7 +180,7 @@ class TestStatus:
         assert "GB/s" not in shown(80)
         rows = [line.split() for line in shown(80, links=True).splitlines()]
         for row in (
-            "prefill-0 decode-2 warm 1 98.3 kB 0.10 0 B",
+            "prefill-0 decode-2 warm 1 98.3 kB <0.01 0 B",
             "prefill-0 decode-10 warm 12 3.36 GB 2.50 67.1 MB",
             "decode-10 prefill-0 failed 0 0 B - 0 B",
         ):
