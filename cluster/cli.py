@@ -144,6 +144,7 @@ def status(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print all that is known.")] = False,
     calls: Annotated[bool, typer.Option("--calls", help="Show recent calls, too.")] = False,
+    links: Annotated[bool, typer.Option("--links", help="Show links and what moved, too.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Show it again every second.")] = False,
 ) -> None:
     """Show workers, their load and the queue."""
@@ -161,7 +162,7 @@ def status(
         else:
             if watch:
                 console.clear()
-            console.print(render(snapshot, console.width, calls))
+            console.print(render(snapshot, console.width, calls, links))
         if not watch:
             return
         time.sleep(WATCH_S)

@@ -26,12 +26,13 @@ from vllm.version import __version__ as vllm_version
 from coordinator.protocol import EngineFacts, Load
 
 OnStep = Callable[[list[EngineCoreOutput], float], None]
+OnReads = Callable[[dict[str, Any]], None]
 
 
 class Relay(OutputProcessor):
     """Keeps vLLM's per-request statistics and hands each step's outputs on."""
 
-    def __init__(self, original: OutputProcessor, on_step: OnStep) -> None:
+    def __init__(self, original: OutputProcessor, on_step: OnStep, on_reads: OnReads) -> None:
         # No tokenizer: nothing is detokenised in this process.
         super().__init__(
             None,
@@ -39,6 +40,7 @@ class Relay(OutputProcessor):
             tracing_enabled=original.tracing_enabled,
         )
         self.on_step = on_step
+        self.on_reads = on_reads
         self.scheduler_stats: SchedulerStats | None = None
         self.prefill_tokens = 0
         self.decode_tokens = 0
@@ -82,9 +84,11 @@ class Relay(OutputProcessor):
             self._update_stats_from_finished(state, output.finish_reason, iteration_stats)
 
     def update_scheduler_stats(self, scheduler_stats: SchedulerStats | None) -> None:
-        """Remember the newest; the beats report it."""
+        """Remember the newest; the beats report it. Pass on what was read of others' KV."""
         if scheduler_stats is not None:
             self.scheduler_stats = scheduler_stats
+            if scheduler_stats.kv_connector_stats:
+                self.on_reads(scheduler_stats.kv_connector_stats)
         super().update_scheduler_stats(scheduler_stats)
 
     def propagate_error(self, e: Exception) -> None:
@@ -95,17 +99,30 @@ def _ignore(outputs: list[EngineCoreOutput], timestamp_s: float) -> None:
     """Until someone listens, outputs have no reader."""
 
 
+def _ignore_reads(stats: dict[str, Any]) -> None:
+    """Nothing is read before the first request."""
+
+
 class WorkerEngine(AsyncLLM):
     """An engine that takes ready-made engine requests and reports every step."""
 
     output_processor: OutputProcessor
     on_step: OnStep = staticmethod(_ignore)
     """Gets each step's outputs and the engine's clock; set before the first request."""
+    on_reads: OnReads = staticmethod(_ignore_reads)
+    """Gets what the engine has measured of its reads of others' KV (``transfer.measured``)."""
+
+    @property
+    def engine_id(self) -> str:
+        """What this engine's handles call it; another one at every start."""
+        transfer = self.vllm_config.kv_transfer_config
+        assert transfer is not None
+        return str(transfer.engine_id)
 
     def _run_output_handler(self) -> None:
         # The handler captures the processor when it starts: swap it before that.
         if not isinstance(self.output_processor, Relay):
-            self.output_processor = Relay(self.output_processor, self._step)
+            self.output_processor = Relay(self.output_processor, self._step, self._reads)
         super()._run_output_handler()
 
     def drop_metrics(self) -> None:
@@ -120,6 +137,9 @@ class WorkerEngine(AsyncLLM):
 
     def _step(self, outputs: list[EngineCoreOutput], timestamp_s: float) -> None:
         self.on_step(outputs, timestamp_s)
+
+    def _reads(self, stats: dict[str, Any]) -> None:
+        self.on_reads(stats)
 
     async def submit(self, request: EngineCoreRequest) -> None:
         """Give a request to the engine. Its outputs come through ``on_step``."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import uuid
 from collections import deque
 from types import SimpleNamespace
 from typing import Any
@@ -80,7 +81,7 @@ class FakeCore(EngineCoreClient):  # type: ignore[misc]
         self.waiting: deque[tuple[EngineCoreRequest, float]] = deque()
         self.handles: dict[str, int] = {}
         self.steps = 0
-        self._engine_id = engine_id
+        self.engine_id = engine_id
         self._seats = config.scheduler_config.max_num_seqs
         self._length_max = config.model_config.max_model_len
         self._vocabulary = config.model_config.get_vocab_size()
@@ -224,7 +225,7 @@ class FakeCore(EngineCoreClient):  # type: ignore[misc]
         return {
             "do_remote_prefill": True,
             "do_remote_decode": False,
-            "remote_engine_id": self._engine_id,
+            "remote_engine_id": self.engine_id,
             "remote_request_id": request.request_id,
             "remote_host": "127.0.0.1",
             "remote_port": 1,
@@ -258,7 +259,9 @@ class FakeEngine(WorkerEngine):
         self.log_requests = False
         self.log_stats = True
         self.renderer = renderer_from_config(config)
-        self.output_processor = Relay(OutputProcessor(None, log_stats=True), self._step)
+        self.output_processor = Relay(
+            OutputProcessor(None, log_stats=True), self._step, self._reads
+        )
         self.engine_core = engine_core
         self.logger_manager = StatLoggerManager(
             vllm_config=config,
@@ -270,15 +273,21 @@ class FakeEngine(WorkerEngine):
         self.output_handler: asyncio.Task[None] | None = None
         self.profiler = None
 
+    @property
+    def engine_id(self) -> str:
+        """What its handles call it."""
+        return str(self.engine_core.engine_id)
+
 
 def fake_engine(
-    arguments: dict[str, Any], engine_id: str, behaviour: Behaviour | None = None
+    arguments: dict[str, Any], name: str, behaviour: Behaviour | None = None
 ) -> FakeEngine:
     """A fake of the engine that ``arguments`` (of vLLM's ``AsyncEngineArgs``) would start."""
     behaviour = behaviour or Behaviour()
     known = {name: value for name, value in arguments.items() if name != "kv_transfer_config"}
     config = AsyncEngineArgs(**known).create_engine_config()
     config.cache_config.num_gpu_blocks = behaviour.kv_blocks
+    engine_id = f"{name}-{uuid.uuid4().hex}"
     return FakeEngine(config, FakeCore(config, engine_id, behaviour))
 
 

@@ -35,6 +35,7 @@ from decode.worker import decode_request, discard_request
 from prefill.worker import prefill_request, prefill_result
 from transfer import handle as handles
 from transfer.lease import Spent
+from transfer.sources import Sources
 
 logger = logging.getLogger("pythia.worker")
 
@@ -61,6 +62,7 @@ class Job(msgspec.Struct, gc=False):
     moved_tokens: int = 0
     started_s: float = 0.0
     probe: int = 0
+    source: str = ""
 
 
 class Owed(msgspec.Struct, frozen=True):
@@ -105,7 +107,9 @@ class Worker:
             engine.vllm_config, config.served_model_name, float(config.kv_lease_s)
         )
         self.spent = Spent()
+        self.sources = Sources(engine.engine_id, self.facts.kv_bytes_per_block)
         engine.on_step = self._on_step
+        engine.on_reads = self.sources.measured
 
     async def run(self) -> int:
         """Serve until told to stop or the engine dies. Returns the exit code."""
@@ -154,7 +158,7 @@ class Worker:
 
     def _beat(self) -> protocol.Message:
         load = self.engine.load(self.garbage.total + self.link.garbage.total)
-        return protocol.Beat(self.config.name, self.incarnation, load)
+        return protocol.Beat(self.config.name, self.incarnation, load, self.sources.report())
 
     def _on_core(self, message: protocol.CoreToWorker) -> None:
         match message:
@@ -185,8 +189,9 @@ class Worker:
             self._probe_finished(message.probe, error=f"unusable handle: {error}")
             return
         request = self._probe_request(message.seed, message.prompt_tokens)
+        self.sources.trying(message.source, handle)
         job = Job("probe_read", b"", f"probe-read-{message.probe}", 0, message.prompt_tokens)
-        job.probe = message.probe
+        job.probe, job.source = message.probe, handle.remote_engine_id
         await self._submit(decode_request(request, job.request, 0, handle), job)
 
     def _probe_request(self, seed: int, prompt_tokens: int) -> EngineCoreRequest:
@@ -307,6 +312,7 @@ class Worker:
         if message.handle:
             try:
                 handle = self._accept(message.handle)
+                self.sources.started(engine_request_id(message.request, message.attempt), handle)
             except handles.HandleError as error:
                 self._fail(api, message.request, message.attempt, f"handle refused: {error}")
                 return
@@ -319,8 +325,12 @@ class Worker:
         )
         await self._submit(decode_request(request, message.request, message.attempt, handle), job)
 
-    def _accept(self, frame: bytes) -> handles.Handle:
+    def _accept(self, frame: bytes, own: bool = False) -> handles.Handle:
         handle = handles.decode(frame)
+        if own:
+            self.sources.check_own(handle)
+        else:
+            self.sources.check(handle)
         if not self.spent.use(handle.remote_engine_id, handles.owner(handle), time.monotonic()):
             raise handles.HandleError("used before: a handle is read once")
         return handle
@@ -345,13 +355,15 @@ class Worker:
 
     async def _abort(self, engine_ids: list[str]) -> None:
         known = [engine_id for engine_id in engine_ids if self.jobs.pop(engine_id, None)]
+        for engine_id in known:
+            self.sources.ended(engine_id)
         if known:
             await self.engine.forget(known)
 
     async def _discard(self, message: protocol.Discard) -> None:
 
         try:
-            handle = self._accept(message.handle)
+            handle = self._accept(message.handle, own=True)
         except handles.HandleError as error:
             logger.warning("nothing to discard for %s: %s", message.request, error)
             return
@@ -387,6 +399,7 @@ class Worker:
             if job is None:
                 continue  # aborted while the step ran
             if job.kind == "decode":
+                self.sources.ended(output.request_id)
                 by_api[job.api].append(output)
             else:
                 self._on_private(job, output)
@@ -430,6 +443,8 @@ class Worker:
             if output.finish_reason is not None:
                 elapsed_s = time.monotonic() - job.started_s
                 error = "" if job.moved_tokens else f"nothing moved ({output.finish_reason})"
+                if not error:
+                    self.sources.met(job.source)
                 self._probe_finished(job.probe, elapsed_s, job.moved_tokens, error)
             return
         result = prefill_result(

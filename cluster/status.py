@@ -21,6 +21,7 @@ from coordinator.protocol import (
     MESSAGE_BYTES_MAX,
     CallStatus,
     Inspect,
+    LinkStatus,
     Snapshot,
     WorkerStatus,
     decode_snapshot,
@@ -32,7 +33,14 @@ NARROW_COLUMNS = 130
 REQUEST_CHARACTERS = 16
 LATE_BEATS_S = 3.0
 ROLE_ORDER = ("prefill", "decode", "mixed")
-STATE_STYLES = {"up": "green", "lost": "red", "left": "red", "suspect": "yellow"}
+STATE_STYLES = {
+    "up": "green",
+    "lost": "red",
+    "left": "red",
+    "suspect": "yellow",
+    "warm": "green",
+    "failed": "red",
+}
 
 
 class Unreachable(Exception):
@@ -83,10 +91,12 @@ def plain(value: Any) -> Any:
     return value
 
 
-def render(snapshot: Snapshot, width: int, calls: bool = False) -> Group:
+def render(snapshot: Snapshot, width: int, calls: bool = False, links: bool = False) -> Group:
     """What ``pythia status`` shows on a terminal of ``width`` columns."""
     gap = Text()
     parts: list[Any] = [_headline(snapshot), gap, _workers(snapshot, width), gap, _front(snapshot)]
+    if links:
+        parts += [gap, _links(snapshot)]
     if calls:
         parts += [gap, _calls(snapshot, width)]
     return Group(*parts)
@@ -123,6 +133,7 @@ def _workers(snapshot: Snapshot, width: int) -> Table:
             "KV blocks used",
             "reserved",
             "calls",
+            "handles",
             "pairs warm",
             "beat",
         ]
@@ -156,6 +167,7 @@ def _worker_row(worker: WorkerStatus, wide: bool) -> list[Text]:
         Text(f"{used}/{blocks} {share:>4}" if wide else share),
         Text(str(worker.kv_blocks_reserved)),
         Text(str(worker.calls)),
+        *([Text(str(worker.handles))] if wide else []),
         Text(
             f"{worker.warm_peers}/{worker.peers}",
             style="" if worker.warm_peers == worker.peers else "yellow",
@@ -170,6 +182,37 @@ def _worker_row(worker: WorkerStatus, wide: bool) -> list[Text]:
 
 def _place(worker: WorkerStatus) -> str:
     return f"{worker.host} GPU {worker.devices}" if worker.devices else f"{worker.host} CPU"
+
+
+def _links(snapshot: Snapshot) -> Table:
+    table = _table()
+    for heading in ("from", "to", "state"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("transfers", "moved", "GB/s", "in flight"):
+        table.add_column(heading, no_wrap=True, justify="right")
+    order = {worker.worker: _order(worker) for worker in snapshot.workers}
+    for link in sorted(snapshot.links, key=lambda link: (order[link.source], order[link.target])):
+        table.add_row(
+            Text(link.source),
+            Text(link.target),
+            Text(link.state, style=STATE_STYLES.get(link.state, "yellow")),
+            Text(str(link.transfers)),
+            Text(size(link.bytes_total)),
+            Text(_gigabytes_per_s(link)),
+            Text(size(link.in_flight_bytes)),
+        )
+    if not snapshot.links:
+        table.add_row("none yet")
+    return table
+
+
+def _gigabytes_per_s(link: LinkStatus) -> str:
+    """Lately; on average as long as nothing large has moved, which says less."""
+    average = link.bytes_total / link.elapsed_s if link.elapsed_s else 0.0
+    rate = (link.bytes_per_s or average) / 1e9
+    if not rate:
+        return "-"
+    return f"{rate:.2f}" if rate >= 0.01 else "<0.01"
 
 
 def _calls(snapshot: Snapshot, width: int) -> Table:
@@ -206,6 +249,15 @@ def _call_row(call: CallStatus, wide: bool) -> list[Text]:
         str(call.output_tokens),
     ]
     return [Text(cell) for cell in cells]
+
+
+def size(size_bytes: float) -> str:
+    """``1_500_000`` as ``1.5 MB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size_bytes < 1000:
+            return f"{size_bytes:.3g} {unit}"
+        size_bytes /= 1000
+    return f"{size_bytes:.3g} TB"
 
 
 def duration(seconds: float) -> str:

@@ -50,7 +50,7 @@ from coordinator.protocol import (
     WorkerToCore,
 )
 from coordinator.state import Api, Peer, Send, State, Worker, WorkerPhase
-from coordinator.view import call_status, worker_status
+from coordinator.view import call_status, link_status, worker_status
 
 __all__ = ["Core", "Peer", "Send"]
 
@@ -58,6 +58,7 @@ SUSPECT_BEATS = 2
 """Beats a worker may miss before it gets no new calls."""
 
 LIVE_CALLS_SHOWN = 256
+LINKS_SHOWN = 1024
 
 PROBE_BITS = 20
 """Room for the probes of one core between those of two cores."""
@@ -133,7 +134,10 @@ class Core:
         return self._state.deadlines.next_s()
 
     def snapshot(self, token: int, now_s: float) -> Snapshot:
-        """The cluster as the core sees it. Ended calls first, then the newest live ones."""
+        """The cluster as the core sees it. Ended calls first, then the newest live ones.
+
+        Of links and live calls only so many are shown.
+        """
         state = self._state
         workers = [
             worker_status(worker, len(state.workers) - 1, now_s)
@@ -141,6 +145,7 @@ class Core:
         ]
         newest = itertools.islice(reversed(state.calls.values()), LIVE_CALLS_SHOWN)
         live = [call_status(call, now_s) for call in newest]
+        pairs = itertools.islice(self._pairs.in_order(), LINKS_SHOWN)
         return Snapshot(
             token=token,
             core=self.core_id,
@@ -153,6 +158,7 @@ class Core:
             active=len(state.calls) - len(self._calls.queue),
             calls=[ended.row for ended in self._calls.recent.values()] + live[::-1],
             counters=dict(state.counters),
+            links=[link_status(pair) for pair in pairs],
         )
 
     def check(self) -> None:
@@ -264,7 +270,7 @@ class Core:
         return ""
 
     def _beat(self, worker: Worker, message: Beat, now_s: float) -> None:
-        worker.beat(message.load)
+        worker.beat(message.load, message.links)
         self._state.room_changed = True
         self._heard(worker, now_s)
 

@@ -15,6 +15,9 @@ a target that may decode) come before all others.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+
 from coordinator.deadlines import Key
 from coordinator.protocol import Probe, Probed, ProbeFinished, ProbeRead
 from coordinator.state import Pair, PairKey, PairPhase, State, Worker
@@ -130,6 +133,11 @@ class Pairs:
             self.start(now_s)
         else:
             self._fail(pair, f"no answer from the {pair.phase.name.lower()}", now_s)
+
+    def in_order(self) -> Iterator[Pair]:
+        """Every pair, by the names of source and target."""
+        names = sorted(self._state.workers)
+        return (self.pairs[pair] for pair in itertools.permutations(names, 2))
 
     def check(self) -> None:
         """Assert what must always be true of pairs and probes."""

@@ -48,7 +48,7 @@ Nothing is ever pickled.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -59,6 +59,8 @@ MESSAGE_BYTES_MAX = 64 * 1024 * 1024
 
 Role = Literal["prefill", "decode", "mixed"]
 BLOCK_HASH_BYTES = 8
+LINKS_MAX = 256
+"""Most links that one beat tells of."""
 
 
 class Message(msgspec.Struct, frozen=True, gc=False, tag=True, omit_defaults=True):
@@ -111,6 +113,23 @@ class Load(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     garbage_frames_total: int = 0
 
 
+class LinkLoad(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
+    """What a worker has read of the KV of ``source``, another worker, since they met.
+
+    ``transfers``: NIXL's reads that are over; ``elapsed_s``: all their times together.
+    ``in_flight_bytes``: held for calls that wait for them. ``bytes_per_s``: lately, 0 before
+    anything large has moved; ``fixed_s``: what even a small read takes.
+    """
+
+    source: str
+    transfers: int = 0
+    bytes_total: int = 0
+    elapsed_s: float = 0.0
+    in_flight_bytes: int = 0
+    bytes_per_s: float = 0.0
+    fixed_s: float = 0.0
+
+
 # --- worker -> core -----------------------------------------------------------
 
 
@@ -128,11 +147,12 @@ class Ready(Message, frozen=True, gc=False, tag=True):
 
 
 class Beat(Message, frozen=True, gc=False, tag=True):
-    """A worker is alive, and how busy it is."""
+    """A worker is alive, and how busy it and the links to it are."""
 
     worker: str
     incarnation: str
     load: Load
+    links: Annotated[list[LinkLoad], msgspec.Meta(max_length=LINKS_MAX)] = []
 
 
 class Leaving(Message, frozen=True, gc=False, tag=True):
@@ -411,6 +431,22 @@ class WorkerStatus(msgspec.Struct, frozen=True, gc=False):
     last_beat_age_s: float
     warm_peers: int
     peers: int
+    handles: int = 0
+    """Prompts it holds for calls that have no token yet."""
+
+
+class LinkStatus(msgspec.Struct, frozen=True, gc=False):
+    """An ordered pair of workers: how far its warm-up is, and what has moved (``LinkLoad``)."""
+
+    source: str
+    target: str
+    state: str
+    transfers: int
+    bytes_total: int
+    elapsed_s: float
+    in_flight_bytes: int
+    bytes_per_s: float
+    fixed_s: float
 
 
 class CallStatus(msgspec.Struct, frozen=True, gc=False):
@@ -447,6 +483,7 @@ class Snapshot(Message, frozen=True, gc=False, tag=True):
     active: int
     calls: list[CallStatus]
     counters: dict[str, int]
+    links: list[LinkStatus] = []
 
 
 # --- API process -> worker (data) ---------------------------------------------------
@@ -496,7 +533,8 @@ class Utility(Message, frozen=True, gc=False, tag=True):
 
 class PrefillDone(Message, frozen=True, gc=False, tag=True):
     """The prompt's KV is held behind ``handle``, for ``lease_s`` seconds from
-    ``held_at_unix_s`` (the worker's wall clock)."""
+    ``held_at_unix_s`` (the worker's wall clock). With less than ``margin_s`` left the
+    handle must not be sent on."""
 
     request: str
     attempt: int
@@ -506,6 +544,7 @@ class PrefillDone(Message, frozen=True, gc=False, tag=True):
     cached_tokens: int
     lease_s: float
     held_at_unix_s: float = 0.0
+    margin_s: float = 10.0
 
 
 class Deltas(Message, frozen=True, gc=False, tag=True):

@@ -21,6 +21,7 @@ from coordinator.protocol import (
     CoreToApi,
     CoreToWorker,
     EngineFacts,
+    LinkLoad,
     Load,
     Plan,
     Ready,
@@ -175,6 +176,8 @@ class Worker:
     """Uncached prompt tokens that it has yet to compute, for itself or for others."""
     warm_sources: set[str] = field(default_factory=set)
     """Workers whose KV it has been seen to pull."""
+    links: dict[str, LinkLoad] = field(default_factory=dict)
+    """What it said at the last beat of whom it reads from."""
     probe: Pair | None = None
     cold_urgent: dict[PairKey, Pair] = field(default_factory=dict)
     cold_other: dict[PairKey, Pair] = field(default_factory=dict)
@@ -191,9 +194,10 @@ class Worker:
         """What its engine is."""
         return self.ready.facts
 
-    def beat(self, load: Load) -> None:
-        """What its engine says of itself."""
+    def beat(self, load: Load, links: list[LinkLoad]) -> None:
+        """What its engine says of itself, and the worker of its links."""
         self.load = load
+        self.links = {link.source: link for link in links}
         self.waiting = max(0, load.waiting)
         self.kv_blocks_used = load.kv_blocks_used
 

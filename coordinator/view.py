@@ -2,7 +2,8 @@
 
 Policies get read-only protocols over the live objects, not copies: copying 64 workers
 for every call would cost more than the decision itself. Their type checker keeps them
-from writing. ``worker_status`` and ``call_status`` make the frozen rows of a snapshot.
+from writing. ``worker_status``, ``link_status`` and ``call_status`` make the frozen
+rows of a snapshot.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Set, Sized
 from typing import Protocol
 
-from coordinator.protocol import CallStatus, Finished, Role, WorkerStatus
-from coordinator.state import Call, Worker
+from coordinator.protocol import CallStatus, Finished, LinkLoad, LinkStatus, Role, WorkerStatus
+from coordinator.state import Call, Pair, PairPhase, Worker
 
 
 class WorkerView(Protocol):
@@ -64,6 +65,25 @@ def worker_status(worker: Worker, peers: int, now_s: float) -> WorkerStatus:
         last_beat_age_s=max(0.0, now_s - worker.last_heard_s),
         warm_peers=len(worker.warm_sources),
         peers=peers,
+        handles=len(worker.prefills) - worker.prefilling,
+    )
+
+
+def link_status(pair: Pair) -> LinkStatus:
+    """One row about a pair. What was read before these two incarnations met is not theirs."""
+    name = pair.source.name
+    said = pair.target.links.get(name) if pair.phase is PairPhase.WARM else None
+    load = said or LinkLoad(name)
+    return LinkStatus(
+        source=name,
+        target=pair.target.name,
+        state=pair.phase.value,
+        transfers=load.transfers,
+        bytes_total=load.bytes_total,
+        elapsed_s=load.elapsed_s,
+        in_flight_bytes=load.in_flight_bytes,
+        bytes_per_s=load.bytes_per_s,
+        fixed_s=load.fixed_s,
     )
 
 

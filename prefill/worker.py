@@ -13,6 +13,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 
 from coordinator.protocol import CallFailed, PrefillDone, engine_request_id
 from transfer import handle as handles
+from transfer.settings import dispatch_margin_s
 
 HOLD = {"do_remote_decode": True, "do_remote_prefill": False}
 
@@ -69,4 +70,5 @@ def prefill_result(
         cached_tokens=cached_tokens,
         lease_s=lease_s,
         held_at_unix_s=unix_s,
+        margin_s=dispatch_margin_s(lease_s),
     )

@@ -15,11 +15,11 @@ What it adds to the stock connector:
 * No read counts that was not certainly over before its lease was. The holder says when the
   lease ends, on its own clock; the handshake gives the clocks' difference; the reader keeps
   the book of its renewals. A read that was, or may have been, late is computed here instead.
+* Each read is counted with the engine that it came from (``transfer.measured``).
 * The engine thread keeps its cores, NIXL's progress thread sleeps between two looks where
   cores are short, and garbage on the handshake socket does not end the handshakes.
 
-It refuses to talk to anything but engines of the same cluster: which sources may be read
-from is decided before a handle gets here (``transfer.handle.allowed_source``).
+Which engines may be read from is decided before a handle gets here (``transfer.sources``).
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from transfer.handle import Handle, HandleError, from_params
 from transfer.handshake import serve_handshakes
+from transfer.measured import ReadStats
 from transfer.pages import use_huge_pages
 from transfer.progress import progress_pause
 from transfer.renewal import Renewals
@@ -60,6 +61,11 @@ class PythiaConnector(stock.NixlPullConnector):
             self.connector_scheduler = PythiaScheduler(vllm_config, self.engine_id, kv_cache_config)
         else:
             self.connector_worker = PythiaWorker(vllm_config, self.engine_id, kv_cache_config)
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> ReadStats:
+        """What the engine measured, from its lists; for vLLM's log in the front half."""
+        return ReadStats(data=data or {})
 
 
 class PythiaScheduler(NixlPullConnectorScheduler):
@@ -175,6 +181,7 @@ class PythiaWorker(NixlPullConnectorWorker):
             lease_s=float(self._lease_extension), margin_s=self._lease_extension / 4
         )
         self._released: set[str] = set()
+        self.xfer_stats = ReadStats()
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
         """Make the KV cache known to NIXL."""
@@ -226,13 +233,30 @@ class PythiaWorker(NixlPullConnectorWorker):
         )
 
     def _pop_done_transfers(self, transfers: Any) -> tuple[set[str], set[str]]:
-        done, failed = super()._pop_done_transfers(transfers)
+        done, failed = self._pop_done_by_source(transfers)
         for request in done - failed:
             meta = self._recving_metadata.get(request)
             if meta is not None and self._is_turn2_read_expired(meta):
                 logger.warning("%s: read ended after its lease, computed here", request)
                 self.xfer_stats.record_kv_expired_req()
                 failed.add(request)
+        return done, failed
+
+    def _pop_done_by_source(self, transfers: Any) -> tuple[set[str], set[str]]:
+        """The stock way, request by request: what it measures is of that one's source."""
+        done: set[str] = set()
+        failed: set[str] = set()
+        for request in list(transfers):
+            meta = self._recving_metadata.get(request)
+            self.xfer_stats.source = meta.remote.engine_id if meta and meta.remote else ""
+            one = {request: transfers[request]}
+            done_now, failed_now = super()._pop_done_transfers(one)
+            if one:
+                transfers.update(one)
+            else:
+                del transfers[request]
+            done |= done_now
+            failed |= failed_now
         return done, failed
 
     def _read_blocks_for_req(self, req_id: str, meta: Any) -> None:

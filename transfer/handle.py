@@ -16,7 +16,6 @@ dropped.
 
 from __future__ import annotations
 
-from collections.abc import Set
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -121,11 +120,6 @@ def owner(handle: Handle) -> str:
 def source(handle: Handle) -> tuple[str, int]:
     """Host and port of the engine that holds the KV."""
     return handle.remote_host, handle.remote_port
-
-
-def allowed_source(handle: Handle, sources: Set[tuple[str, int]]) -> bool:
-    """Whether the KV is held by one of ``sources``; others must not be connected to."""
-    return source(handle) in sources
 
 
 def blocks_held(handle: Handle) -> int:

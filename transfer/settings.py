@@ -28,15 +28,12 @@ def progress_delay_us(free_cores: int) -> int:
     return 0 if free_cores >= FREE_CORES_TO_POLL else PROGRESS_DELAY_US
 
 
-def heartbeat_s(lease_s: int) -> int:
-    """How often a decode engine renews the leases of what it has been given."""
-    return lease_s // 6
-
-
-def dispatch_margin_s(lease_s: int) -> float:
+def dispatch_margin_s(lease_s: float) -> float:
     """What must be left of a lease when its handle is sent to a decode worker.
 
-    Covers the way there, a first handshake (up to 5 s) and the first renewal.
+    The reader's engine may wait for a sixth of a lease before it renews for the first time,
+    and takes a lease for ended a sixth before it is. With less left than both together, the
+    read could be declined and the prompt computed a second time where it is decoded.
     """
     return lease_s / 3
 

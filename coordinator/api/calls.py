@@ -39,9 +39,6 @@ TOMBSTONES_MAX = 4096
 TOMBSTONE_S = 300.0
 CORE_AWAY_S = 30.0
 """How much longer than the core's own limits a call waits for the core's word."""
-DISPATCH_MARGIN_S = 3.0
-"""What must be left of a lease when its handle is sent on: the way to the decode worker
-and its first renewal."""
 CLOCK_SKEW_S = 1.0
 """How far the wall clocks of two machines of a cluster may differ."""
 
@@ -292,7 +289,7 @@ class Calls:
             return
         # Two clocks bound how long the blocks have been held; the smaller bound counts.
         held_s = min(now_s - call.prefill_sent_s, unix_s - done.held_at_unix_s + CLOCK_SKEW_S)
-        if held_s > done.lease_s - DISPATCH_MARGIN_S:
+        if held_s > done.lease_s - done.margin_s:
             self._retry(call, worker.worker, f"the handle came after {held_s:.1f} s", now_s)
             self._hand_back(done, worker)
             return

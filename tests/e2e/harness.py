@@ -155,8 +155,12 @@ def unrest(snapshot: Snapshot) -> list[str]:
             "KV blocks used": worker.load.kv_blocks_used,
             "calls": worker.calls,
             "KV blocks reserved": worker.kv_blocks_reserved,
+            "handles": worker.handles,
         }
         rest += [f"{worker.worker}: {count} {what}" for what, count in held.items() if count]
+    for link in snapshot.links:
+        if link.in_flight_bytes:
+            rest.append(f"{link.in_flight_bytes} bytes from {link.source} to {link.target}")
     return rest
 
 

@@ -33,7 +33,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.metrics.stats import PrefillStats
 
 from coordinator import protocol
-from coordinator.api.calls import CLOCK_SKEW_S, DISPATCH_MARGIN_S, Calls
+from coordinator.api.calls import CLOCK_SKEW_S, Calls
 from coordinator.api.exchange import CallRecord, Failure
 from coordinator.core import Core
 from coordinator.limits import Limits, Placement
@@ -42,6 +42,7 @@ from tests.unit.recording_wire import engine_request
 
 API_PEER = b"api"
 LEASE_S = 12.0
+MARGIN_S = 4.0
 UNIX_OFFSET_S = 5_000.0
 PROMPT = (1, 2, 3, 4, 5, 6, 7, 8, 9)
 LIMITS = Limits(
@@ -200,7 +201,7 @@ class Network(RuleBasedStateMachine):
         assert not self.given_back[message.handle], "what was given back is not read"
         made_for, attempt, held_s = self.handles_held_s[message.handle]
         assert (made_for, attempt) == (message.request, message.attempt)
-        assert self.now_s - held_s <= LEASE_S - DISPATCH_MARGIN_S + CLOCK_SKEW_S
+        assert self.now_s - held_s <= LEASE_S - MARGIN_S + CLOCK_SKEW_S
 
     # --- the parts of the cluster ------------------------------------------------------------
 
@@ -359,6 +360,7 @@ class Network(RuleBasedStateMachine):
                 0,
                 LEASE_S,
                 self.now_s + UNIX_OFFSET_S,
+                MARGIN_S,
             )
         )
 

@@ -483,9 +483,12 @@ class Oracle:
             elif row.phase in ("finished", "cancelled", "failed"):
                 assert row.request in self.ended, f"{row.request} never ended"
         for worker in world.workers.values():
+            met = {tuple(probe.handle.decode().split("|")[:2]) for probe in worker.probes_read}
             for handle, (request, number) in worker.handles_read:
-                _, _, *owner = handle.decode().split("|")
-                assert owner == [request, str(number)], f"{request} holds {handle!r}"
+                *maker, holder_request, holder_number = handle.decode().split("|")
+                owner = holder_request, holder_number
+                assert owner == (request, str(number)), f"{request} holds {handle!r}"
+                assert tuple(maker) in met, f"{worker.address} would refuse {handle!r}"
             for probe in worker.probes_read:
                 maker, _, what, number_text = probe.handle.decode().split("|")
                 expected = (probe.source, "probe", str(probe.probe))
@@ -614,7 +617,7 @@ class World:
         snapshot = self.core.snapshot(0, self.now_s)
         assert (snapshot.queued, snapshot.active) == (0, 0), snapshot.calls
         for row in snapshot.workers:
-            assert (row.calls, row.kv_blocks_reserved) == (0, 0), row
+            assert (row.calls, row.handles, row.kv_blocks_reserved) == (0, 0, 0), row
         for api in self.apis.values():
             assert not api.calls, f"never ended: {api.calls}"
             for request, ends in api.ends.items():

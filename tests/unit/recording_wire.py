@@ -120,6 +120,7 @@ def prefill_done(
     worker: Placed = PREFILLER,
     lease_s: float = 30.0,
     held_at_unix_s: float = 1000.0,
+    margin_s: float = 3.0,
 ) -> protocol.PrefillDone:
     """A handle that names what it is for."""
     return protocol.PrefillDone(
@@ -131,4 +132,5 @@ def prefill_done(
         cached_tokens=2,
         lease_s=lease_s,
         held_at_unix_s=held_at_unix_s,
+        margin_s=margin_s,
     )

@@ -509,24 +509,26 @@ def test_a_handle_whose_decode_worker_is_not_connected_goes_back(bench: Bench) -
 
 
 @pytest.mark.parametrize(
-    ("sent_ago_s", "held_ago_s", "dispatched"),
+    ("sent_ago_s", "held_ago_s", "margin_s", "dispatched"),
     [
-        (5.0, 5.0, True),
-        (60.0, 20.0, True),  # a long prefill, a short hold: the holder's clock knows
-        (20.0, 900.0, True),  # the holder's clock is wrong: ours knows
-        (28.0, 27.0, False),
-        (60.0, 26.5, False),
-        (60.0, 25.5, True),
+        (5.0, 5.0, 3.0, True),
+        (60.0, 20.0, 3.0, True),  # a long prefill, a short hold: the holder's clock knows
+        (20.0, 900.0, 3.0, True),  # the holder's clock is wrong: ours knows
+        (28.0, 27.0, 3.0, False),
+        (60.0, 26.5, 3.0, False),
+        (60.0, 25.5, 3.0, True),
+        (60.0, 25.5, 10.0, False),  # the holder says what margin its reader needs
+        (60.0, 18.5, 10.0, True),
     ],
 )
 def test_a_handle_is_not_dispatched_when_its_lease_might_run_out(
-    bench: Bench, sent_ago_s: float, held_ago_s: float, dispatched: bool
+    bench: Bench, sent_ago_s: float, held_ago_s: float, margin_s: float, dispatched: bool
 ) -> None:
     bench.submit()
     bench.plan()
     bench.forget()
     bench.now_s += sent_ago_s
-    bench.prefilled(lease_s=30.0, held_at_unix_s=UNIX_S - held_ago_s)
+    bench.prefilled(lease_s=30.0, held_at_unix_s=UNIX_S - held_ago_s, margin_s=margin_s)
     sent = to_workers(bench)
     if dispatched:
         assert sent == [("decode-0", "Decode")]

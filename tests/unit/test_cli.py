@@ -21,6 +21,7 @@ from cluster.status import Unreachable, inspect, render
 from coordinator.protocol import (
     CallContext,
     CallStatus,
+    LinkStatus,
     Load,
     Snapshot,
     WorkerStatus,
@@ -38,7 +39,7 @@ def snapshot(token: int = 0) -> Snapshot:
     def row(name: str, role: str, state: str, used: int, warm: int) -> WorkerStatus:
         load = Load(running=3, waiting=2, kv_blocks_used=used)
         return WorkerStatus(
-            name, "1", role, state, "127.0.0.1", "", load, 1000, 32, 5, 340, 0.4, warm, 2
+            name, "1", role, state, "127.0.0.1", "", load, 1000, 32, 5, 340, 0.4, warm, 2, 3
         )
 
     workers = [
@@ -51,8 +52,14 @@ def snapshot(token: int = 0) -> Snapshot:
         CallStatus("chatcmpl-1", "decoding", 1, context, "prefill-0", "decode-2", 1830, 12, 512),
         CallStatus("cmpl-77", "finished", 1, CallContext(), "", "decode-10", 12, 5, ttft_s=0.05),
     ]
+    links = [
+        LinkStatus("prefill-0", "decode-10", "warm", 12, 3_355_443_200, 1.5, 67_108_864, 2.5e9, 0),
+        LinkStatus("prefill-0", "decode-2", "warm", 1, 98_304, 1.0, 0, 0.0, 0.0),
+        LinkStatus("decode-10", "prefill-0", "failed", 0, 0, 0.0, 0, 0.0, 0.0),
+    ]
+    counters = {"submits": 7}
     return Snapshot(
-        token, "core-id", "tiny-llama", 4000.0, workers, 2, 3, 1024, 66, calls, {"submits": 7}
+        *(token, "core-id", "tiny-llama", 4000.0, workers, 2, 3, 1024, 66, calls, counters, links)
     )
 
 
@@ -79,10 +86,10 @@ def core() -> Iterator[str]:
     thread.join()
 
 
-def shown(width: int, calls: bool = False) -> str:
+def shown(width: int, calls: bool = False, links: bool = False) -> str:
     console = Console(width=width)
     with console.capture() as capture:
-        console.print(render(snapshot(), width, calls))
+        console.print(render(snapshot(), width, calls, links))
     return capture.get()
 
 
@@ -118,6 +125,12 @@ class TestStatus:
         assert "tiny-llama, up 1 h 6 min" in result.output
         assert "2 API processes, 66 calls active, 3 of 1024 waiting for room" in result.output
         assert "explorer 2" not in result.output
+        assert "GB/s" not in result.output
+
+    def test_table_of_links(self, core: str) -> None:
+        result = runner.invoke(app, ["status", "--coordinator", core, "--links"])
+        assert result.exit_code == 0, result.output
+        assert "3.36 GB" in result.output
 
     def test_json_has_every_field(self, core: str) -> None:
         result = runner.invoke(app, ["status", "--coordinator", core, "--json"])
@@ -125,6 +138,8 @@ class TestStatus:
         assert data["workers"][0]["load"]["running"] == 3
         assert data["workers"][0]["load"]["preemptions_total"] == 0
         assert data["counters"] == {"submits": 7}
+        assert data["workers"][0]["handles"] == 3
+        assert data["links"][2]["transfers"] == 0
         assert data["calls"][1]["context"]["agent"] == ""
 
     def test_nobody_there(self) -> None:
@@ -160,6 +175,17 @@ class TestStatus:
         for word in ("decode-10", "suspect", "97%", "340", "1/2", "explorer 2", "1830", "0.05 s"):
             assert word in text, word
         assert ("970/1000" in text) == (width == 140)
+
+    def test_links_are_shown_when_asked_for(self) -> None:
+        assert "GB/s" not in shown(80)
+        rows = [line.split() for line in shown(80, links=True).splitlines()]
+        for row in (
+            "prefill-0 decode-2 warm 1 98.3 kB <0.01 0 B",
+            "prefill-0 decode-10 warm 12 3.36 GB 2.50 67.1 MB",
+            "decode-10 prefill-0 failed 0 0 B - 0 B",
+        ):
+            assert row.split() in rows
+        assert max(len(line.rstrip()) for line in shown(80, links=True).splitlines()) <= 80
 
     def test_prefill_comes_first_and_numbers_count(self) -> None:
         text = shown(80)

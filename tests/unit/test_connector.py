@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 import pytest
@@ -20,18 +20,25 @@ import zmq
 pytest.importorskip("vllm")
 pytest.importorskip("nixl")
 
+from prometheus_client import Counter, Gauge, Histogram
 from vllm.config import KVTransferConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorLogging
+from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import RequestStatus
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from cluster.process import free_port
 from transfer import connector
-from transfer.connector import PythiaScheduler, PythiaWorker
+from transfer.connector import PythiaConnector, PythiaScheduler, PythiaWorker
 from transfer.handshake import QUESTION_BYTES_MAX, serve_handshakes
+from transfer.measured import ReadStats
 from transfer.pages import PAGE_BYTES, use_huge_pages
 from transfer.progress import progress_pause
 from transfer.renewal import Renewals
 from transfer.settings import kv_transfer_config
+from transfer.sources import SOURCE_ENGINE
 
 BLOCK = 32
 ENGINE = "decode-1"
@@ -216,6 +223,21 @@ def test_a_handle_given_back_to_its_engine_is_released(scheduler: PythiaSchedule
 # --- the worker half -----------------------------------------------------------------------
 
 
+class PlayedNixl:
+    """NIXL's transfers as numbers: an odd one is still in progress."""
+
+    def check_xfer_state(self, handle: int) -> str:
+        return "PROC" if handle % 2 else "DONE"
+
+    def get_xfer_telemetry(self, handle: int) -> Any:
+        return SimpleNamespace(
+            xferDuration=handle * 1000.0, postDuration=5.0, totalBytes=handle, descCount=2
+        )
+
+    def release_xfer_handle(self, handle: int) -> None:
+        """Nothing is held."""
+
+
 class StillWorker(PythiaWorker):
     """The worker half without NIXL, model or threads: its books only."""
 
@@ -223,6 +245,9 @@ class StillWorker(PythiaWorker):
         self._renewals = Renewals(lease_s=20.0, margin_s=5.0)
         self._released: set[str] = set()
         self._engine_clock_offset = {"prefill-0": 1000.0}
+        self._recving_metadata: dict[str, Any] = {}
+        self.xfer_stats = ReadStats()
+        self.nixl_wrapper = PlayedNixl()
 
     def shutdown(self) -> None:
         """Nothing was started."""
@@ -256,6 +281,71 @@ def test_a_read_from_an_engine_never_met_is_not_believed() -> None:
     worker = StillWorker()
     worker._engine_clock_offset.clear()
     assert worker._is_turn2_read_expired(a_read(ends_in_s=30.0))
+
+
+def reading(worker: StillWorker) -> dict[str, list[int]]:
+    """Two requests from two engines, one of them not over."""
+    for request, engine in (("r~1", "prefill-0"), ("s~1", "prefill-1")):
+        remote = SimpleNamespace(engine_id=engine, request_id=request, blocks_expiry_time=None)
+        worker._recving_metadata[request] = SimpleNamespace(remote=remote, local_block_ids=([1],))
+    return {"r~1": [2, 4], "s~1": [6, 7]}
+
+
+def test_every_read_is_counted_with_its_source() -> None:
+    worker = StillWorker()
+    transfers = reading(worker)
+    assert worker._pop_done_transfers(transfers) == ({"r~1"}, set())
+    assert transfers == {"s~1": [7]}
+    stats = worker.get_kv_connector_stats()
+    assert stats.data[SOURCE_ENGINE] == ["prefill-0", "prefill-0", "prefill-1"]
+    assert stats.data["bytes_transferred"] == [2, 4, 6]
+    assert stats.data["transfer_duration"] == [0.002, 0.004, 0.006]
+    assert worker.get_kv_connector_stats() is None, "counted once"
+
+
+def test_the_engines_log_and_metrics_take_the_list_of_sources() -> None:
+    """The way of the figures: two ranks, the scheduler's message, log and Prometheus."""
+    first, second = StillWorker(), StillWorker()
+    for worker in (first, second):
+        worker._pop_done_transfers(reading(worker))
+    total = first.get_kv_connector_stats().aggregate(second.get_kv_connector_stats())
+    message = SchedulerStats(kv_connector_stats=total.to_dict())
+    outputs = MsgpackEncoder().encode(EngineCoreOutputs(scheduler_stats=message))
+    arrived = MsgpackDecoder(EngineCoreOutputs).decode(outputs).scheduler_stats
+    data = arrived.kv_connector_stats
+    assert len(data[SOURCE_ENGINE]) == len(data["bytes_transferred"]) == 6
+
+    log = KVConnectorLogging(KVTransferConfig(**kv_transfer_config(ENGINE)))
+    for _ in range(2):
+        log.observe({name: list(values) for name, values in data.items()})
+    lines: list[str] = []
+    log.log(lambda _, line: lines.append(line))
+    assert "Num successful transfers=12" in lines[0]
+
+    kinds: dict[Any, Any] = dict.fromkeys((Gauge, Counter, Histogram), PlayedMetric)
+    metrics = PythiaConnector.build_prom_metrics(
+        SimpleNamespace(kv_transfer_config=None), kinds, [], {0: []}
+    )
+    PlayedMetric.seen.clear()
+    metrics.observe(data)
+    assert PlayedMetric.seen.count(6) == 2
+
+
+class PlayedMetric:
+    """A metric of any kind that notes what it is given."""
+
+    seen: ClassVar[list[float]] = []
+
+    def __init__(self, **options: Any) -> None:
+        """Its name and labels do not matter."""
+
+    def labels(self, *values: object) -> PlayedMetric:
+        return self
+
+    def observe(self, value: float) -> None:
+        self.seen.append(value)
+
+    inc = observe
 
 
 # --- the handshake socket --------------------------------------------------------------------

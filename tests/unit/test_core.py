@@ -7,6 +7,7 @@ from typing import TypeVar
 import msgspec
 import pytest
 
+from coordinator import core
 from coordinator.core import Core
 from coordinator.limits import Limits, Placement
 from coordinator.protocol import (
@@ -23,6 +24,8 @@ from coordinator.protocol import (
     Hello,
     Inspect,
     Leaving,
+    LinkLoad,
+    LinkStatus,
     Load,
     Placed,
     Plan,
@@ -147,6 +150,10 @@ class Bed:
 
     def reserved(self) -> list[int]:
         return [row.kv_blocks_reserved for row in self.snapshot().workers]
+
+    def link(self, source: str, target: str) -> LinkStatus:
+        (row,) = (r for r in self.snapshot().links if (r.source, r.target) == (source, target))
+        return row
 
     def status(self, worker: str) -> WorkerStatus:
         (row,) = (row for row in self.snapshot().workers if row.worker == worker)
@@ -367,6 +374,53 @@ def test_a_probe_is_answered_only_by_whom_it_was_asked() -> None:
         assert bed.say(peer, message) == []
     bed.say("d", ProbeFinished("d", "1", number, 0.1, 32))
     assert bed.status("d").warm_peers == 1
+
+
+def test_links_are_shown_as_their_readers_tell_them() -> None:
+    bed = Bed()
+    bed.cluster("prefill", "decode", "decode")
+    told = LinkLoad("prefill-0", 3, 4096, 0.5, 1024, 2e9, 0.001)
+    bed.say("decode-1", Beat("decode-1", "1", Load(), [told, LinkLoad("nobody", 9)]))
+    rows = bed.snapshot().links
+    assert [row.source for row in rows] == sorted(row.source for row in rows)
+    assert len(rows) == 6, "every ordered pair"
+    assert {row.state for row in rows} == {"warm"}
+    assert sum(row.transfers for row in rows) == 3
+    row = bed.link("prefill-0", "decode-1")
+    assert (row.transfers, row.bytes_total, row.elapsed_s) == (3, 4096, 0.5)
+    assert (row.in_flight_bytes, row.bytes_per_s, row.fixed_s) == (1024, 2e9, 0.001)
+    bed.say("decode-1", Beat("decode-1", "1", Load()))
+    assert bed.link("prefill-0", "decode-1").transfers == 0
+
+
+def test_what_was_read_of_a_former_incarnation_is_not_shown() -> None:
+    bed = Bed()
+    bed.cluster("prefill", "decode")
+    beat = Beat("decode-1", "1", Load(), [LinkLoad("prefill-0", 3, 4096)])
+    bed.say("decode-1", beat)
+    bed.worker("prefill-0", "prefill", "2")
+    bed.say("decode-1", beat)
+    row = bed.link("prefill-0", "decode-1")
+    assert (row.state, row.transfers) == ("probing the source", 0)
+
+
+def test_only_so_many_links_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(core, "LINKS_SHOWN", 5)
+    bed = Bed()
+    bed.cluster("prefill", "decode", "decode")
+    assert len(bed.snapshot().links) == 5
+
+
+def test_handles_count_from_the_end_of_a_prefill_to_the_first_token() -> None:
+    bed = Bed()
+    bed.cluster("prefill", "decode")
+    bed.plan("r", LONG)
+    assert bed.status("prefill-0").handles == 0
+    bed.say("api", Prefilled("api", "r", 1))
+    assert bed.status("prefill-0").handles == 1
+    assert bed.status("decode-1").handles == 0
+    bed.say("api", Started("api", "r", 1))
+    assert bed.status("prefill-0").handles == 0
 
 
 @pytest.mark.parametrize("how", ["error", "nothing moved", "silence"])

@@ -13,6 +13,7 @@ import msgspec
 import pytest
 import zmq
 from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest, FinishReason
+from vllm.v1.metrics.stats import PrefillStats
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from cluster.config import WorkerConfig
@@ -48,6 +49,8 @@ class PlayedEngine:
         self.refuses: Exception | None = None
         self.errored = False
         self.on_step: Any = None
+        self.on_reads: Any = None
+        self.engine_id = "own-engine"
         self.engine_core = self
         self.model_config = SimpleNamespace(
             max_model_len=4096,
@@ -57,6 +60,7 @@ class PlayedEngine:
             get_total_num_kv_heads=lambda: 2,
             get_num_layers=lambda parallel: 2,
             get_head_size=lambda: 8,
+            get_vocab_size=lambda: 4096,
         )
         self.vllm_config = SimpleNamespace(
             model_config=self.model_config,
@@ -109,6 +113,18 @@ class Api:
     async def decode(self, request: str = "r", handle: bytes = b"") -> None:
         message = Decode(request, 1, self.worker.incarnation, handle)
         await self.say(message, engine_request(request))
+
+
+async def meet(worker: Worker, engine: PlayedEngine, **stats: int) -> None:
+    """The core lets the worker read from ``HANDLE``'s engine; what it says comes of it."""
+    probe = protocol.ProbeRead(7, worker.incarnation, 1, 33, "prefill-0", handles.encode(HANDLE))
+    worker._on_core(probe)
+    await until(lambda: "probe-read-7~0" in engine.given)
+    read = output("probe-read-7", 0, [1], FinishReason.LENGTH)
+    read.prefill_stats = PrefillStats()
+    read.prefill_stats.set(33, 0, stats.get("moved", 33))
+    engine.on_step([read], 0.0)
+    del engine.given["probe-read-7~0"]
 
 
 async def until(condition: Any) -> None:
@@ -202,7 +218,8 @@ async def test_what_is_meant_for_a_former_incarnation_is_refused() -> None:
 
 
 async def test_a_handle_is_read_once() -> None:
-    async with serving() as (_, engine, api):
+    async with serving() as (worker, engine, api):
+        await meet(worker, engine)
         await api.decode("a", handles.encode(HANDLE))
         await api.decode("a", handles.encode(HANDLE))  # sent twice: nothing happens
         await api.decode("b", handles.encode(HANDLE))
@@ -214,7 +231,8 @@ async def test_a_handle_is_read_once() -> None:
 
 async def test_a_handle_that_is_given_back_is_not_read_afterwards() -> None:
     async with serving() as (worker, engine, api):
-        frame = handles.encode(HANDLE)
+        held_here = msgspec.structs.replace(HANDLE, remote_engine_id=engine.engine_id)
+        frame = handles.encode(held_here)
         await api.say(Discard("r", 1, worker.incarnation, frame))
         await api.say(Discard("r", 1, worker.incarnation, frame))
         await api.say(Discard("r", 1, worker.incarnation, b"no handle"))
@@ -223,6 +241,63 @@ async def test_a_handle_that_is_given_back_is_not_read_afterwards() -> None:
         assert failed.request == "r"
         assert list(engine.given) == ["discard-r~1"]
         assert engine.given["discard-r~1"].abort_immediately
+
+
+async def test_a_handle_of_an_engine_never_met_is_refused() -> None:
+    async with serving() as (worker, engine, api):
+        await meet(worker, engine, moved=0)
+        await api.decode("a", handles.encode(HANDLE))
+        failed, _ = await api.hear(CallFailed)
+        assert (failed.request, failed.retryable) == ("a", True)
+        assert failed.reason == "handle refused: engine-0 at 127.0.0.1:5600 was never met"
+        assert not engine.given
+        await meet(worker, engine)
+        elsewhere = msgspec.structs.replace(HANDLE, remote_port=5601)
+        await api.decode("b", handles.encode(elsewhere))
+        failed, _ = await api.hear(CallFailed)
+        assert "never met" in failed.reason
+        await api.decode("c", handles.encode(HANDLE))
+        await until(lambda: list(engine.given) == ["c~1"])
+
+
+async def test_what_another_engine_holds_is_not_given_back_here() -> None:
+    async with serving() as (worker, engine, api):
+        await meet(worker, engine)
+        await api.say(Discard("r", 1, worker.incarnation, handles.encode(HANDLE)))
+        await api.decode("r", handles.encode(HANDLE))
+        await until(lambda: engine.given)
+        assert list(engine.given) == ["r~1"]
+
+
+async def test_the_core_is_told_what_is_read_and_what_is_on_its_way() -> None:
+    async with serving() as (worker, engine, api):
+        await meet(worker, engine)
+        engine.on_reads(
+            {
+                "source_engine": ["engine-0"],
+                "bytes_transferred": [4096],
+                "transfer_duration": [0.5],
+            }
+        )
+        await api.decode("a", handles.encode(HANDLE))
+        await until(lambda: "a~1" in engine.given)
+        (told,) = worker._beat().links  # type: ignore[attr-defined]
+        size_bytes = handles.blocks_held(HANDLE) * worker.facts.kv_bytes_per_block
+        assert (told.source, told.transfers, told.bytes_total) == ("prefill-0", 1, 4096)
+        assert told.in_flight_bytes == size_bytes > 0
+        engine.on_step([output("a", 1, [1])], 0.0)
+        assert worker.sources.report()[0].in_flight_bytes == 0
+
+
+async def test_an_aborted_call_has_nothing_on_its_way() -> None:
+    async with serving() as (worker, engine, api):
+        await meet(worker, engine)
+        await api.decode("a", handles.encode(HANDLE))
+        await until(lambda: "a~1" in engine.given)
+        assert worker.sources.report()[0].in_flight_bytes > 0
+        await api.say(Abort([("a", 1)]))
+        await until(lambda: engine.forgotten == ["a~1"])
+        assert worker.sources.report()[0].in_flight_bytes == 0
 
 
 async def test_an_abort_reaches_the_engine_once() -> None:

@@ -114,7 +114,7 @@ def test_a_finished_prefill_is_a_handle_with_its_lease(finish: FinishReason) -> 
     assert handles.decode(done.handle) == HANDLE
     assert (done.request, done.attempt, done.incarnation) == ("r", 1, "p0")
     assert (done.prompt_tokens, done.cached_tokens) == (40, 16)
-    assert (done.lease_s, done.held_at_unix_s) == (30.0, 1234.5)
+    assert (done.lease_s, done.margin_s, done.held_at_unix_s) == (30.0, 10.0, 1234.5)
 
 
 def test_a_prefill_that_goes_on_says_nothing() -> None:
