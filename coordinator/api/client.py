@@ -177,7 +177,7 @@ class ClusterEngineCore(EngineCoreClient):
     async def add_request_async(self, request: EngineCoreRequest) -> None:
         """Start a call."""
         exchange = current_exchange.get() or Exchange()
-        record = CallRecord(request.request_id)
+        record = CallRecord(request.request_id, continuations=exchange.continuations)
         exchange.calls.append(record)
         assert self.processor is not None
         state = self.processor.request_states.get(request.request_id)
