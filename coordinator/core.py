@@ -26,6 +26,7 @@ from coordinator.limits import Limits, Placement
 from coordinator.pairs import Pairs
 from coordinator.protocol import (
     PROTOCOL_VERSION,
+    Alive,
     ApiBeat,
     ApiToCore,
     Beat,
@@ -356,7 +357,7 @@ class Core:
             case Checked():
                 self._calls.checked(api, message, now_s)
             case ApiBeat():
-                pass
+                self._state.send(api.peer, Alive(self.core_id))
 
     def _hello(self, peer: Peer, message: Hello, now_s: float) -> None:
         """An API process registers, or comes back over another connection."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Mapping
 from typing import Generic, TypeVar
 
@@ -61,7 +62,7 @@ class ControlLink(Generic[M]):
 
     ``hello`` makes the message that introduces us, ``beat`` the one that says we live;
     ``on_message`` gets whatever else arrives. ``refused`` is set, with the reason, when
-    the core will not have us; ``run`` then returns.
+    the core will not have us; ``run`` then returns. ``heard_s`` is when the core last spoke.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class ControlLink(Generic[M]):
         self.core = ""
         self.welcome: protocol.Welcome | None = None
         self.refused = ""
+        self.heard_s = float("-inf")
         self.garbage = GarbageCounter("the core")
         self._hello = hello
         self._beat = beat
@@ -94,6 +96,14 @@ class ControlLink(Generic[M]):
     async def welcomed(self) -> None:
         """Wait until the core has taken us in."""
         await self._welcomed.wait()
+
+    def is_heard(self, beats_missed: int, now_s: float) -> bool:
+        """Whether the core has taken us in and, asked once per beat, has not been silent for
+        ``beats_missed`` of them. Only a core that answers beats is heard when all is quiet."""
+        if self.welcome is None:
+            return False
+        # As the core counts it: half a beat is the answer's own way.
+        return now_s - self.heard_s < (beats_missed + 0.5) * self.welcome.beat_interval_s
 
     async def run(self) -> None:
         """Introduce, beat and receive until closed or refused."""
@@ -132,6 +142,7 @@ class ControlLink(Generic[M]):
             self._handle(message)
 
     def _handle(self, message: M) -> None:
+        self.heard_s = time.monotonic()
         if isinstance(message, protocol.Welcome):
             self.welcome = message
             self.core = message.core
@@ -144,5 +155,5 @@ class ControlLink(Generic[M]):
         elif isinstance(message, protocol.Refused):
             self.refused = message.reason
             self._closed.set()
-        else:
+        elif not isinstance(message, protocol.Alive):
             self._on_message(message)

@@ -9,6 +9,8 @@ Control (core <-> API processes and workers), one msgpack frame each::
       |<-----------------------|----------------------->|  WorkerUp*
       | Beat ...               |                        | ApiBeat ...
       |----------------------->|<-----------------------|
+      |                        |  Alive                 |
+      |                        |----------------------->|
       | Probe / ProbeRead      |                        | Submit
       |<-----------------------|<-----------------------|
       | Probed / ProbeFinished |                        |
@@ -347,6 +349,12 @@ class Leave(Message, frozen=True, gc=False, tag=True):
 # --- core -> API process ----------------------------------------------------------
 
 
+class Alive(Message, frozen=True, gc=False, tag=True):
+    """Answer to ``ApiBeat``: the core lives, and knows the API process."""
+
+    core: str
+
+
 class WorkerUp(Message, frozen=True, gc=False, tag=True):
     """A worker can be used from now on: connect to its data address."""
 
@@ -579,7 +587,17 @@ ApiToCore = Hello | ApiBeat | Submit | Prefilled | Started | Finished | Failed |
 ToCore = WorkerToCore | ApiToCore | Inspect
 CoreToWorker = Welcome | Refused | Unknown | Probe | ProbeRead | Leave
 CoreToApi = (
-    Welcome | Refused | Unknown | WorkerUp | WorkerGone | Plan | Rejected | Check | Stop | Snapshot
+    Welcome
+    | Refused
+    | Unknown
+    | Alive
+    | WorkerUp
+    | WorkerGone
+    | Plan
+    | Rejected
+    | Check
+    | Stop
+    | Snapshot
 )
 ApiToWorker = Prefill | Decode | Abort | Discard | Utility
 WorkerToApi = PrefillDone | Deltas | CallFailed | UtilityReply

@@ -37,10 +37,10 @@ TICK_S_MIN = 0.01
 MESSAGES_PER_TICK_MAX = 10_000
 API_STOP_S = 15.0
 API_RESTARTS_MAX = 10
-API_EARLY_DEATH_S = 60.0
 NOT_ACCEPTING = 2**31 - 1
 LOAD = struct.Struct("i")
-"""One API process's slot in the memory they share: its connections, as vLLM's server counts."""
+"""One API process's slot in the memory they share: its connections, as vLLM's server counts, and
+``NOT_ACCEPTING`` until it serves."""
 
 
 class CoordinatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -141,6 +141,8 @@ class ApiProcesses:
         self.loads = shared_memory.SharedMemory(create=True, size=LOAD.size * config.api_servers)
         self.processes: dict[int, subprocess.Popen[bytes]] = {}
         self.started_s: dict[int, float] = {}
+        self.served: set[int] = set()
+        """Those that have got so far that another start is worth while."""
         self.restarts = 0
 
     def start(self) -> None:
@@ -168,26 +170,34 @@ class ApiProcesses:
         process.stdin.write(msgspec.json.encode(start))
         process.stdin.close()
         self.processes[index] = process
+        self.served.discard(index)
         self.started_s[index] = time.monotonic()
 
     async def watch(self) -> None:
-        """Restart API processes that die; raise if one dies while starting or too often."""
+        """Restart API processes that die; raise if one dies before it serves, or too often."""
         while True:
             await asyncio.sleep(0.5)
             for index, process in list(self.processes.items()):
                 code = process.poll()
+                if self._is_accepting(index):
+                    self.served.add(index)
                 if code is None:
                     continue
                 lived_s = time.monotonic() - self.started_s[index]
                 self.restarts += 1
                 self._forget_metrics(process.pid)
-                if lived_s < API_EARLY_DEATH_S or self.restarts > API_RESTARTS_MAX:
+                if index not in self.served or self.restarts > API_RESTARTS_MAX:
                     raise RuntimeError(
                         f"API process {index} ended with code {code} after {lived_s:.0f} s "
                         f"(restart {self.restarts} of at most {API_RESTARTS_MAX})"
                     )
                 logger.error("API process %d ended with code %d: starting another", index, code)
                 self._start(index)
+
+    def _is_accepting(self, index: int) -> bool:
+        assert self.loads.buf is not None
+        load: int = LOAD.unpack_from(self.loads.buf, LOAD.size * index)[0]
+        return load != NOT_ACCEPTING
 
     def _forget_metrics(self, pid: int) -> None:
         """Gauges of a process count while it lives; what it has counted stays."""

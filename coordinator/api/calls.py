@@ -23,11 +23,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import msgspec
-from vllm.sampling_params import SamplingParams
+from vllm.sampling_params import SamplingParams, SamplingType
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 
 from coordinator import protocol
-from coordinator.api.exchange import CallRecord, Failure
+from coordinator.api.exchange import CallRecord, Continuation, Failure
 from coordinator.blocks import hash_blocks
 from coordinator.limits import Limits
 from coordinator.protocol import CallContext, Placed, split_engine_request_id
@@ -395,6 +395,8 @@ class Calls:
         first = not record.started
         if first:
             call.started_s = now_s
+        elif call.tokens:
+            record.continuations.append(_continuation(call))
         if (stats := output.prefill_stats) is not None:
             record.moved_tokens = stats.num_external_cached_tokens
             record.local_cached_tokens = stats.num_local_cached_tokens
@@ -550,6 +552,16 @@ def resume_request(request: EngineCoreRequest, tokens: Sequence[int]) -> EngineC
         prompt_token_ids=[*request.prompt_token_ids, *tokens],
         sampling_params=changed,
     )
+
+
+def _continuation(call: Call) -> Continuation:
+    """What the client is told of a call whose first token on another worker is there."""
+    assert call.resumed_tokens == len(call.tokens), call.submit.request
+    assert call.engine_request.sampling_params is not None
+    # A seed too begins anew: an engine draws from its own generator per request, whose state
+    # nobody can ask for or set.
+    restarted = call.engine_request.sampling_params.sampling_type != SamplingType.GREEDY
+    return Continuation(call.record.decode, call.resumed_tokens, restarted)
 
 
 def _is_resumable(params: SamplingParams) -> bool:

@@ -176,7 +176,7 @@ class ClusterEngineCore(EngineCoreClient):
     async def add_request_async(self, request: EngineCoreRequest) -> None:
         """Start a call."""
         exchange = current_exchange.get() or Exchange()
-        record = CallRecord(request.request_id)
+        record = CallRecord(request.request_id, continuations=exchange.continuations)
         exchange.calls.append(record)
         assert self.processor is not None
         state = self.processor.request_states.get(request.request_id)
@@ -274,6 +274,10 @@ class ClusterEngineCore(EngineCoreClient):
         finally:
             del self._snapshots[number]
 
+    def hears_core(self) -> bool:
+        """Whether the core has taken this process in and answers its beats."""
+        return self.link.is_heard(self.calls.limits.beats_missed, time.monotonic())
+
     # --- Wire -------------------------------------------------------------------------
 
     def to_core(self, message: protocol.Message) -> bool:
@@ -326,7 +330,7 @@ class ClusterEngineCore(EngineCoreClient):
                 self.calls.on_welcome(message.core, message.block_size)
             case protocol.Snapshot():
                 self._on_snapshot(message)
-            case protocol.Refused() | protocol.Unknown():
+            case protocol.Alive() | protocol.Refused() | protocol.Unknown():
                 raise AssertionError("the link keeps these to itself")
 
     def _on_snapshot(self, snapshot: protocol.Snapshot) -> None:
@@ -485,14 +489,16 @@ class ClusterClient(AsyncLLM):
     @property
     def dead_error(self) -> BaseException:
         """What requests get when the cluster can't serve."""
+        if not self.cluster.hears_core():
+            return CallError(Failure(503, "the coordinator's core does not answer"))
         return CallError(Failure(503, "no worker is up"))
 
     def is_ready(self) -> bool:
         """Whether a call could be served now: core and a worker that decodes are there."""
-        return self.cluster.link.welcome is not None and bool(self.cluster.workers)
+        return self.cluster.hears_core() and bool(self.cluster.workers)
 
     async def check_health(self) -> None:
-        """As vLLM's; being without workers is unhealthy too."""
+        """As vLLM's; being without core or workers is unhealthy too."""
         await super().check_health()
         if not self.is_ready():
             raise self.dead_error

@@ -27,9 +27,27 @@ class Failure:
         return HTTPStatus(self.status).phrase
 
 
+@dataclass(frozen=True, slots=True)
+class Continuation:
+    """A call went on on another worker behind the tokens that its client already had.
+
+    ``sampling_restarted``: what is drawn from there on is not what the lost worker would
+    have drawn, since the state of its random numbers is lost with it.
+    """
+
+    worker: str
+    after_tokens: int
+    sampling_restarted: bool
+
+    def text(self, separator: str) -> str:
+        """As clients read it."""
+        restarted = f"{separator}sampling restarted" if self.sampling_restarted else ""
+        return f"{self.worker} after {self.after_tokens} tokens{restarted}"
+
+
 @dataclass(slots=True)
 class CallRecord:
-    """What is known of one call by now."""
+    """What is known of one call by now. ``continuations``: the list of its whole exchange."""
 
     request: str
     planned: bool = False
@@ -40,6 +58,7 @@ class CallRecord:
     local_cached_tokens: int = 0
     moved_tokens: int = 0
     started: bool = False
+    continuations: list[Continuation] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -50,6 +69,8 @@ class Exchange:
     request_id: str = ""
     calls: list[CallRecord] = field(default_factory=list)
     failure: Failure | None = None
+    continuations: list[Continuation] = field(default_factory=list)
+    """Of all its calls, as they came."""
 
     @property
     def decided(self) -> bool:
@@ -71,6 +92,9 @@ class Exchange:
             moved = sum(call.moved_tokens for call in self.calls)
             headers["X-Pythia-Cached-Tokens"] = str(cached)
             headers["X-Pythia-Moved-Tokens"] = str(moved)
+        if self.continuations:
+            texts = [continuation.text("; ") for continuation in self.continuations]
+            headers["X-Pythia-Continued"] = ", ".join(texts)
         return headers
 
 

@@ -3,17 +3,20 @@
 Bounds and reads the body, finds out who speaks, and holds the start of the response back
 until it is known who serves the call. So the response's headers can name the workers,
 and a call that is refused after vLLM has begun a stream still gets a real HTTP status.
+A stream of events is never just cut: if something raises behind its start, the front ends
+it with an error event.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from coordinator.api.errors import ANTHROPIC_PATH, error_body
+from coordinator.api.events import CONTENT_TYPE, EventStream
 from coordinator.api.exchange import Exchange, Failure, current_exchange
 from coordinator.api.identity import call_context
 
@@ -23,15 +26,6 @@ HELD_CHUNKS_MAX = 64
 CONTENT_LENGTH_DIGITS_MAX = 18
 KEPT_HEADERS = ("access-control-", "vary", "x-request-id")
 """Headers of a response that also belong to the error put in its place; by their beginning."""
-ANTHROPIC_PATH = "/v1/messages"
-ANTHROPIC_ERRORS = {
-    400: "invalid_request_error",
-    401: "authentication_error",
-    404: "not_found_error",
-    413: "request_too_large",
-    429: "rate_limit_error",
-    503: "overloaded_error",
-}
 
 
 class Front:
@@ -65,12 +59,9 @@ class Front:
             await self.app(scope, receive, response.send)
         except Exception:
             logger.exception("%s %s failed", scope["method"], scope["path"])
-            # Raised on, it makes the server close the connection: right for an answer that
-            # was cut short, wrong for one that the client has got whole.
-            if response.begun and not response.complete:
+            if not await response.fail():
+                # Makes the server close the connection.
                 raise
-            if not response.begun:
-                await response.refuse(exchange.failure or _blame(exchange))
         finally:
             current_exchange.reset(token)
 
@@ -127,6 +118,7 @@ class Response:
         self._send = send
         self._start: Message | None = None
         self._held: list[Message] = []
+        self._events: EventStream | None = None
         self._released = False
         self._refused = False
         self.complete = False
@@ -135,13 +127,19 @@ class Response:
         """ASGI's ``send``."""
         if self._refused:
             return
-        if message["type"] == "http.response.body" and not message.get("more_body", False):
-            self.complete = True
+        if message["type"] == "http.response.body":
+            self.complete = not message.get("more_body", False)
+            body = message.get("body", b"")
+            if self._events is not None and (marks := self._events.passing(body)):
+                message = {**message, "body": marks + body}
         if self._released:
             await self._send(message)
             return
         if message["type"] == "http.response.start":
             self._start = message
+            content_type = Headers(raw=list(message["headers"])).get("content-type", "")
+            if content_type.startswith(CONTENT_TYPE):
+                self._events = EventStream(self.exchange, self.path)
             return
         self._held.append(message)
         if self._must_wait(message):
@@ -203,6 +201,23 @@ class Response:
             headers["Retry-After"] = str(max(1, round(failure.retry_after_s)))
         return headers
 
+    async def fail(self) -> bool:
+        """Something raised: tell the client, where it stands, that this is not the answer.
+
+        False if only a connection that is cut can tell it, behind half of something else than
+        events. An answer that the client has got whole stays one.
+        """
+        failure = self.exchange.failure
+        if not self.begun:
+            await self.refuse(failure or _blame(self.exchange))
+        elif not self.complete:
+            if self._events is None:
+                return False
+            self.complete = True
+            body = self._events.error(failure or Failure(500, "internal error"))
+            await self._send({"type": "http.response.body", "body": body})
+        return True
+
     async def refuse(self, failure: Failure) -> None:
         """Answer with an error in the shape of the API that was asked."""
         self._refused = True
@@ -231,18 +246,3 @@ def _blame(exchange: Exchange) -> Failure:
     if exchange.calls:
         return Failure(500, "internal error")
     return Failure(400, "the request could not be processed: a part of it is not as it should be")
-
-
-def error_body(path: str, failure: Failure) -> dict[str, Any]:
-    """The failure in OpenAI's shape, or Anthropic's for its path."""
-    if path.startswith(ANTHROPIC_PATH):
-        kind = ANTHROPIC_ERRORS.get(failure.status, "api_error")
-        return {"type": "error", "error": {"type": kind, "message": failure.message}}
-    return {
-        "error": {
-            "message": failure.message,
-            "type": failure.kind,
-            "param": None,
-            "code": failure.status,
-        }
-    }

@@ -116,6 +116,9 @@ async def _serve_http(app: object, arguments: Namespace, start: ApiStart) -> Non
         options["log_config"] = log_config
     # Views of the memory have to be gone before it can be let go.
     with loads.buf.cast("i") as slots, slots[: start.config.api_servers] as shares:
+        if not several:
+            # vLLM's server says that it serves only where there are others to know.
+            shares[start.index] = 0
         await _serve_until_stopped(
             app, arguments, listener, (shares, start.index) if several else None, options
         )

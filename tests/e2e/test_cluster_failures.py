@@ -8,6 +8,7 @@ import os
 import random
 import signal
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -139,21 +140,39 @@ def body_of(dice: random.Random, tokens: int, output: int) -> dict[str, Any]:
     }
 
 
-async def token_ids(client: httpx.AsyncClient, body: dict[str, Any]) -> list[int]:
-    """The whole answer's tokens, streamed; AssertionError unless it ends with a finish reason."""
-    tokens: list[int] = []
+@dataclass
+class Answer:
+    """A whole streamed answer. ``decode``: who began it; ``marks``: comments between its events,
+    each with the number of tokens that came before."""
+
+    tokens: list[int] = field(default_factory=list)
+    decode: str = ""
+    marks: list[tuple[int, str]] = field(default_factory=list)
+
+
+async def answer_of(client: httpx.AsyncClient, body: dict[str, Any]) -> Answer:
+    """The answer, streamed; AssertionError unless it ends with a finish reason."""
+    answer = Answer()
     finish = None
     async with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as response:
         assert response.status_code == 200, await response.aread()
+        answer.decode = response.headers.get("X-Pythia-Decode", "")
         async for line in response.aiter_lines():
-            if line.startswith("data: {"):
+            if line.startswith(":"):
+                answer.marks.append((len(answer.tokens), line))
+            elif line.startswith("data: {"):
                 chunk = msgspec.json.decode(line[6:])
                 assert "error" not in chunk, chunk
                 for choice in chunk["choices"]:
-                    tokens += choice["token_ids"] or []
+                    answer.tokens += choice["token_ids"] or []
                     finish = choice["finish_reason"] or finish
     assert finish == "length"
-    return tokens
+    return answer
+
+
+async def token_ids(client: httpx.AsyncClient, body: dict[str, Any]) -> list[int]:
+    """The whole answer's tokens, streamed."""
+    return (await answer_of(client, body)).tokens
 
 
 @contextlib.asynccontextmanager
@@ -168,18 +187,28 @@ async def client_of(server: Server) -> Any:
 async def test_streams_go_on_when_their_decode_worker_is_killed(
     cluster: Server, oracle: Server, control: Control
 ) -> None:
-    """Greedy streams continue on the other worker; nobody can tell from the tokens."""
+    """Greedy streams continue on the other worker; nobody can tell from the tokens, but the
+    stream says it in a comment. A seeded one goes on, too, with other random numbers."""
     dice = random.Random(SEED)
     bodies = [body_of(dice, tokens, 150) for tokens in (20, 60, 400, 700, 30, 900)]
+    seeded = [body_of(dice, 40, 150) | {"temperature": 1.0, "seed": seed} for seed in (1, 2)]
     async with client_of(oracle) as client:
         expected = [await token_ids(client, body) for body in bodies]
     async with client_of(cluster) as client, asyncio.timeout(ENDS_S):
-        running = [asyncio.create_task(token_ids(client, body)) for body in bodies]
+        running = [asyncio.create_task(answer_of(client, body)) for body in bodies + seeded]
         victim = await asyncio.to_thread(_busy_decode_worker, control)
         await asyncio.to_thread(kill_worker, cluster, control, victim)
         answers = await asyncio.gather(*running)
         assert (await client.get("/ready")).status_code == 200
-    assert answers == expected
+    assert [answer.tokens for answer in answers[: len(bodies)]] == expected
+    assert sum(len(answer.marks) for answer in answers) >= 2
+    for number, answer in enumerate(answers):
+        assert len(answer.tokens) == 150
+        for tokens, mark in answer.marks:
+            assert answer.decode == victim
+            restarted = ", sampling restarted" if number >= len(bodies) else ""
+            other = {"decode-0": "decode-1", "decode-1": "decode-0"}[victim]
+            assert mark == f": pythia continued on {other} after {tokens} tokens{restarted}"
     await asyncio.to_thread(control.wait_until_quiet)
 
 

@@ -19,6 +19,7 @@ from coordinator.core import Core, Send
 from coordinator.limits import Limits, Placement
 from coordinator.protocol import (
     Abort,
+    Alive,
     ApiBeat,
     Beat,
     Check,
@@ -242,7 +243,7 @@ class FakeApi:
         self.patience_s = 1.2 * call_s
         self.welcome = False
         self.core = ""
-        self.said_s = float("-inf")
+        self.said_s = self.heard_s = float("-inf")
         self.workers: dict[str, str] = {}
         self.calls: dict[str, FakeCall] = {}
         self.ends: dict[str, list[str]] = {}
@@ -286,6 +287,8 @@ class FakeApi:
         match message:
             case Welcome():
                 self._welcomed(message.core)
+            case Alive():
+                self.heard_s = now_s
             case Unknown():
                 self.welcome, self.said_s = False, now_s
                 out = [(CORE, Hello(self.name))]

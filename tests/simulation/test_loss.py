@@ -99,6 +99,8 @@ def test_every_call_finishes_when_nothing_is_lost() -> None:
     world = run_cluster(0, loss=0.0)
     world.assert_quiet()
     assert set(world.ends()) == {"finished"}
+    for api in world.apis.values():
+        assert world.now_s - api.heard_s <= 2 * LIMITS.beat_s, "its beats are answered"
     assert world.core.counters["plans_remote"] > 0
     assert world.core.counters["pairs_warmed"] == len(WORKERS) * (len(WORKERS) - 1)
 

@@ -10,7 +10,7 @@ from vllm.v1.metrics.stats import PrefillStats
 from coordinator import protocol
 from coordinator.api import calls as subject
 from coordinator.api.calls import Calls, needs_one_worker, resume_request
-from coordinator.api.exchange import CallRecord, Failure
+from coordinator.api.exchange import CallRecord, Continuation, Failure
 from coordinator.limits import Limits
 from coordinator.protocol import (
     Abort,
@@ -351,6 +351,38 @@ def test_the_stream_goes_on_behind_what_the_client_has(bench: Bench) -> None:
         False,
     ], "the prompt is counted once"
     assert started == Started("api", "r", 2)
+
+
+@pytest.mark.parametrize(
+    ("params", "restarted"),
+    [
+        ({"temperature": 0.0}, False),
+        ({"temperature": 0.0, "seed": 7}, False),
+        ({"temperature": 0.7}, True),
+        ({"temperature": 0.7, "seed": 7}, True),
+    ],
+)
+def test_a_call_that_goes_on_elsewhere_says_so(
+    bench: Bench, params: dict[str, object], restarted: bool
+) -> None:
+    record = bench.submit(max_tokens=10, **params)
+    bench.plan(prefill=None)
+    bench.lose(DECODER)
+    bench.plan(attempt=2, prefill=None)
+    bench.tokens([7, 8], attempt=2)
+    assert not record.continuations, "nothing had been said"
+    bench.lose(DECODER)
+    bench.plan(attempt=3, prefill=None)
+    bench.lose(DECODER)
+    bench.plan(attempt=4, prefill=None, decode=OTHER_DECODER)
+    assert not record.continuations, "it does not go on yet"
+    bench.tokens([9], worker=OTHER_DECODER, attempt=4)
+    bench.tokens([10], worker=OTHER_DECODER, attempt=4)
+    assert record.continuations == [Continuation("decode-1", 2, restarted)]
+    bench.lose(OTHER_DECODER)
+    bench.plan(attempt=5, prefill=None)
+    bench.tokens([11], FinishReason.STOP, attempt=5)
+    assert record.continuations[1:] == [Continuation("decode-0", 4, restarted)]
 
 
 def test_late_tokens_of_the_former_attempt_are_not_seen(bench: Bench) -> None:

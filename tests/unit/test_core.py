@@ -11,6 +11,7 @@ from coordinator import core
 from coordinator.core import Core
 from coordinator.limits import Limits, Placement
 from coordinator.protocol import (
+    Alive,
     ApiBeat,
     Beat,
     CallContext,
@@ -296,6 +297,13 @@ def test_unknown_api_processes_are_asked_to_introduce_themselves() -> None:
     assert bed.say("api", Finished("api", "r", 1, "stop")) == []
     assert bed.core.counters["messages_unknown_sender"] == 2
     assert "protocol" in str(bed.say("api", Hello("api", protocol_version=9)))
+
+
+def test_an_api_processs_beat_is_answered() -> None:
+    bed = Bed()
+    bed.cluster("decode")
+    assert bed.say("api", ApiBeat("api")) == [("api", Alive("core"))]
+    assert bed.say("decode-0", Beat("decode-0", "1", Load())) == []
 
 
 def test_an_api_process_may_come_back_over_another_connection() -> None:

@@ -9,8 +9,15 @@ from typing import Any
 
 import httpx
 import pytest
+from openai.types.responses import ResponseErrorEvent
 
-from coordinator.api.exchange import CallRecord, Exchange, Failure, current_exchange
+from coordinator.api.exchange import (
+    CallRecord,
+    Continuation,
+    Exchange,
+    Failure,
+    current_exchange,
+)
 from coordinator.api.front import HELD_CHUNKS_MAX, Front
 
 BODY_MAX = 1000
@@ -266,10 +273,10 @@ async def test_an_app_that_raises_gets_an_answer_before_the_client_has_one(
     assert current_exchange.get() is None
 
 
-async def test_an_app_that_raises_behind_the_first_tokens_ends_the_connection() -> None:
+async def test_an_answer_of_another_kind_that_is_cut_short_ends_the_connection() -> None:
     async def app(scope: Any, receive: Receive, send: Send) -> None:
         exchange_now().calls.append(started_call())
-        await start(send)
+        await start(send, content_type="application/octet-stream")
         await chunk(send, b"token")
         raise RuntimeError("ours")
 
@@ -279,6 +286,103 @@ async def test_an_app_that_raises_behind_the_first_tokens_ends_the_connection() 
         await conversation.run()
     assert conversation.content == b"token"
     assert current_exchange.get() is None
+
+
+def raising(*events: bytes, failure: Failure | None = None) -> App:
+    """As vLLM does when something raises behind the first events of a stream."""
+
+    async def app(scope: Any, receive: Receive, send: Send) -> None:
+        exchange_now().calls.append(started_call())
+        await start(send, content_type="text/event-stream; charset=utf-8")
+        for event in events:
+            await chunk(send, event)
+        exchange_now().failure = failure
+        raise RuntimeError("a secret of ours")
+
+    return app
+
+
+async def end_of_stream(app: App, path: str) -> bytes:
+    """What is added to the events of a stream into which something raises."""
+    conversation = Conversation(app, path=path)
+    conversation.body(b"{}")
+    await conversation.run()
+    assert conversation.status == 200
+    assert [message.get("more_body", False) for message in conversation.sent[1:]][-1] is False
+    assert b"secret" not in conversation.content
+    assert current_exchange.get() is None
+    (_, last) = conversation.content.split(b"token\n\n")
+    return last
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+async def test_a_stream_into_which_something_raises_ends_with_openais_error(
+    path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    end = await end_of_stream(raising(b"data: token\n\n"), path)
+    error, done, rest = end.split(b"\n\n")
+    assert json.loads(error.removeprefix(b"data: "))["error"] == {
+        "message": "internal error",
+        "type": "Internal Server Error",
+        "param": None,
+        "code": 500,
+    }
+    assert (done, rest) == (b"data: [DONE]", b"")
+    assert "a secret of ours" in caplog.text, "we are told the whole story"
+
+
+async def test_a_stream_into_which_something_raises_ends_with_anthropics_error() -> None:
+    app = raising(b"event: x\ndata: token\n\n", failure=Failure(503, "the worker was lost"))
+    end = await end_of_stream(app, "/v1/messages")
+    name, data = end.removesuffix(b"\n\n").split(b"\n")
+    assert name == b"event: error"
+    assert json.loads(data.removeprefix(b"data: ")) == {
+        "type": "error",
+        "error": {"type": "overloaded_error", "message": "the worker was lost"},
+    }
+
+
+async def test_a_responses_stream_into_which_something_raises_ends_with_its_error() -> None:
+    app = raising(b"data: a\n\n", b"data: b\n\ndata: token\n\n", failure=Failure(503, "lost"))
+    end = await end_of_stream(app, "/v1/responses")
+    name, data = end.removesuffix(b"\n\n").split(b"\n")
+    assert name == b"event: error"
+    event = ResponseErrorEvent.model_validate_json(data.removeprefix(b"data: "))
+    assert (event.type, event.message, event.sequence_number) == ("error", "lost", 3)
+
+
+async def test_an_error_in_the_middle_of_an_event_is_an_event_of_its_own() -> None:
+    conversation = Conversation(raising(b'data: {"half'))
+    conversation.body(b"{}")
+    await conversation.run()
+    half, error, done, _ = conversation.content.split(b"\n\n")
+    assert half == b'data: {"half'
+    assert json.loads(error.removeprefix(b"data: "))["error"]["code"] == 500
+    assert done == b"data: [DONE]"
+
+
+async def test_a_stream_of_something_else_than_a_call_ends_with_an_error_too() -> None:
+    async def app(scope: Any, receive: Receive, send: Send) -> None:
+        await start(send, content_type="text/event-stream")
+        await chunk(send, b"data: token\n\n")
+        raise RuntimeError("ours")
+
+    conversation = Conversation(app, method="GET", path="/v1/responses/r")
+    await conversation.run()
+    assert b"internal error" in conversation.content
+
+
+async def test_a_whole_stream_stays_one_whatever_raises_behind_it() -> None:
+    async def app(scope: Any, receive: Receive, send: Send) -> None:
+        exchange_now().calls.append(started_call())
+        await start(send, content_type="text/event-stream")
+        await chunk(send, b"data: [DONE]\n\n", more=False)
+        raise RuntimeError("ours")
+
+    conversation = Conversation(app)
+    conversation.body(b"{}")
+    await conversation.run()
+    assert conversation.content == b"data: [DONE]\n\n"
 
 
 async def test_what_vllm_can_not_process_before_any_call_is_the_requests_fault() -> None:
@@ -302,6 +406,66 @@ async def test_an_unknown_path_gets_the_apis_shape() -> None:
     await conversation.run()
     assert conversation.status == 404
     assert json.loads(conversation.content)["error"]["code"] == 404
+
+
+# --- calls that go on elsewhere -------------------------------------------------------------------
+
+
+def continuing(content_type: str, *pieces: bytes) -> App:
+    """A call that goes on on another worker behind its first piece, and again behind the second."""
+
+    async def app(scope: Any, receive: Receive, send: Send) -> None:
+        exchange_now().calls.append(started_call())
+        await start(send, content_type=content_type)
+        for number, piece in enumerate(pieces):
+            await chunk(send, piece, more=number + 1 < len(pieces))
+            continuation = Continuation(f"decode-{number}", 57 + number, not number)
+            exchange_now().continuations.append(continuation)
+
+    return app
+
+
+async def test_a_stream_says_where_it_went_on_in_comments_between_its_events() -> None:
+    app = continuing("text/event-stream", b"data: a\n\n", b"data: b\n\n", b"data: c\n\n")
+    conversation = Conversation(app)
+    conversation.body(b"{}")
+    await conversation.run()
+    assert conversation.content == (
+        b"data: a\n\n"
+        b": pythia continued on decode-0 after 57 tokens, sampling restarted\n\n"
+        b"data: b\n\n"
+        b": pythia continued on decode-1 after 58 tokens\n\n"
+        b"data: c\n\n"
+    )
+
+
+async def test_a_comment_waits_for_the_end_of_an_event() -> None:
+    app = continuing("text/event-stream", b"data: a\n", b"\n", b"data: c\n\n")
+    conversation = Conversation(app)
+    conversation.body(b"{}")
+    await conversation.run()
+    parts = conversation.content.split(b"\n\n")
+    assert [part[:8] for part in parts] == [b"data: a", b": pythia", b": pythia", b"data: c", b""]
+
+
+async def test_a_whole_answer_says_where_it_went_on_in_its_head() -> None:
+    async def app(scope: Any, receive: Receive, send: Send) -> None:
+        exchange = exchange_now()
+        exchange.calls.append(started_call())
+        exchange.continuations += [
+            Continuation("decode-1", 57, True),
+            Continuation("decode-2", 80, False),
+        ]
+        await start(send, content_type="application/json")
+        await chunk(send, b"{}", more=False)
+
+    conversation = Conversation(app)
+    conversation.body(b"{}")
+    await conversation.run()
+    assert conversation.headers["x-pythia-continued"] == (
+        "decode-1 after 57 tokens; sampling restarted, decode-2 after 80 tokens"
+    )
+    assert conversation.content == b"{}"
 
 
 # --- the request's body ---------------------------------------------------------------------------

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -16,7 +17,16 @@ import zmq
 from coordinator import link as subject
 from coordinator import protocol, sockets
 from coordinator.link import ControlLink, GarbageCounter, refuse_pickle
-from coordinator.protocol import ApiBeat, Hello, Refused, Unknown, Welcome, WorkerGone, encode
+from coordinator.protocol import (
+    Alive,
+    ApiBeat,
+    Hello,
+    Refused,
+    Unknown,
+    Welcome,
+    WorkerGone,
+    encode,
+)
 from coordinator.sockets import make_socket
 
 WAIT_S = 10.0
@@ -84,6 +94,14 @@ async def context() -> AsyncIterator[zmq.Context[Any]]:
     context.destroy(linger=0)
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for it, but not for ever."""
+    deadline_s = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline_s
+        await asyncio.sleep(0.005)
+
+
 @asynccontextmanager
 async def running(link: ControlLink[protocol.CoreToApi]) -> AsyncIterator[asyncio.Task[None]]:
     task = asyncio.create_task(link.run())
@@ -110,6 +128,33 @@ async def test_a_peer_introduces_itself_until_it_is_taken_in_then_beats(
         await asyncio.wait_for(peer.link.welcomed(), WAIT_S)
         assert peer.link.core == "core-1"
         assert await core.hear(ApiBeat) == ApiBeat("api", 3)
+    core.close()
+
+
+async def test_a_core_is_heard_as_long_as_it_answers_beats(context: zmq.Context[Any]) -> None:
+    core = PlayedCore(context)
+    peer = Peer(context, core.address)
+    async with running(peer.link):
+        await core.hear(Hello)
+        assert not peer.link.is_heard(5, time.monotonic()), "it has not taken us in"
+        core.say(encode(Welcome(0.05, "core-1")))
+        await peer.hear()
+        for _ in range(3):
+            await core.hear(ApiBeat)
+            said_s = time.monotonic()
+            core.say(encode(Alive("core-1")))
+            await until(lambda since_s=said_s: peer.link.heard_s > since_s)
+            assert peer.link.is_heard(5, time.monotonic())
+        for garbage in GARBAGE:
+            core.say(garbage)
+        # It is gone, or stands still: beats are not answered.
+        heard_s = peer.link.heard_s
+        await until(lambda: not peer.link.is_heard(5, time.monotonic()))
+        assert time.monotonic() - heard_s >= 5.5 * 0.05
+        assert peer.link.heard_s == heard_s, "garbage does not count"
+        core.say(encode(Alive("core-1")))
+        await until(lambda: peer.link.is_heard(5, time.monotonic()))
+        assert peer.heard.empty(), "the link keeps these to itself"
     core.close()
 
 

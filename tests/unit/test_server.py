@@ -266,10 +266,13 @@ def test_one_api_process_keeps_its_metrics_to_itself(standin: Path) -> None:
         apis.stop()
 
 
-async def test_an_api_process_that_dies_is_replaced_and_its_traces_go(
-    standin: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(subject, "API_EARLY_DEATH_S", 0.0)
+def serves(apis: ApiProcesses, index: int) -> None:
+    """An API process has begun to take connections."""
+    assert apis.loads.buf is not None
+    subject.LOAD.pack_into(apis.loads.buf, subject.LOAD.size * index, 0)
+
+
+async def test_an_api_process_that_dies_is_replaced_and_its_traces_go(standin: Path) -> None:
     apis = ApiProcesses(config(api_servers=2))
     assert apis.metrics_dir is not None
     watching = None
@@ -281,7 +284,7 @@ async def test_an_api_process_that_dies_is_replaced_and_its_traces_go(
         counter = Path(apis.metrics_dir.name) / f"counter_{dead}.db"
         for path in (*gauges, counter):
             path.touch()
-        subject.LOAD.pack_into(apis.loads.buf, subject.LOAD.size, 0)  # type: ignore[arg-type]
+        serves(apis, 1)
         watching = asyncio.create_task(apis.watch())
         os.kill(dead, signal.SIGKILL)
         await asyncio.to_thread(starts, standin, 3)
@@ -292,6 +295,21 @@ async def test_an_api_process_that_dies_is_replaced_and_its_traces_go(
     finally:
         if watching is not None:
             watching.cancel()
+        apis.stop()
+
+
+async def test_an_api_process_that_dies_again_and_again_ends_the_coordinator(
+    standin: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subject, "API_RESTARTS_MAX", 0)
+    apis = ApiProcesses(config())
+    try:
+        apis.start()
+        serves(apis, 0)
+        apis.processes[0].kill()
+        with pytest.raises(RuntimeError, match="restart 1 of at most 0"):
+            await asyncio.wait_for(apis.watch(), WAIT_S)
+    finally:
         apis.stop()
 
 
