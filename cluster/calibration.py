@@ -16,6 +16,8 @@ import msgspec
 from coordinator.cost import Efficiency, Hardware, ModelShape, StepCost
 
 VERSION = 1
+SHIPPED = Path(__file__).with_name("calibrations")
+"""Calibrations that come with Pythia, each with source and licence inside."""
 
 
 class CalibrationError(ValueError):

@@ -8,7 +8,8 @@ disturbed measurements do not bend the rest.
 
 Shares end at 1, the published peak. What the points say nothing about keeps the value it
 had. A single engine can't tell apart costs per step, per layer and per collective: they are
-all put into ``step_s``, so a fit is good for its own model and tensor parallel size.
+all put into ``layer_s``, since most of them are kernels' latencies. A fit is good for its own
+model and tensor parallel size, and a first guess for others on the same hardware.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from coordinator.cost import PUBLISHED, Efficiency, Hardware, ModelShape, StepCo
 SHARES_OF_COMPUTE = ("gemm", "expert", "attention")
 SHARES_OF_MEMORY = ("weights", "kv")
 SHARES = (*SHARES_OF_COMPUTE, *SHARES_OF_MEMORY, "link")
-OVERHEADS = ("step_s", "sequence_s")
+OVERHEADS = ("layer_s", "sequence_s")
 POINTS_MIN = 4
 HELD_OUT_EVERY = 3
 ROUNDS = 8
@@ -53,7 +54,7 @@ def fit(
     """
     if len(points) < POINTS_MIN or min(point.seconds for point in points) <= 0:
         raise CalibrationError(f"a fit takes at least {POINTS_MIN} points, all longer than 0 s")
-    start = msgspec.structs.replace(start, layer_s=0.0, allreduce_s=0.0, source=source)
+    start = msgspec.structs.replace(start, step_s=0.0, allreduce_s=0.0, source=source)
     best, best_loss = start, float("inf")
     for (compute, read), unhidden in itertools.product(STARTS, UNHIDDEN):
         current = msgspec.structs.replace(
@@ -118,7 +119,7 @@ def terms(cost: StepCost, point: Point) -> dict[str, float]:
         attention(peak.pair * pairs, peak.kv_read * seen)
         found["gemm"] += peak.expand * point.context_tokens
     found["link"] += peak.link * tokens
-    found["step_s"], found["sequence_s"] = 1.0, float(sequences)
+    found["layer_s"], found["sequence_s"] = float(cost.shape.layers), float(sequences)
     return found
 
 
