@@ -1,7 +1,8 @@
 """Accelerators that Pythia knows, at their published peaks.
 
 FLOP/s are dense (NVIDIA's data sheets print twice as much, "with sparsity"), links are per
-GPU in one direction, memory is what the data sheet says (10^9 bytes to a GB).
+GPU in one direction. The data sheets' gigabytes of memory are of 2^30 bytes, as AIConfigurator
+0.12.0's system files have them, too.
 
 Sources, by entry:
 
@@ -30,6 +31,7 @@ from __future__ import annotations
 from coordinator.cost import Hardware, Link, Tier
 
 LINK_LATENCY_S = 10e-6
+GIB = 2**30
 CPU_UNIT_FLOPS_PER_S = 1e13
 CPU_UNIT_BYTES_PER_S = 1e12
 
@@ -49,28 +51,28 @@ HARDWARE = {
         name="a100-80gb",
         flops_per_s={"bf16": 312e12, "fp32": 19.5e12},
         memory_bytes_per_s=2.039e12,
-        memory_bytes=80e9,
+        memory_bytes=80 * GIB,
         links=_links(300, 32, 200),
     ),
     "h100": Hardware(
         name="h100",
         flops_per_s={"bf16": 989e12, "fp8": 1979e12, "fp32": 67e12},
         memory_bytes_per_s=3.35e12,
-        memory_bytes=80e9,
+        memory_bytes=80 * GIB,
         links=_links(450, 64, 400),
     ),
     "h200": Hardware(
         name="h200",
         flops_per_s={"bf16": 989e12, "fp8": 1979e12, "fp32": 67e12},
         memory_bytes_per_s=4.8e12,
-        memory_bytes=141e9,
+        memory_bytes=141 * GIB,
         links=_links(450, 64, 400),
     ),
     "b200": Hardware(
         name="b200",
         flops_per_s={"bf16": 2250e12, "fp8": 4500e12, "fp4": 9000e12, "fp32": 80e12},
         memory_bytes_per_s=7.7e12,
-        memory_bytes=180e9,
+        memory_bytes=180 * GIB,
         links=_links(900, 128, 400),
     ),
 }

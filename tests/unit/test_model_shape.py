@@ -111,7 +111,7 @@ def test_what_does_not_fit_says_why() -> None:
     deepseek = model_shape(config("deepseek-v3"), "DeepSeek-V3")
     with pytest.raises(DoesNotFit) as caught:
         StepCost(deepseek, hardware("h100"), tp=8).kv_capacity_tokens()
-    for number in ("8 x h100", "72.0 GB to use", "90% of 80.0 GB", "84.1 GB (of 672.9 GB)"):
+    for number in ("8 x h100", "77.3 GB to use", "90% of 85.9 GB", "84.1 GB (of 672.9 GB)"):
         assert number in str(caught.value)
     assert StepCost(deepseek, hardware("h200"), tp=8).kv_capacity_tokens() > 500_000
 
