@@ -246,6 +246,32 @@ def bench(
     raise typer.Exit(run_bench(name, json_path, model, context.args))
 
 
+@app.command()
+def calibrate(
+    file: OptionalFile = None,
+    model: ModelOption = None,
+    out: Annotated[
+        Path, typer.Option(metavar="PATH", help="The calibration, JSON or YAML.")
+    ] = Path("calibration.json"),
+    json_path: JsonPath = None,
+    hardware: Annotated[
+        str | None, typer.Option(metavar="NAME", help="h200, ...; else by the device's name.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Measurements of each step.")] = 3,
+    longest: Annotated[int, typer.Option(min=64, help="Longest prompt, in tokens.")] = 2048,
+    most: Annotated[int, typer.Option(min=1, help="Largest decode batch.")] = 16,
+) -> None:
+    """Measure an engine's steps and fit the estimates of their times."""
+    from cluster.calibrate import Plan
+    from cluster.calibrate import main as run
+    from cluster.config import worker_config
+    from cluster.model import resolve
+
+    config = _cluster(file, model)
+    worker = worker_config(config, config.workers[0].name, resolve(config.model))
+    raise typer.Exit(run(worker, Plan(repeats, longest, most), out, json_path, hardware))
+
+
 @app.command(name="model")
 def prepare_model(
     name: Annotated[str, typer.Argument(help="smollm2-135m-instruct or tiny-llama.")],
@@ -259,14 +285,18 @@ def prepare_model(
 
 def _exit_code(error: Exception) -> int | None:
     """The exit code of an error that needs no traceback; None for ours."""
+    from cluster.bench.child import ChildError
+    from cluster.calibration import CalibrationError
     from cluster.launch import LaunchError, PreflightError
     from cluster.model_folder import ModelError
+    from cluster.model_shape import ModelShapeError
     from cluster.schema import ConfigError
     from cluster.status import Unreachable
 
     if isinstance(error, ConfigError | PreflightError):
         return REFUSED
-    return FAILED if isinstance(error, LaunchError | ModelError | Unreachable) else None
+    failures = LaunchError | ModelError | ModelShapeError | CalibrationError | ChildError
+    return FAILED if isinstance(error, failures | Unreachable) else None
 
 
 def _cluster(file: Path | None, model: str | None, gpus: int | None = None) -> ClusterConfig:
