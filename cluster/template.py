@@ -63,7 +63,8 @@ class Template:
         with open(os.devnull) as nothing:
             try:
                 return self._original.start(command, {0: nothing.fileno(), 1: log, 2: log})
-            except fork.CanNotFork:
+            except fork.CanNotFork as error:
+                os.write(log, f"starting from nothing: {error}\n".encode())
                 return start_guarded(command, log)
 
     def stop(self) -> None:
@@ -92,7 +93,7 @@ def shared_environment(
     )
     if len(sharers) < SHARERS_MIN:
         return {}, []
-    return wanted[sharers[0]] | _loading_variables(), sharers
+    return _loading_variables() | wanted[sharers[0]], sharers
 
 
 def api_starter() -> StartProcess:

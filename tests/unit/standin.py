@@ -67,6 +67,7 @@ def worker(name: str) -> None:
     announce("loading model")
     about = {
         "forked": HEAVY in sys.modules,
+        "modules": sorted({name.partition(".")[0] for name in sys.modules}),
         "session": os.getsid(0),
         "parent": os.getppid(),
         "stdin": os.readlink("/proc/self/fd/0"),

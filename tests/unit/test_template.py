@@ -14,17 +14,18 @@ from typing import Any
 
 import pytest
 
+from cluster.child import Child, stop_all
 from cluster.config import parse
 from cluster.launch import COORDINATOR, LaunchError, LocalCluster
 from cluster.process import identify, kill_session, session_members
 from cluster.progress import Row
 from cluster.schema import ClusterConfig
-from cluster.template import TEMPLATE, shared_environment
+from cluster.template import TEMPLATE, Template, shared_environment
 from tests.unit.standin import forking_command_of
 
 ROOT = Path(__file__).parents[2]
 STANDIN = Path(__file__).with_name("standin.py")
-WAIT_S = 30.0
+WAIT_S = 60.0
 READY_PROGRAM = (
     "import threading, time; from cluster import fork, template;"
     "connection = fork.connection_on_stdin(); connection.send(template.READY)"
@@ -54,6 +55,10 @@ def said_by(cluster: LocalCluster, name: str) -> dict[str, Any]:
     """What a stand-in worker has noted about itself."""
     log = cluster.log_path(name)
     wait_until(lambda: "waiting" in log.read_text(), f"{name}'s start")
+    return noted(log)
+
+
+def noted(log: Path) -> dict[str, Any]:
     (line,) = (line for line in log.read_text().splitlines() if line.startswith("{"))
     found: dict[str, Any] = json.loads(line)
     return found
@@ -148,6 +153,7 @@ class TestLocalCluster:
         config = config_of("name: one", "name: two")
         with LocalCluster(config, log_dir=tmp_path, command_of=command_of) as cluster:
             assert not said_by(cluster, "one")["forked"]
+            assert "starting from nothing: " in cluster.log_path("one").read_text()
 
 
 def test_forked_processes_die_with_a_killed_launcher(
@@ -172,6 +178,29 @@ def test_forked_processes_die_with_a_killed_launcher(
     finally:
         kill_session(launcher.pid)
         launcher.wait()
+
+
+@pytest.mark.engine
+def test_the_real_template_can_be_forked_and_leaves_nixl_alone(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    """A thread that vLLM starts at import would make every fork a fresh interpreter."""
+    config = config_of("name: one", "name: two")
+    environment, _ = shared_environment(config, str(tiny_model), COORDINATOR)
+    command = [sys.executable, "-m", "cluster.template", str(tiny_model)]
+    template = Template(command, tmp_path / "template.log", environment)
+    try:
+        wait_until(lambda: template.is_ready() or template.child.exit_code(), "vLLM")
+        assert template.is_ready(), template.child.obituary()
+        log = tmp_path / "one.log"
+        child = Child("one", forking_command_of("one", tmp_path), log, template.start)
+        wait_until(lambda: "waiting" in log.read_text(), "start")
+        stop_all([child])
+    finally:
+        template.stop()
+    about = noted(log)
+    assert "vllm" in about["modules"], log.read_text()
+    assert "nixl" not in about["modules"]
 
 
 class TestWhoShares:
