@@ -21,6 +21,7 @@ interpreter. It knows nothing of what it has imported.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import fcntl
@@ -31,7 +32,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -169,10 +172,7 @@ def split_off() -> Original:
 
 
 def serve(connection: socket.socket) -> NoReturn:
-    """Forks whenever it is asked to and ends when the other side is gone.
-
-    Every copy leaves by ``SystemExit`` when its module is done.
-    """
+    """Forks whenever it is asked to and ends when the other side is gone."""
     gc.collect()
     gc.freeze()  # the collector of a copy would touch, and so duplicate, all of this memory
     while True:
@@ -234,7 +234,7 @@ def _fork_or_end() -> int:
 
 
 def _become(start: Start, files: list[int]) -> NoReturn:
-    """In the copy: becomes a process of its own, runs the module, leaves by SystemExit."""
+    """In the copy: becomes a process of its own, runs the module, ends."""
     die_with_parent(start.parent_pid)
     waiting = [fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, FILES_FROM) for number in files]
     for number in files:
@@ -244,8 +244,30 @@ def _become(start: Start, files: list[int]) -> NoReturn:
         os.close(number)
     _forget_the_original(start)
     sys.argv = [start.module, *start.arguments]
-    runpy.run_module(start.module, run_name="__main__", alter_sys=True)
-    raise SystemExit(0)
+    code: object = 0
+    try:
+        runpy.run_module(start.module, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        code = end.code
+    except BaseException:  # noqa: BLE001  (whatever it is ends this process, as anywhere else)
+        traceback.print_exc()
+        code = 1
+    _leave(code)
+
+
+def _leave(code: object) -> NoReturn:
+    """Ends as Python does, but for taking the interpreter apart.
+
+    That would touch, and so duplicate, all memory that is shared with the original.
+    """
+    if not isinstance(code, int | None):
+        print(code, file=sys.stderr)
+        code = 1
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code or 0)
 
 
 def _forget_the_original(start: Start) -> None:

@@ -11,6 +11,7 @@ them from a template, which has imported something: every worker notes if it has
 
 from __future__ import annotations
 
+import atexit
 import http.server
 import json
 import os
@@ -77,6 +78,7 @@ def worker(name: str) -> None:
     print(json.dumps(about), flush=True)
     if name.startswith("crash"):
         print("\n".join(f"line {number}" for number in range(100)))
+        atexit.register(print, "that was all")
         raise SystemExit("no such model: tell the user")
     if name.startswith("stubborn"):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

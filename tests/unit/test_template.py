@@ -118,7 +118,9 @@ class TestLocalCluster:
         cluster = LocalCluster(
             config_of("name: crash", "name: one"), log_dir=tmp_path, command_of=forking_command_of
         )
-        with pytest.raises(LaunchError, match=r"(?s)crash exited with code 1.*tell the user"):
+        with pytest.raises(
+            LaunchError, match=r"(?s)crash exited with code 1.*tell the user.*that was all"
+        ):
             cluster.start()
         cluster.stop()
 
