@@ -21,13 +21,16 @@ import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cluster import fork
 from cluster.child import Child, ChildProcess, start_guarded
 from cluster.config import coordinator_config, worker_config
 from cluster.process import announce
 from cluster.schema import ClusterConfig
-from coordinator.server import ApiProcess, StartProcess, start_fresh
+
+if TYPE_CHECKING:
+    from coordinator.server import ApiProcess, StartProcess
 
 logger = logging.getLogger("pythia.coordinator")
 
@@ -54,7 +57,9 @@ class Template:
 
     def is_ready(self) -> bool:
         """True once all is imported. False for ever if it has died: look at ``child``."""
-        if not self._ready and select.select([self._original.connection], [], [], 0)[0]:
+        waiting = select.poll()
+        waiting.register(self._original.connection, select.POLLIN)
+        if not self._ready and waiting.poll(0):
             self._ready = self._original.connection.recv(len(READY)) == READY
         return self._ready
 
@@ -89,7 +94,9 @@ def shared_environment(
     if config.api.servers == 1:
         wanted[coordinator] = coordinator_config(config, model).environment
     sharers = max(
-        ([name for name in wanted if wanted[name] == each] for each in wanted.values()), key=len
+        ([name for name in wanted if wanted[name] == each] for each in wanted.values()),
+        key=len,
+        default=[],
     )
     if len(sharers) < SHARERS_MIN:
         return {}, []
@@ -101,6 +108,8 @@ def api_starter() -> StartProcess:
 
     To be called while it has a single thread. If that fails later, by fresh interpreters.
     """
+    from coordinator.server import start_fresh
+
     if "coordinator.api.process" not in sys.modules:
         return start_fresh
     original = fork.split_off()

@@ -299,7 +299,10 @@ def test_api_processes_of_a_forked_coordinator(tmp_path: Path) -> None:
 
 
 def test_an_ordinary_coordinator_starts_fresh_ones() -> None:
-    code = "from cluster import template as t; assert t.api_starter() is t.start_fresh"
+    code = (
+        "from cluster import template; from coordinator import server;"
+        "assert template.api_starter() is server.start_fresh"
+    )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
