@@ -37,6 +37,8 @@ logger = logging.getLogger("pythia.coordinator")
 TEMPLATE = "vllm_template"
 """Its name among the processes, which no worker can have."""
 READY = b"ready"
+SINGLE_THREAD = {"OPENBLAS_NUM_THREADS": "1"}
+"""OpenBLAS starts its threads when it is loaded, and a template must have none."""
 SHARERS_MIN = 2
 """For fewer processes than these, a template saves nothing."""
 
@@ -100,7 +102,7 @@ def shared_environment(
     )
     if len(sharers) < SHARERS_MIN:
         return {}, []
-    return _loading_variables() | wanted[sharers[0]], sharers
+    return SINGLE_THREAD | wanted[sharers[0]], sharers
 
 
 def api_starter() -> StartProcess:
@@ -122,17 +124,6 @@ def api_starter() -> StartProcess:
             return start_fresh(command, stdin, inherited)
 
     return start
-
-
-def _loading_variables() -> dict[str, str]:
-    """What has to be set before the libraries are loaded.
-
-    OpenBLAS starts its threads at once, and the template must have none. The memory of
-    models and KV is allocated in huge pages where the kernel lends them on request: touching
-    it page by page costs seconds.
-    """
-    tunables = [os.environ.get("GLIBC_TUNABLES", ""), "glibc.malloc.hugetlb=1"]
-    return {"OPENBLAS_NUM_THREADS": "1", "GLIBC_TUNABLES": ":".join(filter(None, tunables))}
 
 
 def main(model: str) -> None:

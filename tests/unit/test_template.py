@@ -225,12 +225,6 @@ class TestWhoShares:
         config = config_of("name: one, environment: {OMP_NUM_THREADS: 7}")
         assert shared_environment(config, "model", COORDINATOR) == ({}, [])
 
-    def test_tunables_of_the_user_stay(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.arena_max=1")
-        config = config_of("name: one", "name: two")
-        environment, _ = shared_environment(config, "model", COORDINATOR)
-        assert environment["GLIBC_TUNABLES"].startswith("glibc.malloc.arena_max=1:")
-
 
 # --- API processes -----------------------------------------------------------------------------
 
