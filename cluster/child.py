@@ -12,8 +12,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from cluster.process import PHASE_PREFIX, kill_session
 
@@ -24,10 +25,48 @@ STOP_S = 20.0
 POLL_S = 0.05
 
 
+class ChildProcess(Protocol):
+    """What is needed of a started process; ``subprocess.Popen`` has it."""
+
+    pid: int
+    returncode: int | None
+
+    def wait(self) -> int:
+        """Waits for the end and gives the process id back."""
+
+
+StartProcess = Callable[[Sequence[str], int], ChildProcess]
+"""Starts a command line as a child with a session of its own that dies with this process;
+its output goes to the open file of that number."""
+
+
+def start_guarded(
+    command: Sequence[str],
+    log: int,
+    stdin: int = subprocess.DEVNULL,
+    environment: Mapping[str, str] | None = None,
+) -> subprocess.Popen[bytes]:
+    """Starts a fresh program. ``environment``: what is added to this process's own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "cluster.process", str(os.getpid()), *command],
+        stdin=stdin,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env={**child_environment(), **(environment or {})},
+        start_new_session=True,
+    )
+
+
 class Child:
     """A started process. ``name`` is the worker's, or ``coordinator``."""
 
-    def __init__(self, name: str, command: Sequence[str], log_path: Path) -> None:
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        log_path: Path,
+        start: StartProcess = start_guarded,
+    ) -> None:
         """Starts ``command``. To be called from a thread that lives as long as the launcher."""
         self.name = name
         self.log_path = log_path
@@ -35,16 +74,8 @@ class Child:
         self.announced = ""
         self._log_offset = 0
         self._log_rest = b""
-        guarded = [sys.executable, "-m", "cluster.process", str(os.getpid()), *command]
         with log_path.open("wb") as log:
-            self._process = subprocess.Popen(
-                guarded,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=child_environment(),
-                start_new_session=True,
-            )
+            self._process = start(command, log.fileno())
         self.pid = self._process.pid
 
     def exit_code(self) -> int | None:

@@ -180,6 +180,7 @@ def coordinator(
     from cluster.config import coordinator_config, load
     from cluster.launch import with_free_ports
     from cluster.model import resolve
+    from cluster.template import api_starter
     from coordinator import server
 
     config = _with_ports(load(file), api_port, coordinator_port)
@@ -189,7 +190,8 @@ def coordinator(
         )
     config = with_free_ports(config)
     reaper.protect_group()  # API processes would outlive a coordinator that is killed
-    raise typer.Exit(server.main(coordinator_config(config, resolve(config.model))))
+    starting = coordinator_config(config, resolve(config.model))
+    raise typer.Exit(server.main(starting, api_starter()))
 
 
 @app.command()

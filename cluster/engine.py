@@ -11,10 +11,12 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from vllm.config import KVTransferConfig, VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.model_executor.models import ModelRegistry
 from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
@@ -170,6 +172,21 @@ class WorkerEngine(AsyncLLM):
             external_tokens_total=relay.external_tokens,
             garbage_frames_total=garbage_frames,
         )
+
+
+def import_model(model: str) -> None:
+    """Import now what an engine on the CPU imports when it starts, for forks of this process.
+
+    With its class at hand, vLLM need not look at the model's code in another interpreter.
+    ``model``: its folder; of a model's id only the general part is known.
+    """
+    import vllm.v1.worker.cpu_worker  # noqa: F401
+
+    path = Path(model) / "config.json"
+    known = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    for architecture in known.get("architectures") or []:
+        if (registered := ModelRegistry.models.get(architecture)) is not None:
+            ModelRegistry.register_model(architecture, registered.load_model_cls())
 
 
 def start_engine(arguments: dict[str, Any], metrics: bool = True) -> WorkerEngine:

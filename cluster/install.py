@@ -37,6 +37,10 @@ UV_NAMES_OF_PIP_OPTIONS = {
 }
 """uv does not read pip's configuration; these variables say the same to it."""
 
+COMPILE = "--compile-bytecode"
+"""Else the first processes to import the packages compile them, each by itself, or, where
+Python may not write there, all processes do."""
+
 TRUE_WORDS = ("1", "true", "yes", "on")
 
 
@@ -97,7 +101,7 @@ class Installer:
         if self.kind == "cpu" and not _installed(self.folder, "torch"):
             self._install_cpu_torch()
         self._say(f"installing packages from {' and '.join(file.name for file in self.files)}")
-        self._uv("--no-deps", "--compile-bytecode", *_each("-r", self.files))
+        self._uv("--no-deps", COMPILE, *_each("-r", self.files))
         self._say("installing Pythia itself")
         self._uv("--quiet", "--no-deps", "--no-build-isolation", "-e", str(ROOT))
 
@@ -111,13 +115,13 @@ class Installer:
         self._say(f"installing {torch}")
         planned = self._uv("--dry-run", "--no-deps", torch, quiet=True)
         if f"{torch}+cpu" in planned:
-            self._uv("--no-deps", torch)
+            self._uv("--no-deps", COMPILE, torch)
             return
         try:
-            self._uv("--no-deps", "--torch-backend", "cpu", torch)
+            self._uv("--no-deps", COMPILE, "--torch-backend", "cpu", torch)
         except subprocess.CalledProcessError:
             self._say("no CPU build of torch in reach: installing the CUDA build, which is large")
-            self._uv("-c", str(REQUIREMENTS / "cpu.txt"), torch)
+            self._uv("-c", str(REQUIREMENTS / "cpu.txt"), COMPILE, torch)
 
     def _fill_with_pip(self) -> None:
         try:

@@ -20,12 +20,14 @@ from types import TracebackType
 import msgspec
 
 from cluster import devices
-from cluster.child import Child, stop_all
+from cluster.child import Child, StartProcess, start_guarded, stop_all
+from cluster.config import load
 from cluster.document import dump
 from cluster.process import free_port, port_is_free
 from cluster.progress import READY, NoProgress, Progress, Row
 from cluster.schema import ClusterConfig, reachable
 from cluster.status import Unreachable, inspect
+from cluster.template import TEMPLATE, Template, shared_environment
 from coordinator.protocol import Snapshot, WorkerStatus
 
 POLL_S = 0.25
@@ -33,7 +35,8 @@ ANSWER_S = 1.0
 COORDINATOR = "coordinator"
 
 CommandOf = Callable[[str, Path], list[str]]
-"""The command line of a process, from its name and the cluster's file."""
+"""The command line of a process, from its name and the cluster's file. For ``TEMPLATE`` it
+may be empty: nothing is forked then."""
 
 
 class LaunchError(Exception):
@@ -45,7 +48,9 @@ class PreflightError(LaunchError):
 
 
 def process_command(name: str, config_path: Path) -> list[str]:
-    """How the coordinator or a worker is started."""
+    """How the coordinator, a worker or what they are forked from is started."""
+    if name == TEMPLATE:
+        return [sys.executable, "-m", "cluster.template", load(config_path).model]
     python = [sys.executable, "-m", "cluster"]
     if name == COORDINATOR:
         return [*python, "coordinator", str(config_path)]
@@ -79,6 +84,7 @@ class LocalCluster:
         self._progress = progress or NoProgress()
         self._command_of = command_of
         self._children: list[Child] = []
+        self._template: Template | None = None
         self._phases: dict[str, tuple[str, float]] = {}
         self._seen: Snapshot | None = None
 
@@ -112,7 +118,8 @@ class LocalCluster:
 
     def dead(self) -> list[Child]:
         """The processes that have ended by themselves."""
-        return [child for child in self._children if child.exit_code() is not None]
+        template = [self._template.child] if self._template else []
+        return [each for each in [*template, *self._children] if each.exit_code() is not None]
 
     def __enter__(self) -> LocalCluster:
         try:
@@ -135,18 +142,18 @@ class LocalCluster:
         assert not self._children, "started already"
         preflight(self.config)
         started_s = time.monotonic()
-        config_path = self._write_config(self._resolved_model(started_s))
+        model = self._resolved_model(started_s)
+        config_path = self._write_config(model)
         try:
-            for name in [COORDINATOR, *(entry.name for entry in self.config.workers)]:
-                command = self._command_of(name, config_path)
-                self._children.append(Child(name, command, self.log_path(name)))
-            self._wait_ready(started_s)
+            self._start_processes(config_path, model, started_s)
+            self._wait(started_s, lambda rows: all(row.phase == READY for row in rows))
         finally:
             self._progress.close()
 
     def stop(self, hurry: Callable[[], bool] = lambda: False) -> None:
         """Ends all processes and makes sure that none is left. ``hurry``: see ``stop_all``."""
         self._progress.close()
+        self._end_template()
         stop_all(self._children, hurry)
         self._children.clear()
 
@@ -176,14 +183,40 @@ class LocalCluster:
         path.write_text(dump(resolved), encoding="utf-8")
         return path
 
-    def _wait_ready(self, started_s: float) -> None:
+    def _start_processes(self, config_path: Path, model: str, started_s: float) -> None:
+        environment, sharers = shared_environment(self.config, model, COORDINATOR)
+        if sharers and (command := self._command_of(TEMPLATE, config_path)):
+            self._template = Template(command, self.log_path(TEMPLATE), environment)
+        for name in self._names:
+            if self._template is None or name not in sharers:
+                self._start_process(name, config_path, start_guarded)
+        if (template := self._template) is not None:
+            self._wait(started_s, lambda rows: template.is_ready())
+            for name in sharers:
+                self._start_process(name, config_path, template.start)
+            self._end_template()
+
+    def _start_process(self, name: str, config_path: Path, start: StartProcess) -> None:
+        command = self._command_of(name, config_path)
+        self._children.append(Child(name, command, self.log_path(name), start))
+
+    def _end_template(self) -> None:
+        if self._template is not None:
+            self._template.stop()
+            self._template = None
+
+    @property
+    def _names(self) -> list[str]:
+        return [COORDINATOR, *(entry.name for entry in self.config.workers)]
+
+    def _wait(self, started_s: float, ready: Callable[[list[Row]], bool]) -> None:
         while True:
             rows = self._rows(started_s)
             elapsed_s = time.monotonic() - started_s
             self._progress.show(rows, elapsed_s)
             if dead := self.dead():
                 raise LaunchError("\n\n".join(child.obituary() for child in dead))
-            if all(row.phase == READY for row in rows):
+            if ready(rows):
                 return
             if elapsed_s > self.config.start.timeout_s:
                 late = "; ".join(f"{row.label}: {row.phase}" for row in rows if row.phase != READY)
@@ -200,18 +233,30 @@ class LocalCluster:
         snapshot = self._seen
         workers = {row.worker: row for row in snapshot.workers} if snapshot else {}
         now_s = time.monotonic()
+        children = {child.name: child for child in self._children}
         rows = []
-        for child in self._children:
-            child.read_announcements()
-            if child.name == COORDINATOR:
-                label, phase = COORDINATOR, self._coordinator_phase(child, snapshot)
-            else:
-                label = f"worker {child.name}"
-                phase = _worker_phase(child, workers, len(self.config.workers))
-            if self._phases.get(child.name, ("", 0.0))[0] != phase:
-                self._phases[child.name] = (phase, now_s)
-            rows.append(Row(label, phase, now_s - self._phases[child.name][1]))
+        for name in self._names:
+            label = COORDINATOR if name == COORDINATOR else f"worker {name}"
+            phase = self._phase(children.get(name), name, workers, snapshot)
+            if self._phases.get(name, ("", 0.0))[0] != phase:
+                self._phases[name] = (phase, now_s)
+            rows.append(Row(label, phase, now_s - self._phases[name][1]))
         return rows
+
+    def _phase(
+        self,
+        child: Child | None,
+        name: str,
+        workers: dict[str, WorkerStatus],
+        snapshot: Snapshot | None,
+    ) -> str:
+        child = child or (self._template.child if self._template else None)
+        if child is None:
+            return "starting"
+        child.read_announcements()
+        if child.name == COORDINATOR:
+            return self._coordinator_phase(child, snapshot)
+        return _worker_phase(name, child, workers, len(self.config.workers))
 
     def _coordinator_phase(self, child: Child, snapshot: Snapshot | None) -> str:
         if snapshot is None:
@@ -221,8 +266,8 @@ class LocalCluster:
         return f"core is up, API: {child.announced or 'starting'}"
 
 
-def _worker_phase(child: Child, known: dict[str, WorkerStatus], expected: int) -> str:
-    status = known.get(child.name)
+def _worker_phase(name: str, child: Child, known: dict[str, WorkerStatus], expected: int) -> str:
+    status = known.get(name)
     if status is None:
         return child.announced or "starting"
     if status.state != "up" or status.warm_peers < status.peers:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 import struct
@@ -15,10 +16,11 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from multiprocessing import shared_memory
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Protocol
 
 import msgspec
 import uvloop
@@ -73,6 +75,34 @@ class ApiStart(msgspec.Struct, frozen=True):
     listen_fd: int
     loads_name: str
     metrics_dir: str = ""
+
+
+class ApiProcess(Protocol):
+    """What is needed of a started process; ``subprocess.Popen`` has it."""
+
+    pid: int
+
+    def poll(self) -> int | None:
+        """The exit code; None while it runs."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Waits for the end. ``subprocess.TimeoutExpired`` after ``timeout`` seconds."""
+
+    def terminate(self) -> None:
+        """Asks it to end."""
+
+    def kill(self) -> None:
+        """Ends it."""
+
+
+StartProcess = Callable[[Sequence[str], int, int], ApiProcess]
+"""Starts a command line as a child. The open files of these numbers are its standard input
+and one that it inherits under the same number."""
+
+
+def start_fresh(command: Sequence[str], stdin: int, inherited: int) -> ApiProcess:
+    """Starts a fresh program."""
+    return subprocess.Popen(command, stdin=stdin, pass_fds=[inherited])
 
 
 class CoreServer:
@@ -134,12 +164,15 @@ class CoreServer:
 class ApiProcesses:
     """The API processes: started on one listening socket, restarted when they die."""
 
-    def __init__(self, config: CoordinatorConfig) -> None:
+    def __init__(
+        self, config: CoordinatorConfig, start_process: StartProcess = start_fresh
+    ) -> None:
         self.config = config
+        self._start_process = start_process
         self.metrics_dir = metrics_directory(config.api_servers)
         self.listener = listen(config.api_host, config.api_port)
         self.loads = shared_memory.SharedMemory(create=True, size=LOAD.size * config.api_servers)
-        self.processes: dict[int, subprocess.Popen[bytes]] = {}
+        self.processes: dict[int, ApiProcess] = {}
         self.started_s: dict[int, float] = {}
         self.served: set[int] = set()
         """Those that have got so far that another start is worth while."""
@@ -161,14 +194,11 @@ class ApiProcesses:
             loads_name=self.loads.name,
             metrics_dir=self.metrics_dir.name if self.metrics_dir else "",
         )
-        process = subprocess.Popen(
-            [sys.executable, "-m", "coordinator.api"],
-            stdin=subprocess.PIPE,
-            pass_fds=[self.listener.fileno()],
-        )
-        assert process.stdin is not None
-        process.stdin.write(msgspec.json.encode(start))
-        process.stdin.close()
+        reading, writing = os.pipe()
+        with open(reading, "rb"), open(writing, "wb") as stdin:
+            command = [sys.executable, "-m", "coordinator.api"]
+            process = self._start_process(command, reading, self.listener.fileno())
+            stdin.write(msgspec.json.encode(start))
         self.processes[index] = process
         self.served.discard(index)
         self.started_s[index] = time.monotonic()
@@ -240,21 +270,21 @@ def listen(host: str, port: int) -> socket.socket:
     return sock
 
 
-def main(config: CoordinatorConfig) -> int:
+def main(config: CoordinatorConfig, start_process: StartProcess = start_fresh) -> int:
     """Run the core and its API processes until SIGTERM or SIGINT. Returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    code: int = uvloop.run(_serve(config))
+    code: int = uvloop.run(_serve(config, start_process))
     return code
 
 
-async def _serve(config: CoordinatorConfig) -> int:
+async def _serve(config: CoordinatorConfig, start_process: StartProcess) -> int:
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stopping.set)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     server = CoreServer(context, config)
-    apis = ApiProcesses(config)
+    apis = ApiProcesses(config, start_process)
     logger.info(
         "core listens on %s, API on %s:%d", server.address, config.api_host, config.api_port
     )

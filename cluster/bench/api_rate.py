@@ -29,6 +29,7 @@ from cluster.launch import COORDINATOR, LocalCluster, process_command
 from cluster.process import session_members
 from cluster.progress import progress_for
 from cluster.schema import ApiEntry
+from cluster.template import TEMPLATE
 
 SEATS_PER_API = 32
 CALLS_PER_SEAT = 2
@@ -62,6 +63,8 @@ def measure(model: str, rounds: int, console: Console) -> list[dict[str, Any]]:
 
 
 def _command_of(name: str, config_path: Path) -> list[str]:
+    if name == TEMPLATE:
+        return []
     if name == COORDINATOR:
         return process_command(name, config_path)
     return fake_worker.command(config_path, name)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
-from cluster.install import REQUIREMENTS, uv_sources
+from cluster.install import REQUIREMENTS, Installer, uv_sources
 
 CONFIGURATION = """\
 :env:.cert='/certificates.pem'
@@ -44,6 +45,34 @@ def test_what_is_set_for_uv_already_wins() -> None:
 @pytest.mark.parametrize(("value", "flags"), [("1", ["--no-index"]), ("false", [])])
 def test_no_index_is_passed_on(value: str, flags: list[str]) -> None:
     assert uv_sources(f":env:.no-index='{value}'\n", {})[1] == flags
+
+
+UV = """#!{python}
+import pathlib, sys
+with pathlib.Path({record!r}).open("a") as record:
+    print(*sys.argv[1:], file=record)
+print({planned!r})
+sys.exit("--torch-backend" in sys.argv and {fails})
+"""
+
+
+@pytest.mark.parametrize(
+    ("planned", "fails"), [("torch+cpu", 0), ("torch", 0), ("torch", 1)], ids=str
+)
+def test_everything_that_is_installed_is_compiled(tmp_path: Path, planned: str, fails: int) -> None:
+    """torch alone is a third of what an engine imports."""
+    record = tmp_path / "record"
+    (tmp_path / "bin").mkdir()
+    uv = tmp_path / "bin" / "uv"
+    plan = f"torch=={_pins('cpu.txt')['torch']}" + planned.removeprefix("torch")
+    uv.write_text(UV.format(python=sys.executable, record=str(record), planned=plan, fails=fails))
+    uv.chmod(0o755)
+    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    Installer(tmp_path, "cpu", development=False)._fill_with_uv()
+    done = [line.split() for line in record.read_text().splitlines()]
+    installs = [words for words in done if "--dry-run" not in words and "-e" not in words]
+    assert len(installs) == 2 + fails
+    assert all("--compile-bytecode" in words for words in installs)
 
 
 def _pins(name: str) -> dict[str, str]:
