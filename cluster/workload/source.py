@@ -1,0 +1,171 @@
+"""A workload from one line of text, as command lines take it.
+
+::
+
+    traces/weka_single.jsonl.gz                    a file; its format is found out
+    mooncake:requests.jsonl?rate=2&scale=16        a file of a named format, changed
+    generator:review?runs=100&seed=1&rate=0.5      generated
+
+After ``?``, joined by ``&``:
+
+``scale`` divides lengths, ``pace`` divides pauses and arrivals; ``runs`` and ``calls`` (per run)
+limit, ``prompt_max`` leaves out runs with longer prompts (in tokens, after scaling); ``rate``
+runs per second arrive, with ``burst`` (variation of gaps) in bursts; ``closed`` runs are kept
+going; ``speed`` replays recorded arrivals; ``seed`` is all the chance there is. Generators
+also take ``width``, ``stages`` and ``rounds``, and generate ``runs`` runs of ``calls`` calls.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+from urllib.parse import parse_qsl
+
+import msgspec
+
+from cluster.workload.change import (
+    Bursty,
+    ClosedLoop,
+    Poisson,
+    Recorded,
+    limited,
+    scaled,
+    with_arrivals,
+    with_pace,
+)
+from cluster.workload.common import read_common
+from cluster.workload.dag import read_dag
+from cluster.workload.form import Workload, WorkloadError
+from cluster.workload.generators import GENERATORS, Options, generated
+from cluster.workload.habits import load_habits
+from cluster.workload.lines import lines
+from cluster.workload.mooncake import read_mooncake
+
+READERS: Mapping[str, Callable[[Path], Workload]] = {
+    "common": read_common,
+    "mooncake": read_mooncake,
+    "dag_jsonl": read_dag,
+}
+MARKS = {"meta": "common", "hash_ids": "mooncake", "turns": "dag_jsonl", "session_id": "dag_jsonl"}
+"""Keys of a file's first line that tell its format."""
+
+T = TypeVar("T", bound=msgspec.Struct)
+Above0 = Annotated[float, msgspec.Meta(gt=0, le=1e9)]
+AtLeast1 = Annotated[int, msgspec.Meta(ge=1, le=2**31)]
+
+
+class Changes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What is done to a workload after it was read or generated; see the module."""
+
+    seed: int = 0
+    scale: AtLeast1 = 1
+    pace: Above0 = 1.0
+    runs: AtLeast1 | None = None
+    calls: AtLeast1 | None = None
+    prompt_max: AtLeast1 | None = None
+    rate: Above0 | None = None
+    burst: Above0 | None = None
+    closed: AtLeast1 | None = None
+    speed: Above0 | None = None
+
+
+def open_workload(spec: str) -> Workload:
+    """The workload that a line of text means; WorkloadError says what is wrong with it."""
+    place, _, query = spec.partition("?")
+    options = _options(spec, query)
+    kind, colon, name = place.partition(":")
+    if colon and kind == "generator":
+        return _generated(spec, name, options)
+    changes = _converted(spec, options, Changes)
+    if colon and kind in READERS:
+        workload = READERS[kind](Path(name))
+    elif colon and not Path(place).exists():
+        raise WorkloadError(f"{spec}: {_unknown('format', kind, [*READERS, 'generator'])}")
+    else:
+        workload = READERS[detected(Path(place))](Path(place))
+    return _changed(spec, workload, changes)
+
+
+def detected(path: Path) -> str:
+    """The format of a file, by its first line."""
+    line = next(lines(path), None)
+    if line is None:
+        raise WorkloadError(f"{path}: empty")
+    first = line.read(msgspec.json.Decoder(dict[str, Any]))
+    for key, found in MARKS.items():
+        if key in first:
+            return found
+    raise line.wrong(f"of no known format ({', '.join(READERS)})")
+
+
+def _generated(spec: str, name: str, options: dict[str, str]) -> Workload:
+    if name not in GENERATORS:
+        raise WorkloadError(f"{spec}: {_unknown('generator', name, list(GENERATORS))}")
+    shape = Options.__struct_fields__
+    for option in options:
+        known = [*shape, *Changes.__struct_fields__]
+        if option not in known:
+            raise WorkloadError(f"{spec}: {_unknown('option', option, known)}")
+    own = {key: value for key, value in options.items() if key in shape}
+    rest = {key: value for key, value in options.items() if key not in shape}
+    changes = _converted(spec, rest, Changes)
+    wanted = _converted(spec, own, Options)
+    workload = generated(name, load_habits(), wanted, random.Random(changes.seed))
+    return _changed(spec, workload, changes)
+
+
+def _changed(spec: str, workload: Workload, changes: Changes) -> Workload:
+    # Of its own, so that the same seed gives the same runs at any rate.
+    rng = random.Random(f"{changes.seed} arrivals")
+    if changes.scale > 1:
+        workload = scaled(workload, changes.scale)
+    if changes.runs or changes.calls or changes.prompt_max:
+        workload = limited(workload, changes.runs, changes.calls, changes.prompt_max)
+    if changes.pace != 1:
+        workload = with_pace(workload, changes.pace)
+    given = [name for name in ("rate", "closed", "speed") if getattr(changes, name) is not None]
+    if len(given) > 1:
+        raise WorkloadError(f"{spec}: {' and '.join(given)} exclude each other")
+    if changes.burst is not None and changes.rate is None:
+        raise WorkloadError(f"{spec}: burst needs a rate")
+    if changes.rate is not None and changes.burst is not None:
+        return with_arrivals(workload, Bursty(changes.rate, changes.burst), rng)
+    if changes.rate is not None:
+        return with_arrivals(workload, Poisson(changes.rate), rng)
+    if changes.closed is not None:
+        return with_arrivals(workload, ClosedLoop(changes.closed), rng)
+    if changes.speed is not None:
+        return with_arrivals(workload, Recorded(changes.speed), rng)
+    return workload
+
+
+def _options(spec: str, query: str) -> dict[str, str]:
+    try:
+        pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=True) if query else []
+    except ValueError as error:
+        raise WorkloadError(f"{spec}: options are written a=1&b=2") from error
+    options = dict(pairs)
+    if len(options) < len(pairs):
+        raise WorkloadError(f"{spec}: an option is given twice")
+    return options
+
+
+def _converted(spec: str, options: dict[str, str], kind: type[T]) -> T:
+    for option in options:
+        if option not in kind.__struct_fields__:
+            known = list(kind.__struct_fields__)
+            raise WorkloadError(f"{spec}: {_unknown('option', option, known)}")
+    try:
+        return msgspec.convert(options, kind, strict=False)
+    except msgspec.ValidationError as error:
+        what, _, path = str(error).partition(" - at `$.")
+        raise WorkloadError(f"{spec}: {path.rstrip('`')}: {what}") from error
+
+
+def _unknown(what: str, given: str, known: list[str]) -> str:
+    near = get_close_matches(given, known, 1)
+    hint = f", did you mean {near[0]!r}?" if near else ";"
+    return f"no {what} {given!r}{hint} there are: {', '.join(known)}"
