@@ -25,6 +25,7 @@ from cluster.fake_engine import token_at
 from cluster.launch import COORDINATOR, LocalCluster, process_command
 from cluster.model_tiny import VOCABULARY
 from cluster.schema import ApiEntry
+from cluster.template import TEMPLATE
 from coordinator.limits import Limits
 from coordinator.protocol import CallStatus
 
@@ -52,6 +53,8 @@ def running(log_dir: Path) -> Iterator[LocalCluster]:
 
 
 def _command_of(name: str, config_path: Path) -> list[str]:
+    if name == TEMPLATE:
+        return []
     if name == COORDINATOR:
         return process_command(name, config_path)
     return fake_worker.command(config_path, name, "--step-s", str(STEP_S))

@@ -130,13 +130,14 @@ class TestLocalCluster:
                 return [sys.executable, "-c", "raise SystemExit('there is no such module')"]
             return forking_command_of(name, path)
 
+        others = children_of(os.getpid())
         cluster = LocalCluster(
             config_of("name: one", "name: two"), log_dir=tmp_path, command_of=command_of
         )
         with pytest.raises(LaunchError, match=r"(?s)exited with code 1.*there is no such module"):
             cluster.start()
         cluster.stop()
-        assert not children_of(os.getpid())
+        assert children_of(os.getpid()) == others
 
     @pytest.mark.parametrize(
         "then",
