@@ -7,7 +7,6 @@ statistics are kept, so that its metrics stay true.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 import os
@@ -27,9 +26,6 @@ from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 from vllm.version import __version__ as vllm_version
 
 from coordinator.protocol import EngineFacts, Load
-
-RECORD_DELAY_S = 0.01
-RECORDS_WAITING_MAX = 64
 
 OnStep = Callable[[list[EngineCoreOutput], float], None]
 OnReads = Callable[[dict[str, Any]], None]
@@ -101,35 +97,6 @@ class Relay(OutputProcessor):
         """The engine is dead. Nobody waits here; the worker's watch ends the process."""
 
 
-class LaterLoggers:
-    """vLLM's loggers of statistics, which record a few milliseconds later than they are told.
-
-    Recording a step takes this process longer than passing it on. Where cores are short,
-    those for whom the step was passed on would wait for it.
-    """
-
-    def __init__(self, loggers: Any) -> None:
-        self._loggers = loggers
-        self._waiting: list[dict[str, Any]] = []
-
-    def record(self, **stats: Any) -> None:
-        """Record what vLLM says of a step, soon and in order. Needs a running event loop."""
-        self._waiting.append(stats)
-        if len(self._waiting) == 1:
-            asyncio.get_running_loop().call_later(RECORD_DELAY_S, self._flush)
-        elif len(self._waiting) >= RECORDS_WAITING_MAX:
-            self._flush()
-
-    def log(self) -> None:
-        """Print what has been recorded."""
-        self._loggers.log()
-
-    def _flush(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        for stats in waiting:
-            self._loggers.record(**stats)
-
-
 def _ignore(outputs: list[EngineCoreOutput], timestamp_s: float) -> None:
     """Until someone listens, outputs have no reader."""
 
@@ -169,11 +136,6 @@ class WorkerEngine(AsyncLLM):
         assert self.output_handler is None, "the engine is at work already"
         self.log_stats = False
         self.logger_manager = None
-
-    def put_metrics_off(self) -> None:
-        """Keep statistics, but only behind the tokens. Call before the first request."""
-        assert self.output_handler is None, "the engine is at work already"
-        self.logger_manager = LaterLoggers(self.logger_manager)
 
     def _step(self, outputs: list[EngineCoreOutput], timestamp_s: float) -> None:
         self.on_step(outputs, timestamp_s)
@@ -243,9 +205,7 @@ def start_engine(arguments: dict[str, Any], metrics: bool = True) -> WorkerEngin
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
     engine = WorkerEngine.from_vllm_config(config)
     assert isinstance(engine, WorkerEngine)
-    if metrics:
-        engine.put_metrics_off()
-    else:
+    if not metrics:
         engine.drop_metrics()
     return engine
 
