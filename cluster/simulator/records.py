@@ -1,0 +1,124 @@
+"""What a replay of a workload leaves behind: the same records from the simulator and from a
+live cluster, so that one report reads both.
+
+Times are seconds since the replay began, on one clock.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from coordinator.cost import Tier
+from coordinator.protocol import Role
+
+
+class CallRecord(msgspec.Struct, gc=False, omit_defaults=True):
+    """One call. ``outcome`` is ``Finished.outcome``, or ``rejected`` (``status`` says how).
+
+    ``due_s``: when the client sent it. Cached, moved and computed tokens are of the prompt:
+    ``prefill_cached_tokens`` found in the cache of whoever prefilled, ``local_cached_tokens``
+    on the decode worker, ``moved_tokens`` pulled by it, ``computed_tokens`` computed for this
+    call anywhere, over all attempts and preemptions (more than the prompt where work was lost).
+    """
+
+    run: int
+    call: int
+    due_s: float
+    agent: str = ""
+    planned_s: float = 0.0
+    first_token_s: float = 0.0
+    ended_s: float = 0.0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    prefill: str = ""
+    decode: str = ""
+    prefill_cached_tokens: int = 0
+    local_cached_tokens: int = 0
+    moved_tokens: int = 0
+    computed_tokens: int = 0
+    attempts: int = 1
+    outcome: str = ""
+    status: int = 0
+
+    @property
+    def ttft_s(self) -> float:
+        """Time to first token; of a call that has one."""
+        return self.first_token_s - self.due_s
+
+    @property
+    def itl_s(self) -> float:
+        """Mean time between tokens (TPOT); of a call with two tokens and more."""
+        return (self.ended_s - self.first_token_s) / (self.output_tokens - 1)
+
+
+class RunRecord(msgspec.Struct, gc=False, omit_defaults=True):
+    """One run. ``finished``: all its calls were served."""
+
+    run: int
+    id: str
+    workflow: str
+    arrival_s: float
+    ended_s: float = 0.0
+    calls: int = 0
+    think_s: float = 0.0
+    """Of its completion time, pauses that no server could have shortened: the longest path of
+    thinking alone."""
+    finished: bool = False
+
+    @property
+    def completion_s(self) -> float:
+        """From its arrival to the end of its last call."""
+        return self.ended_s - self.arrival_s
+
+
+class Sample(msgspec.Struct, frozen=True, gc=False):
+    """A worker at a moment: what its engine would say in a beat."""
+
+    at_s: float
+    worker: str
+    role: Role
+    running: int
+    waiting: int
+    kv_used: float
+    """Share of its KV blocks that requests hold."""
+    prefill_tokens: int
+    """Prompt tokens taken in and not computed yet."""
+
+
+class Gaps(msgspec.Struct):
+    """Times between tokens, counted in logarithmic bins: bin i is [BASE^i, BASE^(i+1)) x 10 us."""
+
+    counts: dict[int, int] = {}
+
+
+class Totals(msgspec.Struct):
+    """Sums over a whole replay."""
+
+    duration_s: float = 0.0
+    gpus: int = 0
+    preemptions: int = 0
+    recomputed_tokens: int = 0
+    """Computed again: lost by eviction of what a run's earlier call had, preemption, failure."""
+    flips: int = 0
+    wasted_warmups: int = 0
+    moved_bytes: dict[Tier, int] = {}
+    decision_s: float = 0.0
+    """Real seconds spent in the core (0 where they were not measured)."""
+    decisions: int = 0
+    counters: dict[str, int] = {}
+    """The core's own."""
+
+
+class Result(msgspec.Struct):
+    """One replay of one workload on one cluster. ``configuration``: the baseline's or policy's
+    name; ``where``: simulator or live."""
+
+    configuration: str
+    workload: str
+    seed: int
+    where: str
+    calls: list[CallRecord]
+    runs: list[RunRecord]
+    samples: list[Sample]
+    gaps: Gaps
+    totals: Totals

@@ -1,0 +1,119 @@
+"""What is simulated: engines on nodes in racks, what lies between them, and what can go wrong.
+
+Plain frozen structs; files are read by ``scenario``.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from coordinator.cost import Efficiency, Hardware, Link, ModelShape, StepCost, Tier
+from coordinator.limits import Limits, Placement
+from coordinator.protocol import Role
+
+
+class EngineOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """vLLM's arguments of the same names, and what a process around an engine takes."""
+
+    block_size: int = 16
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 8192
+    max_model_len: int = 131072
+    gpu_memory_utilization: float = 0.9
+    kv_blocks: int = 0
+    """vLLM's ``num_gpu_blocks_override``; 0: what the memory holds."""
+    kv_lease_s: float = 30.0
+    startup_s: float = 60.0
+    """From a crash to ``Ready`` again."""
+    step_overhead_s: float = 0.0
+    """Per step, beside what ``StepCost`` says: scheduling and messages of a live engine."""
+
+
+class WorkerSetup(msgspec.Struct, frozen=True):
+    """One worker: ``tp`` devices on ``node`` of ``rack``."""
+
+    name: str
+    role: Role
+    node: str = "node-0"
+    rack: str = "rack-0"
+
+
+class NetworkSetup(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Between processes: messages, and KV by tiers.
+
+    Workers of a node are joined by ``same_node``, of a rack by ``same_rack``, others by
+    ``across``. Rates are the hardware's links of that tier unless ``links`` says otherwise;
+    ``transfer_fixed_s`` is what any KV read takes besides (posting, polling, notification).
+    ``rack_bytes_per_s``: what leaves or enters a rack together, 0 for no bound.
+    """
+
+    message_s: float = 200e-6
+    message_jitter_s: float = 0.0
+    api_s: float = 1e-3
+    """What an API process takes to render a request before it submits it."""
+    same_node: Tier = "nvlink"
+    same_rack: Tier = "rdma"
+    across: Tier = "rdma"
+    links: dict[Tier, Link] = {}
+    transfer_fixed_s: float = 2e-3
+    rack_bytes_per_s: float = 0.0
+
+
+class Faults(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What goes wrong. Shares of messages (0 to 1) between core and others, and between API
+    processes and workers connections that break; mean seconds between events of a kind in the
+    whole cluster, 0 for never. ``until_s``: after that nothing goes wrong any more, so that
+    everything can come to its end.
+    """
+
+    loss: float = 0.0
+    duplication: float = 0.0
+    delay: float = 0.0
+    delay_s: float = 0.5
+    """Longest extra delay of a delayed message; what overtakes it arrives in another order."""
+    crash_every_s: float = 0.0
+    hang_every_s: float = 0.0
+    hang_s: float = 8.0
+    slow_every_s: float = 0.0
+    slow_s: float = 10.0
+    slow_factor: float = 4.0
+    core_restart_every_s: float = 0.0
+    partition_every_s: float = 0.0
+    partition_s: float = 8.0
+    abort: float = 0.0
+    """Share of calls that their clients give up at a random moment."""
+    until_s: float = 60.0
+
+
+class Slo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A call is good if it is served within both."""
+
+    ttft_s: float = 2.0
+    itl_s: float = 0.05
+
+
+class ClusterSetup(msgspec.Struct, frozen=True):
+    """A cluster of equal engines."""
+
+    shape: ModelShape
+    hardware: Hardware
+    workers: tuple[WorkerSetup, ...]
+    efficiency: Efficiency = Efficiency()
+    tp: int = 1
+    options: EngineOptions = EngineOptions()
+    network: NetworkSetup = NetworkSetup()
+    limits: Limits = Limits()
+    placement: Placement = Placement()
+    api_servers: int = 1
+
+    def cost(self) -> StepCost:
+        """What steps of each engine take."""
+        return StepCost(self.shape, self.hardware, self.efficiency, self.tp)
+
+    def kv_blocks(self) -> int:
+        """Of each engine. DoesNotFit if the model leaves no room for KV."""
+        options = self.options
+        tokens = self.cost().kv_capacity_tokens(
+            options.gpu_memory_utilization, options.max_num_batched_tokens
+        )
+        return options.kv_blocks or tokens // options.block_size
