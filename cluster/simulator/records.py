@@ -39,6 +39,8 @@ class CallRecord(msgspec.Struct, gc=False, omit_defaults=True):
     attempts: int = 1
     outcome: str = ""
     status: int = 0
+    prefilled_s: float = 0.0
+    """When a prefill worker had computed the prompt; 0 where the decode worker did."""
 
     @property
     def ttft_s(self) -> float:
@@ -85,8 +87,13 @@ class Sample(msgspec.Struct, frozen=True, gc=False):
     """Prompt tokens taken in and not computed yet."""
 
 
+GAP_BASE = 1.05
+GAP_UNIT_S = 10e-6
+
+
 class Gaps(msgspec.Struct):
-    """Times between tokens, counted in logarithmic bins: bin i is [BASE^i, BASE^(i+1)) x 10 us."""
+    """Times between tokens, counted in logarithmic bins: bin i is [GAP_BASE^i, GAP_BASE^(i+1))
+    times ``GAP_UNIT_S``."""
 
     counts: dict[int, int] = {}
 

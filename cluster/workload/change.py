@@ -148,6 +148,20 @@ def limited(
     return replace(workload, runs=linked(kept, workload.block_tokens), dropped_runs=dropped)
 
 
+def sampled(workload: Workload, runs: int, rng: random.Random) -> Workload:
+    """``runs`` of its runs (all if there are fewer), in order of their arrivals if they have
+    any and else in any order.
+
+    For runs that stand for themselves: where calls of other runs bring the prefixes, as in
+    traces without sessions, it would leave prompts without them.
+    """
+    drawn = rng.sample(workload.runs, min(runs, len(workload.runs)))
+    if workload.arrivals_known:
+        drawn.sort(key=lambda run: run.arrival_s)
+    dropped = workload.dropped_runs + len(workload.runs) - len(drawn)
+    return replace(workload, runs=linked(drawn, workload.block_tokens), dropped_runs=dropped)
+
+
 def mixed(workloads: Sequence[Workload], name: str = "mix") -> Workload:
     """All runs of several workloads by arrival, in the largest block size that fits all.
 
