@@ -1,0 +1,125 @@
+"""``pythia simulate``: reads a scenario, has it simulated, and shows what came out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from cluster.bench.report import write
+from cluster.document import suggestion
+from cluster.process import usable_cores
+from cluster.schema import ConfigError
+from cluster.simulator import configurations
+from cluster.simulator.sweep import run
+from cluster.simulator.outcome import Outcome
+from cluster.simulator.report import comparisons, figures_of, rows_of, show, show_summary
+from cluster.simulator.results import Results
+from cluster.simulator.scenario import Overrides, Scenario, load
+
+COMMAND = "pythia simulate"
+RESULTS_FOLDER = Path("run")
+INTERRUPTED = 130
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """What the command line asks for; None and empty leave the file's."""
+
+    file: Path
+    overrides: Overrides = Overrides()
+    compare: tuple[str, ...] = ()
+    seeds: int | None = None
+    processes: int | None = None
+    json_path: Path | None = None
+    plots: Path | None = None
+    resume: Path | None = None
+
+
+def simulate(request: Request, console: Console) -> int:
+    """Runs a comparison and returns the exit code. ConfigError before anything has started if it
+    can't be run; SimulationError if a replay fails."""
+    scenario = prepared(request)
+    path = request.resume or _new_file(scenario.name)
+    results = Results(path, scenario, resume=request.resume is not None)
+    processes = request.processes or usable_cores()
+    try:
+        outcomes = run(scenario, results, processes, console)
+    except KeyboardInterrupt:
+        total = len(scenario.compare) * len(scenario.workloads) * scenario.seeds
+        console.print(
+            f"interrupted; {len(results.found)} of {total} replays are in {path}, "
+            f"and --resume {path} goes on from there",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return INTERRUPTED
+    finally:
+        results.close()
+    _report(request, scenario, outcomes, console)
+    console.print(f"\nreplay by replay: {path}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def prepared(request: Request) -> Scenario:
+    """The file's scenario with what the command line changes. ConfigError."""
+    scenario = load(request.file, request.overrides)
+    known = configurations.names()
+    compare = request.compare or scenario.compare or ("all",)
+    if "all" in compare:
+        compare = tuple(known)
+    problems = [
+        f"no configuration {name!r}{suggestion(name, known)}; pythia simulate --list shows them"
+        for name in compare
+        if name not in known
+    ]
+    if len(set(compare)) < len(compare):
+        problems.append("a configuration is compared with itself")
+    reference = scenario.reference
+    if reference and reference not in known:
+        problems.append(f"no configuration {reference!r}{suggestion(reference, known)}")
+    if problems:
+        raise ConfigError([f"{request.file}: {problem}" for problem in problems])
+    return msgspec.structs.replace(
+        scenario,
+        compare=compare,
+        reference=reference if reference in compare else compare[0],
+        seeds=request.seeds or scenario.seeds,
+    )
+
+
+def list_configurations(console: Console) -> int:
+    """What there is to compare."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
+    table.add_column("configuration", no_wrap=True)
+    table.add_column("what it is")
+    for name in configurations.names():
+        table.add_row(name, configurations.description(name))
+    console.print(table)
+    return 0
+
+
+def _report(
+    request: Request, scenario: Scenario, outcomes: Sequence[Outcome], console: Console
+) -> None:
+    bounds = configurations.bounds()
+    found = comparisons(outcomes, scenario.reference, bounds)
+    for comparison in found:
+        show(console, comparison)
+    if len(found) > 1:
+        show_summary(console, found)
+    write(request.json_path, COMMAND, figures_of(found), rows_of(outcomes))
+    if request.plots is not None:
+        from cluster.simulator.plots import write_plots
+
+        files = write_plots(request.plots, outcomes, scenario.reference, bounds)
+        console.print(f"\n{len(files)} plots in {request.plots}", highlight=False, soft_wrap=True)
+
+
+def _new_file(name: str) -> Path:
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    return RESULTS_FOLDER / f"simulate-{name}-{stamp}.jsonl"
