@@ -16,11 +16,11 @@ from cluster.document import suggestion
 from cluster.process import usable_cores
 from cluster.schema import ConfigError
 from cluster.simulator import configurations
-from cluster.simulator.sweep import run
 from cluster.simulator.outcome import Outcome
 from cluster.simulator.report import comparisons, figures_of, rows_of, show, show_summary
 from cluster.simulator.results import Results
 from cluster.simulator.scenario import Overrides, Scenario, load
+from cluster.simulator.sweep import run
 
 COMMAND = "pythia simulate"
 RESULTS_FOLDER = Path("run")

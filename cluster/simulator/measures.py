@@ -13,14 +13,7 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
-from cluster.simulator.records import (
-    GAP_BASE,
-    GAP_UNIT_S,
-    CallRecord,
-    Gaps,
-    Result,
-    RunRecord,
-)
+from cluster.simulator.records import CallRecord, Result, RunRecord
 from cluster.simulator.setup import Slo
 from coordinator.cost import Tier
 
@@ -53,7 +46,7 @@ COMPLETION = _quantiles("completion_s", "s")
 SERVING = _quantiles("serving_s", "s")
 TTFT = _quantiles("ttft_s", "s")
 ITL = _quantiles("itl_s", "ms", 1e3)
-GAP = tuple(Measure(f"gap_s_{kind}", kind.upper(), "ms", "lower", 1e3) for kind in QUANTILES)
+GAP = _quantiles("gap_s", "ms", 1e3)
 SERVICE = (
     Measure("goodput_calls_per_s", "good calls", "1/s", "higher"),
     Measure("goodput_calls_share", "good calls", "%", "higher", 100),
@@ -99,8 +92,9 @@ def figures(result: Result, slo: Slo) -> dict[str, float]:
     found |= _distribution("serving_s", [serving_s(run) for run in finished])
     found |= _distribution("ttft_s", [call.ttft_s for call in served])
     found |= _distribution("itl_s", [call.itl_s for call in served if call.output_tokens > 1])
-    if result.gaps.counts:
-        found |= {f"gap_s_{kind}": gap_s(result.gaps, at) for kind, at in QUANTILES.items()}
+    if result.gaps.count:
+        found["gap_s_mean"] = result.gaps.mean_s
+        found |= {f"gap_s_{kind}": result.gaps.quantile(at) for kind, at in QUANTILES.items()}
     found |= _service(result, served, slo)
     found |= _work(result, served)
     return found
@@ -121,16 +115,6 @@ def is_good(call: CallRecord, slo: Slo) -> bool:
 def hit_tokens(call: CallRecord) -> int:
     """Tokens of the prompt that whoever prefilled found in its cache."""
     return call.prefill_cached_tokens if call.prefill else call.local_cached_tokens
-
-
-def gap_s(gaps: Gaps, share: float) -> float:
-    """The time between tokens that ``share`` of all are below, to the width of a bin."""
-    left = share * sum(gaps.counts.values())
-    for number, count in sorted(gaps.counts.items()):
-        if count and left <= count:
-            return float(GAP_UNIT_S * GAP_BASE ** (number + left / count))
-        left -= count
-    raise ValueError("no gaps were counted")
 
 
 def _distribution(name: str, values: Sequence[float]) -> dict[str, float]:

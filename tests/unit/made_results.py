@@ -48,7 +48,9 @@ def made_result(
     samples = [
         sample for at_s in range(0, int(end_s), 2) for sample in _samples(rng, float(at_s), end_s)
     ]
-    gaps = Gaps({number: max(1, 200 - number) for number in range(100, 200)})
+    gaps = Gaps({})
+    for _ in range(500):
+        gaps.add(slower * rng.lognormvariate(-4.4, 0.5), 20)
     return Result(configuration, workload, seed, "simulator", calls, records, samples, gaps, totals)
 
 

@@ -9,11 +9,9 @@ from statistics import NormalDist
 import pytest
 
 from cluster.simulator.estimates import difference, estimate, student_t
-from cluster.simulator.measures import figures, gap_s, is_good
+from cluster.simulator.measures import figures, is_good
 from cluster.simulator.outcome import POINTS_MAX, SLICES_MAX, outcome_of, picture_of, thinned
 from cluster.simulator.records import (
-    GAP_BASE,
-    GAP_UNIT_S,
     CallRecord,
     Gaps,
     Result,
@@ -48,7 +46,7 @@ def replay(calls: list[CallRecord], runs: list[RunRecord], **totals: object) -> 
         Sample(1.0, "b", "decode", 1, 0, 0.4, 0),
     ]
     everything = Totals(duration_s=100.0, gpus=4, **totals)  # type: ignore[arg-type]
-    return Result("pythia", "made", 0, "simulator", calls, runs, samples, Gaps(), everything)
+    return Result("pythia", "made", 0, "simulator", calls, runs, samples, Gaps({}), everything)
 
 
 def run(number: int, completion_s: float, think_s: float, finished: bool = True) -> RunRecord:
@@ -131,16 +129,14 @@ def test_what_can_not_be_measured_is_left_out() -> None:
     assert measured["decision_us"] == pytest.approx(100.0)
 
 
-def test_gap_quantiles_are_right_to_a_bin() -> None:
-    rng = random.Random(1)
-    values = sorted(rng.lognormvariate(-4, 1) for _ in range(20000))
-    gaps = Gaps({})
-    for value in values:
-        number = math.floor(math.log(value / GAP_UNIT_S, GAP_BASE))
-        gaps.counts[number] = gaps.counts.get(number, 0) + 1
-    for share in (0.01, 0.5, 0.95, 0.99):
-        exact = values[int(share * len(values))]
-        assert gap_s(gaps, share) == pytest.approx(exact, rel=GAP_BASE - 1)
+def test_gaps_are_all_there_are() -> None:
+    result = replay([], [])
+    result.gaps.add(0.010, 90)
+    result.gaps.add(0.200, 10)
+    found = figures(result, Slo())
+    assert found["gap_s_mean"] == pytest.approx(0.029)
+    assert found["gap_s_p50"] == pytest.approx(0.010, rel=0.03)
+    assert found["gap_s_p95"] == pytest.approx(0.200, rel=0.03)
 
 
 # --- seeds ------------------------------------------------------------------------
