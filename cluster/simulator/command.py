@@ -16,6 +16,7 @@ from cluster.document import suggestion
 from cluster.process import usable_cores
 from cluster.schema import ConfigError
 from cluster.simulator import configurations
+from cluster.simulator.baselines import BaselineError
 from cluster.simulator.outcome import Outcome
 from cluster.simulator.report import comparisons, figures_of, rows_of, show, show_summary
 from cluster.simulator.results import Results
@@ -79,6 +80,8 @@ def prepared(request: Request) -> Scenario:
     ]
     if len(set(compare)) < len(compare):
         problems.append("a configuration is compared with itself")
+    if not problems:
+        problems = [problem for name in compare if (problem := _impossible(name, scenario))]
     reference = scenario.reference
     if reference and reference not in known:
         problems.append(f"no configuration {reference!r}{suggestion(reference, known)}")
@@ -90,6 +93,15 @@ def prepared(request: Request) -> Scenario:
         reference=reference if reference in compare else compare[0],
         seeds=request.seeds or scenario.seeds,
     )
+
+
+def _impossible(name: str, scenario: Scenario) -> str:
+    """Why there can be no such cluster; empty if there can."""
+    try:
+        configurations.cluster_of(name, scenario)
+    except BaselineError as error:
+        return f"{name}: {error}"
+    return ""
 
 
 def list_configurations(console: Console) -> int:

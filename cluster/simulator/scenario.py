@@ -15,6 +15,7 @@ import msgspec
 
 from cluster.document import Document, read, suggestion
 from cluster.schema import ConfigError, Name, Section
+from cluster.simulator.baselines import prefill_workers
 from cluster.simulator.setup import (
     ClusterSetup,
     EngineOptions,
@@ -28,26 +29,24 @@ from cluster.simulator.subject import Subject, SubjectError, find_subject
 from cluster.workload.form import Workload, WorkloadError
 from coordinator.cost import DoesNotFit
 from coordinator.limits import Limits, NotNegative, Placement, Positive
-from coordinator.protocol import Role
 
 Text = Annotated[str, msgspec.Meta(min_length=1)]
 Seeds = Annotated[int, msgspec.Meta(ge=1, le=10_000)]
 
-SEPARATE_SHARE = 4
-"""One worker of so many prefills where the file names a number of workers only."""
+DEFAULT_RATIO = (1, 3)
+"""Of workers that prefill to those that decode."""
 
 
 class WorkersEntry(Section, frozen=True, kw_only=True):
-    """Engines, and where they are.
+    """Engines, and where they are: so many that prefill and that decode, or ``count`` of them in
+    the ``ratio`` of the first to the second.
 
-    Either numbers by role, or ``count`` and the ``ratio`` of those that prefill to those that
-    decode; configurations that do not separate the two use as many engines without roles.
+    Roles are for configurations that separate the two; others use as many engines without.
     Nodes have ``gpus_per_node`` devices, racks ``nodes_per_rack`` nodes.
     """
 
     prefill: NotNegative = 0
     decode: NotNegative = 0
-    mixed: NotNegative = 0
     count: Positive | None = None
     ratio: list[Positive] | None = None
     gpus_per_node: Positive = 8
@@ -94,7 +93,11 @@ class Source(msgspec.Struct, frozen=True):
 
 
 class Scenario(msgspec.Struct, frozen=True):
-    """What a file means, with everything looked up. ``model``: as the file names it."""
+    """What a file means, with everything looked up.
+
+    ``model``: as the file names it. ``setup`` has no roles; ``prefill_workers``: how many get
+    that one where a configuration splits them. ``compare``: empty for all configurations.
+    """
 
     name: str
     model: str
@@ -103,6 +106,7 @@ class Scenario(msgspec.Struct, frozen=True):
     seeds: int
     compare: tuple[str, ...]
     reference: str
+    prefill_workers: int = 0
     faults: Faults = Faults()
 
 
@@ -145,6 +149,7 @@ def _meaning(
     """The file with everything looked up; reports what is wrong, and then may be None."""
     subject = _subject(document, file, path.parent)
     workers = _workers(document, file.workers, subject.tp if subject else file.tp or 1)
+    prefill = _prefill_workers(document, file.workers)
     sources = _sources(document, file, path.parent, overrides)
     setup = None
     if subject is not None and workers:
@@ -174,6 +179,7 @@ def _meaning(
         seeds=file.seeds,
         compare=tuple(file.compare or ()),
         reference=file.reference or "",
+        prefill_workers=prefill,
         faults=file.faults,
     )
 
@@ -190,8 +196,7 @@ def _subject(document: Document, file: ScenarioFile, folder: Path) -> Subject | 
 
 
 def _workers(document: Document, entry: WorkersEntry, tp: int) -> tuple[WorkerSetup, ...]:
-    """The engines, role by role as evenly spread over the nodes as numbers allow."""
-    counts = _counts(document, entry)
+    """The engines on their nodes, without roles: these are the configurations' affair."""
     if tp > entry.gpus_per_node:
         document.problem(
             ("workers", "gpus_per_node"),
@@ -199,57 +204,37 @@ def _workers(document: Document, entry: WorkersEntry, tp: int) -> tuple[WorkerSe
             "engines over several nodes are not simulated",
         )
         return ()
-    total = sum(counts.values())
+    total = entry.count or entry.prefill + entry.decode
     engines_per_node = entry.gpus_per_node // tp
     engines_per_rack = engines_per_node * entry.nodes_per_rack
     digits = len(str(total - 1))
     return tuple(
         WorkerSetup(
             name=f"worker-{number:0{digits}}",
-            role=role,
+            role="mixed",
             node=f"node-{number // engines_per_node}",
             rack=f"rack-{number // engines_per_rack}",
         )
-        for number, role in enumerate(spread(counts))
+        for number in range(total)
     )
 
 
-def spread(counts: dict[Role, int]) -> list[Role]:
-    """Roles in an order in which every part of the list has about the same mix."""
-    places = [
-        ((index + 0.5) / count, role) for role, count in counts.items() for index in range(count)
-    ]
-    return [role for _, role in sorted(places)]
-
-
-def _counts(document: Document, entry: WorkersEntry) -> dict[Role, int]:
-    by_role: dict[Role, int] = {
-        "prefill": entry.prefill,
-        "decode": entry.decode,
-        "mixed": entry.mixed,
-    }
+def _prefill_workers(document: Document, entry: WorkersEntry) -> int:
+    """How many prefill where roles are split; 0 if there is only one worker."""
     if entry.count is None:
         if entry.ratio is not None:
             document.problem(("workers", "ratio"), "says nothing without 'count'")
-        if not sum(by_role.values()):
-            document.problem(
-                ("workers",), "there are none: give count, or prefill, decode and mixed"
-            )
-        elif not entry.decode and not entry.mixed:
-            document.problem(("workers", "prefill"), "somebody has to decode")
-        return by_role
-    given = [role for role, count in by_role.items() if count]
-    if given:
-        document.problem(("workers", given[0]), "excludes 'count'")
-    ratio = entry.ratio or [1, SEPARATE_SHARE - 1]
+        if not entry.prefill or not entry.decode:
+            document.problem(("workers",), "give count, or how many prefill and decode")
+        return entry.prefill
+    for key in ("prefill", "decode"):
+        if getattr(entry, key):
+            document.problem(("workers", key), "excludes 'count'")
+    ratio = entry.ratio or DEFAULT_RATIO
     if len(ratio) != 2:
         document.problem(("workers", "ratio"), "takes two numbers: those that prefill, decode")
-        return {"mixed": entry.count}
-    if entry.count == 1:
-        return {"mixed": 1}
-    prefill = round(entry.count * ratio[0] / sum(ratio))
-    prefill = min(max(1, prefill), entry.count - 1)
-    return {"prefill": prefill, "decode": entry.count - prefill}
+        return 0
+    return prefill_workers(entry.count, *ratio) if entry.count > 1 else 0
 
 
 def _fits(document: Document, setup: ClusterSetup) -> None:

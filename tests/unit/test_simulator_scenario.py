@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from cluster.schema import ConfigError
-from cluster.simulator.scenario import Overrides, Scenario, load, spread
+from cluster.simulator.scenario import Overrides, Scenario, load
 from cluster.simulator.source import open_source, resolved, with_options
 from cluster.simulator.subject import shipped
 
@@ -44,7 +44,7 @@ def test_a_small_file_is_enough(tmp_path: Path) -> None:
     setup = scenario.setup
     assert setup.hardware.name == "h200"
     assert setup.tp == 1
-    assert [worker.role for worker in setup.workers].count("prefill") == 2
+    assert (len(setup.workers), scenario.prefill_workers) == (8, 2)
     assert {worker.node for worker in setup.workers} == {"node-0"}
     assert scenario.workloads[0].source == "generator:review?runs=5&rate=1&prompt_max=100000"
     assert setup.kv_blocks() * setup.options.block_size > 500_000
@@ -79,10 +79,10 @@ def test_bounds_of_what_goes_wrong(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("workers", "said"),
     [
-        ("{}", "2: workers: there are none"),
-        ("{prefill: 3}", "2: workers.prefill: somebody has to decode"),
+        ("{}", "2: workers: give count, or how many prefill and decode"),
+        ("{prefill: 3}", "2: workers: give count, or how many prefill and decode"),
         ("{count: 8, decode: 4}", "2: workers.decode: excludes 'count'"),
-        ("{decode: 4, ratio: [1, 3]}", "2: workers.ratio: says nothing without 'count'"),
+        ("{prefill: 1, decode: 4, ratio: [1, 3]}", "2: workers.ratio: says nothing without 'count'"),
         ("{count: 8, ratio: [1, 2, 3]}", "2: workers.ratio: takes two numbers"),
     ],
 )
@@ -92,24 +92,17 @@ def test_workers_that_make_no_cluster(tmp_path: Path, workers: str, said: str) -
     assert found[0].startswith(said)
 
 
-def test_a_ratio_is_kept_and_every_node_has_its_share(tmp_path: Path) -> None:
-    text = GOOD.replace("{prefill: 2, decode: 6}", "{count: 32, ratio: [1, 3], nodes_per_rack: 2}")
-    workers = load(written(tmp_path, text)).setup.workers
-    assert len({worker.name for worker in workers}) == 32
-    assert [worker.name for worker in workers] == sorted(worker.name for worker in workers)
-    by_node = {
-        node: [worker.role for worker in workers if worker.node == node]
-        for node in {worker.node for worker in workers}
-    }
-    assert len(by_node) == 4
-    assert all(roles.count("prefill") == 2 for roles in by_node.values())
-    assert len({worker.rack for worker in workers}) == 2
-
-
-def test_spreading_keeps_numbers() -> None:
-    roles = spread({"prefill": 3, "decode": 10, "mixed": 1})
-    assert (roles.count("prefill"), roles.count("decode"), roles.count("mixed")) == (3, 10, 1)
-    assert spread({"prefill": 0, "decode": 2}) == ["decode", "decode"]
+def test_a_ratio_of_workers_on_nodes_in_racks(tmp_path: Path) -> None:
+    text = GOOD.replace("{prefill: 2, decode: 6}", "{count: 32, ratio: [3, 5], nodes_per_rack: 2}")
+    scenario = load(written(tmp_path, text + "tp: 2\n"))
+    workers = scenario.setup.workers
+    assert scenario.prefill_workers == 12
+    assert [worker.name for worker in workers] == [f"worker-{n:02}" for n in range(32)]
+    assert [worker.node for worker in workers].count("node-3") == 4
+    assert len({worker.node for worker in workers}) == 8
+    assert len({worker.rack for worker in workers}) == 4
+    alone = load(written(tmp_path, GOOD.replace("{prefill: 2, decode: 6}", "{count: 1}")))
+    assert alone.prefill_workers == 0
 
 
 def test_a_model_that_does_not_fit_says_why_in_numbers(tmp_path: Path) -> None:
