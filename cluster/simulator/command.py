@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
+from msgspec import to_builtins
 from rich import box
 from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
-from cluster.bench.report import write
+from cluster.bench.report import table, write
 from cluster.document import suggestion
 from cluster.process import usable_cores
 from cluster.schema import ConfigError
@@ -25,6 +34,7 @@ from cluster.simulator.sweep import run
 
 COMMAND = "pythia simulate"
 RESULTS_FOLDER = Path("run")
+FAILED = 1
 INTERRUPTED = 130
 
 
@@ -113,6 +123,59 @@ def list_configurations(console: Console) -> int:
         table.add_row(name, configurations.description(name))
     console.print(table)
     return 0
+
+
+def run_faults(
+    seeds: Sequence[int], processes: int | None, json_path: Path | None, console: Console
+) -> int:
+    """Random small clusters in which much goes wrong, one for each seed; 1 if the oracle found
+    anything."""
+    from cluster.simulator.faults import FaultReport, run_many
+
+    began_s = time.perf_counter()
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task("", total=len(seeds))
+
+        def show(report: FaultReport) -> None:
+            progress.advance(bar)
+            if report.error:
+                text = f"seed {report.seed}: {report.error}"
+                progress.console.print(text, style="red", highlight=False, markup=False)
+
+        reports = run_many(seeds, processes or usable_cores(), show)
+    failed = [report.seed for report in reports if report.error]
+    figures = {
+        "fault_seeds": len(reports),
+        "failed_seeds": len(failed),
+        "calls": sum(report.calls for report in reports),
+        "virtual_s": sum(report.virtual_s for report in reports),
+        "real_s": time.perf_counter() - began_s,
+    }
+    happened = Counter[str]()
+    for report in reports:
+        happened.update(report.happened)
+        happened.update({f"calls ended by {end}": n for end, n in report.outcomes.items()})
+    write(json_path, f"{COMMAND} --faults", figures, [to_builtins(report) for report in reports])
+    table(console, "what happened", [{"what": what, "times": n} for what, n in happened.items()])
+    console.print(
+        f"{figures['fault_seeds']} seeds, {figures['calls']:,} calls in "
+        f"{figures['virtual_s']:,.0f} virtual seconds, {figures['real_s']:.0f} s; "
+        + (f"failed: {', '.join(map(str, failed))}" if failed else "all is well"),
+        highlight=False,
+        soft_wrap=True,
+    )
+    return FAILED if failed else 0
+
+
+def run_validation(
+    traces: Path | None, json_path: Path | None, plots: Path | None, console: Console
+) -> int:
+    """The same small workload on a real cluster of this machine and in the simulator."""
+    from cluster.simulator import validate
+
+    plot = plots / "validate.png" if plots else None
+    return validate.main(json_path, plot, validate.Options(traces=traces), console)
 
 
 def _report(

@@ -25,7 +25,9 @@ PHASES = {
 }
 FOLD_COLOUR = "#eeeeee"
 FOLD_SHARE = 0.04
-"""A fold's width, and the shortest pause that is folded, as a share of all busy time."""
+"""A fold's width, as a share of all busy time."""
+FOLD_GAIN = 3.0
+"""Pauses are folded from this many times that on."""
 BAR_HEIGHT = 0.68
 
 
@@ -69,7 +71,7 @@ def folded(calls: Sequence[CallRecord]) -> Axis:
         [
             Fold(begin_s, until_s, width_s)
             for begin_s, until_s in pauses
-            if until_s - begin_s > width_s
+            if until_s - begin_s > FOLD_GAIN * width_s
         ],
     )
 

@@ -8,6 +8,7 @@ nothing to measure is left out.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
@@ -19,6 +20,9 @@ from coordinator.cost import Tier
 
 SERVED = ("stop", "length")
 """Outcomes of calls that got all their tokens."""
+WINDOW_SHARE = 0.9
+"""Rates and loads are of the time until so many of all calls have ended. What comes behind is
+the long pauses of the last runs, and would say more about these than about the cluster."""
 QUANTILES = {"p50": 0.50, "p95": 0.95, "p99": 0.99}
 
 Better = Literal["lower", "higher", ""]
@@ -48,8 +52,8 @@ TTFT = _quantiles("ttft_s", "s")
 ITL = _quantiles("itl_s", "ms", 1e3)
 GAP = _quantiles("gap_s", "ms", 1e3)
 SERVICE = (
-    Measure("goodput_calls_per_s", "good calls", "1/s", "higher"),
     Measure("goodput_calls_share", "good calls", "%", "higher", 100),
+    Measure("goodput_calls_per_s", "good calls", "1/s", "higher"),
     Measure("goodput_runs_share", "good runs", "%", "higher", 100),
     Measure("tokens_per_s_per_gpu", "tokens/GPU", "1/s", "higher"),
     Measure("runs_served_share", "runs served", "%", "higher", 100),
@@ -69,7 +73,7 @@ ENGINES = (
     Measure("preemptions", "preemptions", "", "lower"),
     Measure("flips", "flips"),
     Measure("wasted_warmups", "warm-ups", "wasted", "lower"),
-    Measure("decision_us", "decision", "us", "lower"),
+    Measure("decision_us", "core, us", "a message", "lower"),
 )
 
 
@@ -80,10 +84,11 @@ def figures(result: Result, slo: Slo) -> dict[str, float]:
       longest path of pauses, which no server can shorten; ``ttft_s_*``; ``itl_s_*`` of calls'
       mean times between tokens, ``gap_s_*`` of all single times between tokens.
     * ``goodput_*``: a call is good if it was served within ``slo``, a run if all its calls were.
+      Rates are of calls that ended within ``window_s``, see ``WINDOW_SHARE``.
     * ``prefix_hit_tokens``: prompt tokens that nobody had to compute; their share is of the
       prompts of served calls. ``moved_bytes_*`` by tier.
-    * ``decode_kv_*``: share of KV blocks in use on workers that decode, over samples.
-    * ``decision_us``: real time in the core per decision, if it was measured.
+    * ``decode_kv_*``: share of KV blocks in use on workers that decode, in that time.
+    * ``decision_us``: real time in the core per message that it handled, if it was measured.
     """
     served = [call for call in result.calls if call.outcome in SERVED]
     finished = [run for run in result.runs if run.finished]
@@ -95,9 +100,11 @@ def figures(result: Result, slo: Slo) -> dict[str, float]:
     if result.gaps.count:
         found["gap_s_mean"] = result.gaps.mean_s
         found |= {f"gap_s_{kind}": result.gaps.quantile(at) for kind, at in QUANTILES.items()}
+    window_s = window(result.calls)
     found |= _service(result, served, slo)
+    found |= _rates(result, served, slo, window_s)
     found |= _work(result, served)
-    return found
+    return found | _engines(result, window_s)
 
 
 def serving_s(run: RunRecord) -> float:
@@ -110,6 +117,12 @@ def is_good(call: CallRecord, slo: Slo) -> bool:
     if call.outcome not in SERVED or call.ttft_s > slo.ttft_s:
         return False
     return call.output_tokens < 2 or call.itl_s <= slo.itl_s
+
+
+def window(calls: Sequence[CallRecord]) -> float:
+    """Seconds until ``WINDOW_SHARE`` of all calls had ended, 0 without any."""
+    ends_s = sorted(call.ended_s for call in calls if call.outcome)
+    return ends_s[math.ceil(WINDOW_SHARE * len(ends_s)) - 1] if ends_s else 0.0
 
 
 def hit_tokens(call: CallRecord) -> int:
@@ -151,12 +164,22 @@ def _service(result: Result, served: Sequence[CallRecord], slo: Slo) -> dict[str
     if runs:
         found["goodput_runs_share"] = good_runs / len(runs)
         found["runs_served_share"] = sum(run.finished for run in runs) / len(runs)
-    if totals.duration_s > 0:
-        found["goodput_calls_per_s"] = good / totals.duration_s
-        found["goodput_runs_per_s"] = good_runs / totals.duration_s
-        if totals.gpus:
-            device_s = totals.duration_s * totals.gpus
-            found["tokens_per_s_per_gpu"] = found["output_tokens"] / device_s
+    return found
+
+
+def _rates(
+    result: Result, served: Sequence[CallRecord], slo: Slo, window_s: float
+) -> dict[str, float]:
+    if window_s <= 0:
+        return {}
+    inside = [call for call in served if call.ended_s <= window_s]
+    tokens = sum(call.output_tokens for call in inside)
+    found = {
+        "window_s": window_s,
+        "goodput_calls_per_s": sum(is_good(call, slo) for call in inside) / window_s,
+    }
+    if result.totals.gpus:
+        found["tokens_per_s_per_gpu"] = tokens / window_s / result.totals.gpus
     return found
 
 
@@ -168,15 +191,26 @@ def _work(result: Result, served: Sequence[CallRecord]) -> dict[str, float]:
         "recomputed_tokens": totals.recomputed_tokens,
         "computed_tokens": sum(call.computed_tokens for call in result.calls),
         "moved_tokens": sum(call.moved_tokens for call in served),
-        "preemptions": totals.preemptions,
-        "flips": totals.flips,
-        "wasted_warmups": totals.wasted_warmups,
     }
     found |= {f"moved_bytes_{tier}": totals.moved_bytes.get(tier, 0) for tier in get_args(Tier)}
     prompts = sum(call.prompt_tokens for call in served)
     if prompts:
         found["prefix_hit_share"] = hits / prompts
-    used = [sample.kv_used for sample in result.samples if sample.role != "prefill"]
+    return found
+
+
+def _engines(result: Result, window_s: float) -> dict[str, float]:
+    totals = result.totals
+    found: dict[str, float] = {
+        "preemptions": totals.preemptions,
+        "flips": totals.flips,
+        "wasted_warmups": totals.wasted_warmups,
+    }
+    used = [
+        sample.kv_used
+        for sample in result.samples
+        if sample.role != "prefill" and sample.at_s <= window_s
+    ]
     if used:
         found["decode_kv_mean"] = float(np.mean(used))
         found["decode_kv_p95"] = float(np.quantile(used, 0.95))

@@ -70,7 +70,10 @@ def completion_curves(
             ax.lines[-1].set(label=name, **styles[name])
         ax.set_title("without the runs' own pauses" if without_pauses else "completion time")
         ax.set_xlabel("seconds")
-        ax.set_xscale("log" if _is_wide(ax) else "linear")
+        if _is_wide(ax):
+            ax.set_xscale("log")
+        else:
+            ax.set_xlim(left=0)
         ax.set_ylim(0, 1)
         ax.grid(alpha=0.3, which="both", linewidth=0.6)
     axes[0].set_ylabel("share of runs completed within")
@@ -142,7 +145,8 @@ def load_over_time(picture: Picture, title: str) -> Figure:
     waiting.set_ylabel("waiting\nin engines")
     for role, load in zip(roles, loads, strict=True):
         used.plot(xs, load.kv_used, color=ROLE_COLOURS[role], linewidth=1.4)
-    used.set_ylim(0, 1)
+    highest = max((value for load in loads for value in load.kv_used), default=0.0)
+    used.set_ylim(0, min(1.0, max(0.1, 1.1 * highest)))
     used.set_ylabel("KV in use,\nmean of workers")
     used.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     workers.stackplot(xs, [load.workers for load in loads], colors=colours, alpha=0.8, step="mid")

@@ -36,6 +36,7 @@ COMPARED = (
     "serving_s_mean",
     "ttft_s_mean",
     "itl_s_mean",
+    "goodput_calls_share",
     "goodput_calls_per_s",
     "tokens_per_s_per_gpu",
 )
@@ -61,7 +62,7 @@ PANELS = (
     Panel("time to first token, s", TTFT, "ttft_s_mean"),
     Panel("time between tokens, ms: means of calls", ITL, "itl_s_mean"),
     Panel("time between tokens, ms: every single one", GAP),
-    Panel("service", SERVICE, "goodput_calls_per_s"),
+    Panel("service", SERVICE, "goodput_calls_share"),
     Panel("caches and transfers", CACHES),
     Panel("engines and core", ENGINES),
 )
@@ -80,7 +81,6 @@ class Comparison:
         self.reference = reference
         self.bounds = bounds
         self.seeds = len({outcome.seed for outcome in outcomes})
-        self.example = outcomes[0].figures
         self._values: dict[tuple[str, str], Values] = {}
         for outcome in outcomes:
             for name, value in outcome.figures.items():
@@ -225,11 +225,14 @@ def show_summary(console: Console, found: Sequence[Comparison]) -> None:
 
 
 def _title(comparison: Comparison) -> str:
-    example = comparison.example
+    numbers = {
+        name: comparison._mean(comparison.configurations[0], name)
+        for name in ("runs", "calls", "gpus")
+    }
     seeds = "1 seed" if comparison.seeds == 1 else f"{comparison.seeds} seeds"
     return (
-        f"\n{comparison.workload}: {example.get('runs', 0):,.0f} runs, "
-        f"{example.get('calls', 0):,.0f} calls, {example.get('gpus', 0):.0f} GPUs, {seeds}"
+        f"\n{comparison.workload}: {numbers['runs']:,.0f} runs, {numbers['calls']:,.0f} calls, "
+        f"{numbers['gpus']:.0f} GPUs, {seeds}"
     )
 
 

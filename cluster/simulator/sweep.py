@@ -27,6 +27,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from cluster.simulator.failure import SimulationError
 from cluster.simulator.outcome import Outcome, outcome_of
 from cluster.simulator.results import Results
 from cluster.simulator.scenario import Scenario, Source
@@ -34,10 +35,6 @@ from cluster.simulator.source import open_source
 from cluster.workload.form import Workload
 
 KILLED_AFTER_S = 5.0
-
-
-class SimulationError(RuntimeError):
-    """A replay failed; says which one and how."""
 
 
 class Task(msgspec.Struct, frozen=True):

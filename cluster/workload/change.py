@@ -95,6 +95,20 @@ def with_pace(workload: Workload, factor: float) -> Workload:
     return replace(workload, runs=runs)
 
 
+def with_pauses_cut(workload: Workload, longest_s: float) -> Workload:
+    """No pause between calls is longer than ``longest_s``: traces of people who went home have
+    pauses of hours, in which a cluster has nothing to do for anybody."""
+    _positive("pause_max", longest_s)
+    runs = tuple(
+        replace(
+            run,
+            calls=tuple(replace(call, think_s=min(call.think_s, longest_s)) for call in run.calls),
+        )
+        for run in workload.runs
+    )
+    return replace(workload, runs=runs)
+
+
 def scaled(workload: Workload, factor: int) -> Workload:
     """All lengths divided by ``factor``, for models with a short context.
 

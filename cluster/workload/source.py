@@ -8,12 +8,13 @@
 
 After ``?``, joined by ``&``:
 
-``scale`` divides lengths, ``pace`` divides pauses and arrivals; ``runs`` and ``calls`` (per run)
-limit, ``prompt_max`` leaves out runs with longer prompts (in tokens, after scaling); ``sample``
-of the runs that are left are drawn; ``rate`` runs per second arrive, with ``burst`` (variation
-of gaps) in bursts; ``closed`` runs are kept going; ``speed`` replays recorded arrivals; ``seed``
-is all the chance there is. Generators also take ``width``, ``stages`` and ``rounds``, and
-generate ``runs`` runs of ``calls`` calls.
+``scale`` divides lengths, ``pace`` divides pauses and arrivals, ``pause_max`` is the longest
+pause (in seconds, before ``pace``); ``runs`` and ``calls`` (per run) limit, ``prompt_max`` leaves
+out runs with longer prompts (in tokens, after scaling); ``sample`` of the runs that are left are
+drawn; ``rate`` runs per second arrive, with ``burst`` (variation of gaps) in bursts; ``closed``
+runs are kept going; ``speed`` replays recorded arrivals; ``seed`` is all the chance there is.
+Generators also take ``width``, ``stages`` and ``rounds``, and generate ``runs`` runs of
+``calls`` calls.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from cluster.workload.change import (
     scaled,
     with_arrivals,
     with_pace,
+    with_pauses_cut,
 )
 from cluster.workload.common import read_common
 from cluster.workload.dag import read_dag
@@ -65,6 +67,7 @@ class Changes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     seed: int = 0
     scale: AtLeast1 = 1
     pace: Above0 = 1.0
+    pause_max: Above0 | None = None
     runs: AtLeast1 | None = None
     calls: AtLeast1 | None = None
     prompt_max: AtLeast1 | None = None
@@ -127,6 +130,8 @@ def _changed(spec: str, workload: Workload, changes: Changes) -> Workload:
         workload = limited(workload, changes.runs, changes.calls, changes.prompt_max)
     if changes.sample is not None:
         workload = sampled(workload, changes.sample, random.Random(f"{changes.seed} sample"))
+    if changes.pause_max is not None:
+        workload = with_pauses_cut(workload, changes.pause_max)
     if changes.pace != 1:
         workload = with_pace(workload, changes.pace)
     return _arriving(spec, workload, changes)

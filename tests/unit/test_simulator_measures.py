@@ -44,6 +44,7 @@ def replay(calls: list[CallRecord], runs: list[RunRecord], **totals: object) -> 
         Sample(0.0, "a", "prefill", 1, 0, 0.9, 0),
         Sample(0.0, "b", "decode", 1, 0, 0.2, 0),
         Sample(1.0, "b", "decode", 1, 0, 0.4, 0),
+        Sample(99.0, "b", "decode", 1, 0, 0.0, 0),
     ]
     everything = Totals(duration_s=100.0, gpus=4, **totals)  # type: ignore[arg-type]
     return Result("pythia", "made", 0, "simulator", calls, runs, samples, Gaps({}), everything)
@@ -91,9 +92,19 @@ def test_goodput_counts_calls_within_both_limits() -> None:
     runs = [run(0, 10.0, 0.0), run(1, 10.0, 0.0), run(2, 10.0, 0.0)]
     found = figures(replay([late, slow, good, other], runs), slo)
     assert found["goodput_calls_share"] == 0.5
-    assert found["goodput_calls_per_s"] == 2 / 100
     assert found["goodput_runs_share"] == pytest.approx(1 / 3)  # one call of run 1 was slow
-    assert found["tokens_per_s_per_gpu"] == 4 * 11 / 100 / 4
+
+
+def test_rates_leave_the_last_runs_pauses_out() -> None:
+    calls = [call(0, number, 1.0, 0.01, ended_s=20.0 + number) for number in range(9)]
+    calls.append(call(0, 9, 1.0, 0.01, ended_s=9000.0))
+    calls[0].outcome = "error"
+    calls[1].first_token_s = 19.0
+    found = figures(replay(calls, []), Slo(itl_s=100.0))
+    assert found["window_s"] == 28.0
+    # Eight calls of 11 tokens were served in 28 s on 4 GPUs, one of them too late to be good.
+    assert found["goodput_calls_per_s"] == pytest.approx(7 / 28)
+    assert found["tokens_per_s_per_gpu"] == 8 * 11 / 28 / 4
 
 
 def test_a_call_of_one_token_has_no_time_between_tokens() -> None:
@@ -115,7 +126,7 @@ def test_hits_are_counted_where_the_prompt_was_computed() -> None:
 
 
 def test_kv_use_is_of_workers_that_decode() -> None:
-    found = figures(replay([], []), Slo())
+    found = figures(replay([call(0, 0, 1.0, 0.01)], []), Slo())
     assert found["decode_kv_mean"] == pytest.approx(0.3)
     assert found["decode_kv_p95"] == pytest.approx(0.39)
 
