@@ -86,7 +86,7 @@ class Ratio(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     prefill_tokens_high: Positive = 16384
     """Prompt tokens yet to compute per prefill worker from which prefill is overloaded."""
     decode_kv_high: Share = 0.9
-    """Share of the decode workers' KV that is taken from which decode is overloaded."""
+    """Share of the decode workers' KV in use from which decode is overloaded."""
     spare: Share = 0.8
     """A side can spare a worker if its load per worker, with one less, stays below this
     share of what counts as overloaded."""

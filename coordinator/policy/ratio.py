@@ -3,7 +3,8 @@
 Each look compares both sides with what counts as overloaded:
 
     prefill    prompt tokens yet to compute, per worker that prefills for others
-    decode     share of the KV of all workers that decode that is taken
+    decode     share of the KV of all workers that decode that their engines use; what is only
+               reserved for calls that wait for their prefill is no load on decode
 
 When one side alone has been overloaded at ``looks`` looks in a row, the least busy worker of
 the other one turns, if that would not nearly be overloaded with one less. Floors, the time
@@ -59,7 +60,7 @@ class _Loads(msgspec.Struct, frozen=True):
     prefillers: Sequence[WorkerView]
     decoders: Sequence[WorkerView]
     prefill_tokens: int
-    taken_blocks: int
+    used_blocks: int
     usable_blocks: int
 
 
@@ -89,7 +90,7 @@ def _loads(workers: Collection[WorkerView]) -> _Loads:
         prefillers=prefillers,
         decoders=decoders,
         prefill_tokens=sum(worker.prefill_tokens for worker in prefillers),
-        taken_blocks=sum(map(_taken, decoders)),
+        used_blocks=sum(worker.kv_blocks_used for worker in decoders),
         usable_blocks=sum(worker.usable_blocks for worker in decoders),
     )
 
@@ -100,7 +101,7 @@ def _overloaded(loads: _Loads, ratio: Ratio) -> Side | None:
         loads.prefill_tokens >= ratio.prefill_tokens_high * len(loads.prefillers)
     )
     decode = bool(loads.decoders) and (
-        loads.taken_blocks >= ratio.decode_kv_high * loads.usable_blocks
+        loads.used_blocks >= ratio.decode_kv_high * loads.usable_blocks
     )
     if prefill == decode:
         return None
@@ -120,12 +121,12 @@ def _from_decode(loads: _Loads, ratio: Ratio, now_s: float) -> tuple[WorkerView 
         worker
         for worker in named
         if now_s - worker.turned_s >= ratio.dwell_s
-        and loads.taken_blocks < spare_share * (loads.usable_blocks - worker.usable_blocks)
+        and loads.used_blocks < spare_share * (loads.usable_blocks - worker.usable_blocks)
         and any(
             other.tokens_max >= worker.tokens_max for other in loads.decoders if other is not worker
         )
     ]
-    giver = min(able, key=lambda worker: (_taken(worker), worker.name), default=None)
+    giver = min(able, key=lambda worker: (worker.kv_blocks_used, worker.name), default=None)
     return giver, f"{loads.prefill_tokens} tokens wait for {len(loads.prefillers)} prefill workers"
 
 
@@ -139,9 +140,5 @@ def _from_prefill(loads: _Loads, ratio: Ratio, now_s: float) -> tuple[WorkerView
         return None, ""
     able = [worker for worker in named if now_s - worker.turned_s >= ratio.dwell_s]
     giver = min(able, key=lambda worker: (worker.prefill_tokens, worker.name), default=None)
-    share = loads.taken_blocks / loads.usable_blocks
-    return giver, f"{share:.0%} of the KV of {len(loads.decoders)} decode workers is taken"
-
-
-def _taken(worker: WorkerView) -> int:
-    return max(worker.kv_blocks_reserved, worker.kv_blocks_used)
+    share = loads.used_blocks / loads.usable_blocks
+    return giver, f"{share:.0%} of the KV of {len(loads.decoders)} decode workers is in use"

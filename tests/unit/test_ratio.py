@@ -25,8 +25,8 @@ def prefill(name: str, tokens: int = 0, **more: object) -> Seen:
     return Seen(name, "prefill", prefill_tokens=tokens, **more)  # type: ignore[arg-type]
 
 
-def decode(name: str, taken: int = 0, **more: object) -> Seen:
-    return Seen(name, "decode", kv_blocks_reserved=taken, **more)  # type: ignore[arg-type]
+def decode(name: str, used: int = 0, **more: object) -> Seen:
+    return Seen(name, "decode", kv_blocks_used=used, **more)  # type: ignore[arg-type]
 
 
 def looked(
@@ -71,22 +71,23 @@ def test_full_decode_workers_get_the_idlest_prefill_worker() -> None:
     workers = [prefill("p", 20), prefill("q", 10), decode("d", 90), decode("e", 90)]
     _, turns = looked(workers, 3)
     assert moved(turns) == [(3, "q", "decode")]
-    assert turns[0][1].reason == "90% of the KV of 2 decode workers is taken"
+    assert turns[0][1].reason == "90% of the KV of 2 decode workers is in use"
 
 
-@pytest.mark.parametrize("taken", [88, 89])
-def test_below_the_threshold_nothing_turns(taken: int) -> None:
-    workers = [prefill("p"), prefill("q"), decode("d", taken), decode("e", 90)]
+@pytest.mark.parametrize("used", [88, 89])
+def test_below_the_threshold_nothing_turns(used: int) -> None:
+    workers = [prefill("p"), prefill("q"), decode("d", used), decode("e", 90)]
     assert looked(workers, 9)[1] == []
 
 
-def test_what_engines_say_counts_like_what_is_reserved() -> None:
-    full = [decode(name, kv_blocks_used=95) for name in "de"]
-    assert moved(looked([prefill("p"), prefill("q"), *full], 3)[1]) == [(3, "p", "decode")]
+def test_what_is_reserved_for_calls_that_wait_for_their_prefill_is_no_load_on_decode() -> None:
+    booked = [decode(name, kv_blocks_reserved=95) for name in "de"]
+    assert looked([prefill("p"), prefill("q"), *booked], 9)[1] == []
+    assert moved(looked([prefill("p", 1000), *booked], 3)[1]) == [(3, "d", "prefill")]
 
 
 def test_a_side_that_cannot_spare_a_worker_keeps_it() -> None:
-    # With one less 73.5 % of the rest would be taken; spared are workers below 0.8 * 0.9 = 72 %.
+    # With one less 73.5 % of the rest would be in use; spared are workers below 0.8 * 0.9 = 72 %.
     workers = [prefill("p", 9000), *(decode(name, 49) for name in "def")]
     assert looked(workers, 9)[1] == []
     workers = [prefill("p", 9000), *(decode(name, 47) for name in "def")]
@@ -124,7 +125,7 @@ def test_the_direction_is_reversed_only_after_the_dwell_time() -> None:
     trend, turns = looked(workers, 3)
     assert moved(turns) == [(3, "d", "prefill")]
     for worker in workers:
-        worker.prefill_tokens, worker.kv_blocks_reserved = 0, 95
+        worker.prefill_tokens, worker.kv_blocks_used = 0, 95
     # The turn was at 15 s; from now on looks are at 5 s, 10 s and so on again.
     _, turns = looked(workers, 9, trend=trend)
     assert moved(turns) == [(9, "d", "decode")]
