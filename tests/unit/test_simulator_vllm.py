@@ -156,6 +156,9 @@ class Real:
         self.aborts: list[str] = []
         self.arrived: set[str] = set()
         self.failed: set[str] = set()
+        self.ended: list[str] = []
+        self.first: dict[str, tuple[int, int]] = {}
+        """Tokens found here and moved, of those that had their first token."""
 
     def schedule(self) -> dict[str, int]:
         """Begin a step; its tokens by request. Empty ones end at once."""
@@ -178,7 +181,7 @@ class Real:
             done = request is not None and request.num_computed_tokens >= request.num_tokens
             text = self.texts[request_id].tokens
             sampled.append([text[request.num_tokens]] if request and done else [])
-        self.scheduler.update_from_output(
+        outputs = self.scheduler.update_from_output(
             self.output,
             ModelRunnerOutput(
                 req_ids=ids,
@@ -188,6 +191,13 @@ class Real:
             ),
         )
         self.output = None
+        for output in outputs[0].outputs if 0 in outputs else []:
+            if output.prefill_stats is not None:
+                stats = output.prefill_stats
+                cached = (stats.num_local_cached_tokens, stats.num_external_cached_tokens)
+                self.first[output.request_id] = cached
+            if output.finish_reason is not None:
+                self.ended.append(output.request_id)
 
     def _transfers(self) -> KVConnectorOutput:
         arrived = {request for request in self.arrived if request in self.scheduler.requests}
@@ -341,9 +351,15 @@ class Both:
             request = scheduler.requests[sequence.id]
             assert schedule.decodes.generated(sequence) == request.num_output_tokens
             assert sequence.preemptions == request.num_preemptions
-            if sequence.preemptions == 0 and request.prefill_stats is not None:
-                stats = request.prefill_stats
-                assert sequence.local_cached_tokens == stats.num_local_cached_tokens
+        ended = [output.id for output in outputs if isinstance(output, Ended)]
+        assert ended == self.real.ended
+        first = {o.id: first_token(o) for o in outputs if isinstance(o, FirstToken)}
+        assert first == self.real.first
+        self.real.ended, self.real.first = [], {}
+
+
+def first_token(output: FirstToken) -> tuple[int, int]:
+    return output.local_cached_tokens, output.moved_tokens
 
 
 def traffic(seed: int, priorities: bool) -> Iterator[tuple[float, Text]]:
@@ -370,7 +386,8 @@ def traffic(seed: int, priorities: bool) -> Iterator[tuple[float, Text]]:
         if kind < 0.2:
             fields["hold"] = True
             tokens = tokens[: prompt + 1]
-        elif kind < 0.45:
+        elif kind < 0.45 and prompt > 1:
+            # Of a prompt of one token vLLM forgets that it was moved, as it computes it again.
             fields["pull_tokens"] = rng.choice([prompt, rng.randint(1, prompt)])
         if priorities:
             fields["priority"] = number if number < 2 else rng.randint(0, 3)
