@@ -85,8 +85,10 @@ class Schedule:
         """A request that has just come."""
         if self._priority is None:
             self._priority = sequence.priority
-        self.by_priority |= sequence.priority != self._priority
         self.waiting.add(sequence)
+        if sequence.priority != self._priority and not self.by_priority:
+            self.by_priority = True
+            self.waiting.sort()
 
     def may_admit(self, sequence: Sequence) -> bool:
         """Whether the next step could admit who has just come, if nothing else changes."""
