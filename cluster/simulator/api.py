@@ -256,6 +256,7 @@ class Api:
         record.attempts = record.attempts + 1 if record.decode else 1
         record.prefill = plan.prefill.worker if plan.prefill else ""
         record.decode = plan.decode.worker
+        record.loaded_s = 0.0
         self._events.cancel(call.repeat)
         call.attempt, call.plan, call.failed = plan.attempt, plan, None
         call.planned_by = self.core
@@ -360,7 +361,9 @@ class Api:
         call.move("decoding")
         record.moved_tokens = first.moved_tokens
         record.local_cached_tokens = first.local_cached_tokens
-        if not record.prefill:
+        if record.prefill:
+            record.loaded_s = self._events.now_s
+        else:
             record.prefill_cached_tokens = first.local_cached_tokens
         if call.tokens:
             self._client.resumed(self._events.now_s - call.last_token_s)

@@ -79,17 +79,18 @@ def folded(calls: Sequence[CallRecord]) -> Axis:
 def phases(call: CallRecord) -> list[tuple[str, float, float]]:
     """What happened to a call, one after the other: name, begin and end.
 
-    Whoever prefills where it decodes has its transfer left out; a call that was not served is
-    shown as such from its last known moment on.
+    Where a prefill worker is used, its client has the first token before the KV moves. A call
+    that was not served is shown as such from its last known moment on.
     """
     first_s = call.first_token_s
-    marks = [("waits for a plan", call.planned_s)]
-    if first_s and call.prefilled_s:
-        marks += [("prefill", call.prefilled_s), ("transfer", first_s)]
-    else:
-        marks.append(("prefill", first_s))
     served = call.outcome in ("stop", "length")
-    marks.append(("decode" if first_s else "not served", call.ended_s))
+    last = "decode" if first_s else "not served"
+    marks = [
+        ("waits for a plan", call.planned_s),
+        ("prefill", first_s),
+        ("transfer", call.loaded_s),
+        (last, call.ended_s),
+    ]
     found, begin_s = [], call.due_s
     for name, end_s in marks:
         if end_s > begin_s:

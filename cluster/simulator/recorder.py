@@ -105,7 +105,7 @@ class Recorder:
         """Count all times from the beginning of the replay."""
         for call in self.calls:
             call.due_s -= began_s
-            for name in ("planned_s", "first_token_s", "ended_s"):
+            for name in ("planned_s", "first_token_s", "loaded_s", "ended_s"):
                 if at_s := getattr(call, name):
                     setattr(call, name, at_s - began_s)
         for run in self.runs:

@@ -41,8 +41,9 @@ class CallRecord(msgspec.Struct, gc=False, omit_defaults=True):
     attempts: int = 1
     outcome: str = ""
     status: int = 0
-    prefilled_s: float = 0.0
-    """When a prefill worker had computed the prompt; 0 where the decode worker did."""
+    loaded_s: float = 0.0
+    """When the decode worker had the KV and its own first token, where a prefill worker made
+    the client's first one; else 0."""
 
     @property
     def ttft_s(self) -> float:

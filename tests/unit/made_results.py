@@ -61,8 +61,7 @@ def _run(rng: random.Random, run: int, slower: float) -> list[CallRecord]:
     for number in range(rng.randrange(3, 30)):
         remote = rng.random() < 0.6
         planned_s = now_s + rng.expovariate(4.0) * slower
-        prefilled_s = planned_s + rng.uniform(0.1, 1.5) * slower
-        first_s = prefilled_s + (0.08 * slower if remote else 0.0)
+        first_s = planned_s + rng.uniform(0.1, 1.5) * slower
         tokens = rng.randrange(20, 400)
         ended_s = first_s + tokens * 0.012 * slower
         made.append(
@@ -83,7 +82,7 @@ def _run(rng: random.Random, run: int, slower: float) -> list[CallRecord]:
                 moved_tokens=1000 if remote else 0,
                 computed_tokens=int(0.2 * prompt_tokens),
                 outcome="stop",
-                prefilled_s=prefilled_s if remote else 0.0,
+                loaded_s=first_s + 0.08 * slower if remote else 0.0,
             )
         )
         prompt_tokens += tokens + rng.randrange(200)

@@ -275,8 +275,8 @@ def test_phases_follow_each_other() -> None:
         call=0,
         due_s=1.0,
         planned_s=2.0,
-        prefilled_s=3.0,
-        first_token_s=3.5,
+        first_token_s=3.0,
+        loaded_s=3.5,
         ended_s=9.0,
         outcome="stop",
     )
@@ -286,7 +286,7 @@ def test_phases_follow_each_other() -> None:
         ("transfer", 3.0, 3.5),
         ("decode", 3.5, 9.0),
     ]
-    call.prefilled_s = 0.0
+    call.loaded_s = 0.0
     assert [name for name, _, _ in phases(call)] == ["waits for a plan", "prefill", "decode"]
 
 
