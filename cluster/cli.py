@@ -238,7 +238,7 @@ def demo(model: ModelOption = None, json_path: JsonPath = None) -> None:
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="overhead, transfer, core or idle.")],
+    name: Annotated[str, typer.Argument(help="overhead, transfer, core, idle or simulator.")],
     json_path: JsonPath = None,
     model: ModelOption = None,
 ) -> None:
@@ -246,6 +246,79 @@ def bench(
     from cluster.bench.command import run_bench
 
     raise typer.Exit(run_bench(name, json_path, model, context.args))
+
+
+@app.command()
+def simulate(
+    file: Annotated[
+        Path | None, typer.Argument(metavar="FILE", help="What to simulate, a YAML file.")
+    ] = None,
+    listed: Annotated[
+        bool, typer.Option("--list", help="Show the configurations that can be compared.")
+    ] = False,
+    compare: Annotated[
+        str | None, typer.Option(metavar="A,B,...", help="Configurations, or all; else the file's.")
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, max=10_000, metavar="N", help="Else the file's.")
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, max=1024, metavar="N", help="Else one per core.")
+    ] = None,
+    traces: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", envvar="PYTHIA_TRACES", help="Where trace files are."),
+    ] = None,
+    runs: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Of every workload, at most.")
+    ] = None,
+    calls: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Of every run, at most.")
+    ] = None,
+    json_path: JsonPath = None,
+    plots: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Draw into this folder.")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Go on with an interrupted run's results.")
+    ] = None,
+    faults: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Instead: N random clusters in trouble."),
+    ] = None,
+    first: Annotated[
+        int, typer.Option(min=0, metavar="SEED", help="With --faults: the first seed.")
+    ] = 0,
+    validate: Annotated[
+        bool, typer.Option("--validate", help="Instead: against a real cluster on this machine.")
+    ] = False,
+) -> None:
+    """Simulate whole clusters in virtual time and compare configurations."""
+    from cluster.simulator import command
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=PLAIN_COLUMNS)
+    if listed:
+        raise typer.Exit(command.list_configurations(console))
+    if faults is not None:
+        seeds_of_faults = range(first, first + faults)
+        raise typer.Exit(command.run_faults(seeds_of_faults, processes, json_path, console))
+    if validate:
+        raise typer.Exit(command.run_validation(traces, json_path, plots, console))
+    if file is None:
+        raise typer.BadParameter("give a FILE, or one of --list, --faults and --validate")
+    request = command.Request(
+        file=file,
+        overrides=command.Overrides(traces=traces, runs=runs, calls=calls),
+        compare=tuple(name for name in (compare or "").split(",") if name),
+        seeds=seeds,
+        processes=processes,
+        json_path=json_path,
+        plots=plots,
+        resume=resume,
+    )
+    raise typer.Exit(command.simulate(request, console))
 
 
 @app.command()
@@ -293,12 +366,14 @@ def _exit_code(error: Exception) -> int | None:
     from cluster.model_folder import ModelError
     from cluster.model_shape import ModelShapeError
     from cluster.schema import ConfigError
+    from cluster.simulator.failure import SimulationError
     from cluster.status import Unreachable
+    from cluster.workload.form import WorkloadError
 
-    if isinstance(error, ConfigError | PreflightError):
+    if isinstance(error, ConfigError | PreflightError | WorkloadError):
         return REFUSED
     failures = LaunchError | ModelError | ModelShapeError | CalibrationError | ChildError
-    return FAILED if isinstance(error, failures | Unreachable) else None
+    return FAILED if isinstance(error, failures | SimulationError | Unreachable) else None
 
 
 def _cluster(file: Path | None, model: str | None, gpus: int | None = None) -> ClusterConfig:

@@ -233,6 +233,8 @@ def _check(document: Document, data: Any, kind: Any, path: Path) -> Any:
             _check(document, item, arguments[0], (*path, index)) for index, item in enumerate(data)
         ]
     if get_origin(kind) is dict and isinstance(data, dict):
+        if get_origin(arguments[0]) is Literal:
+            _check_keys(document, data, get_args(arguments[0]), path)
         return {
             key: _check(document, item, arguments[1], (*path, key)) for key, item in data.items()
         }
@@ -246,8 +248,7 @@ def _check_struct(
         document.problem(path, f"must be {_TYPE_WORDS['object']} (got {_shown(data)})")
         return None
     hints = typing.get_type_hints(kind, include_extras=True)
-    for key in data.keys() - hints.keys():
-        document.problem((*path, key), f"unknown key{suggestion(key, hints)}")
+    _check_keys(document, data, hints, path)
     values: dict[str, Any] = {}
     complete = True
     for field in msgspec.structs.fields(kind):
@@ -260,6 +261,14 @@ def _check_struct(
             document, data[field.name], hints[field.name], (*path, field.name)
         )
     return kind(**values) if complete else None
+
+
+def _check_keys(
+    document: Document, data: dict[str, Any], known: typing.Collection[str], path: Path
+) -> None:
+    for key in data:
+        if key not in known:
+            document.problem((*path, key), f"unknown key{suggestion(key, known)}")
 
 
 def _is_absent(data: dict[str, Any], key: str, kind: Any) -> bool:

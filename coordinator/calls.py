@@ -29,7 +29,8 @@ import msgspec
 from coordinator.kv_index import KvIndex
 from coordinator.limits import Placement
 from coordinator.policy.placement import Ask, Choice, Impossible, Wait, can_ever_hold, place
-from coordinator.policy.queue import CallQueue, CompletionRate
+from coordinator.policy.placer import Placer
+from coordinator.policy.queue import CallQueue, CompletionRate, rank
 from coordinator.protocol import (
     BLOCK_HASH_BYTES,
     CallStatus,
@@ -93,14 +94,23 @@ class Group(msgspec.Struct, gc=False):
 class Calls:
     """All live calls, the queue and the recently ended ones."""
 
-    def __init__(self, state: State, index: KvIndex, placement: Placement) -> None:
+    def __init__(
+        self,
+        state: State,
+        index: KvIndex,
+        placement: Placement,
+        placer: Placer | None = None,
+    ) -> None:
         self._state = state
         self._index = index
-        self._placement = placement
+        self.placement = placement
+        self._placer = placer
         self._arrivals = 0
         self._rate = CompletionRate()
         self.groups: dict[tuple[str, str], Group] = {}
-        self.queue = CallQueue()
+        self.sessions: OrderedDict[tuple[str, str], str] = OrderedDict()
+        """Where the last call of a run (workflow, run) went, if placement is sticky."""
+        self.queue = CallQueue(placer.rank if placer is not None else rank)
         self.recent: OrderedDict[CallKey, Ended] = OrderedDict()
 
     # --- what API processes say ---------------------------------------------------
@@ -247,7 +257,7 @@ class Calls:
             call = self.queue.head
             if call is None:
                 break
-            decision = self._place(call)
+            decision = self._place(call, now_s)
             if isinstance(decision, Choice):
                 self.queue.remove(call)
                 self._plan(call, decision, now_s)
@@ -383,24 +393,30 @@ class Calls:
         if self.queue.head is call:
             self._state.room_changed = True
 
-    def _place(self, call: Call) -> Choice | Wait | Impossible:
-        submit = call.submit
-        group = self.groups.get((call.api.name, submit.group)) if submit.group else None
+    def _place(self, call: Call, now_s: float) -> Choice | Wait | Impossible:
+        submit, placement = call.submit, self.placement
+        group = None
+        if submit.group and placement.siblings_together:
+            group = self.groups.get((call.api.name, submit.group))
+        context = submit.context
         ask = Ask(
             prompt_tokens=call.prompt_tokens,
             output_tokens=call.output_tokens,
             aggregated=submit.aggregated,
             avoid=call.avoid,
             sibling=group.worker if group else "",
+            turn=call.arrival + call.plans,
+            last=self.sessions.get((context.workflow, context.run), "") if placement.sticky else "",
         )
-        return place(
-            ask,
-            self._state.workers.values(),
-            lambda: self._index.longest_prefix(submit.block_hashes),
-            self._state.limits,
-            self._placement,
-            self._state.block_size,
-        )
+        workers = self._state.workers.values()
+
+        def cached() -> dict[str, int]:
+            return self._index.longest_prefix(submit.block_hashes)
+
+        if self._placer is not None:
+            return self._placer.place(call, ask, workers, cached, now_s)
+        state = self._state
+        return place(ask, workers, cached, state.limits, placement, state.block_size)
 
     def _plan(self, call: Call, choice: Choice, now_s: float) -> None:
         """Reserve, move, tell. The call is out of the queue."""
@@ -432,6 +448,8 @@ class Calls:
         if call.submit.group:
             group = self.groups[call.api.name, call.submit.group]
             group.worker = group.worker or decode.name
+        if self.placement.sticky and call.submit.context.run:
+            self._remember(call, decode)
         if prefill is None:
             state.counters["plans_local"] += 1
             call.move(CallPhase.LOADING, now_s, choice.reason)
@@ -440,6 +458,14 @@ class Calls:
             call.move(CallPhase.PREFILLING, now_s, choice.reason)
         self._set_due(call, now_s + self._phase_s(call))
         state.send(call.api.peer, call.plan)
+
+    def _remember(self, call: Call, decode: Worker) -> None:
+        """The run's next call may want to go there too."""
+        context = call.submit.context
+        self.sessions[context.workflow, context.run] = decode.name
+        self.sessions.move_to_end((context.workflow, context.run))
+        if len(self.sessions) > self._state.limits.sessions:
+            self.sessions.popitem(last=False)
 
     def _to_loading(self, call: Call, now_s: float, why: str) -> None:
         assert call.prefill is not None
@@ -579,6 +605,9 @@ class Calls:
         if call.computing is call.prefill:
             call.prefill.prefilling -= 1
         call.computing = None
+        if self._placer is not None:
+            # It may be waiting for just that; the configured policies are not.
+            self._state.room_changed = True
 
     def _release_prefill(self, call: Call) -> None:
         """Give back the room on the prefill worker."""
@@ -617,8 +646,7 @@ class Calls:
         if call.decode is not None and block_size and not message.undecoded:
             had_blocks = max(0, message.local_cached_tokens) // block_size
             if had_blocks < call.cached_blocks:
-                beyond = call.submit.block_hashes[had_blocks * BLOCK_HASH_BYTES :]
-                self._index.removed(call.decode.name, beyond)
+                self._index.removed(call.decode.name, call.submit.block_hashes, had_blocks)
 
 
 def worker_up(worker: Worker) -> WorkerUp:

@@ -24,6 +24,7 @@ from coordinator.invariants import check_all
 from coordinator.kv_index import KvIndex
 from coordinator.limits import Limits, Placement
 from coordinator.pairs import Pairs
+from coordinator.policy.placer import Placer
 from coordinator.protocol import (
     PROTOCOL_VERSION,
     Alive,
@@ -50,6 +51,7 @@ from coordinator.protocol import (
     WorkerGone,
     WorkerToCore,
 )
+from coordinator.roles import Roles
 from coordinator.state import Api, Peer, Send, State, Worker, WorkerPhase
 from coordinator.view import call_status, link_status, worker_status
 
@@ -76,8 +78,12 @@ class Core:
         model: str = "",
         model_fingerprint: str = "",
         vllm_version: str = "",
+        placer: Placer | None = None,
     ) -> None:
-        """``model*`` and ``vllm_version``: what workers must have; if empty the first sets it."""
+        """``model*`` and ``vllm_version``: what workers must have; if empty the first sets it.
+
+        ``placer`` decides in place of the policy that ``placement`` names.
+        """
         self.core_id = core_id
         self.model = model
         self._model_fingerprint = model_fingerprint
@@ -88,7 +94,8 @@ class Core:
         self._state = State(limits)
         self._index = KvIndex()
         self._pairs = Pairs(self._state, zlib.crc32(core_id.encode()) << PROBE_BITS)
-        self._calls = Calls(self._state, self._index, placement)
+        self._roles = Roles(self._state, self._pairs, placement.ratio)
+        self._calls = Calls(self._state, self._index, placement, placer)
         self._latest: OrderedDict[str, str] = OrderedDict()
         """The last registered incarnation per worker name."""
         self._retired: OrderedDict[tuple[str, str], str] = OrderedDict()
@@ -125,6 +132,8 @@ class Core:
                 self._worker_due(self._state.workers[names[0]], now_s)
             elif kind == "api":
                 self._api_due(self._state.apis[names[0]], now_s)
+            elif kind == "roles":
+                self._roles.due(now_s)
             else:
                 self._pairs.due((names[0], names[1]), now_s)
         self._calls.dispatch(now_s)
@@ -146,7 +155,11 @@ class Core:
         ]
         newest = itertools.islice(reversed(state.calls.values()), LIVE_CALLS_SHOWN)
         live = [call_status(call, now_s) for call in newest]
-        pairs = itertools.islice(self._pairs.in_order(), LINKS_SHOWN)
+        pairs = list(itertools.islice(self._pairs.in_order(), LINKS_SHOWN))
+        said = {
+            name: {link.source: link for link in state.workers[name].links}
+            for name in sorted({pair.target.name for pair in pairs})
+        }
         return Snapshot(
             token=token,
             core=self.core_id,
@@ -159,12 +172,12 @@ class Core:
             active=len(state.calls) - len(self._calls.queue),
             calls=[ended.row for ended in self._calls.recent.values()] + live[::-1],
             counters=dict(state.counters),
-            links=[link_status(pair) for pair in pairs],
+            links=[link_status(pair, said[pair.target.name]) for pair in pairs],
         )
 
     def check(self) -> None:
         """Assert every invariant; for tests and for chasing bugs."""
-        check_all(self._state, self._calls, self._pairs, self._index)
+        check_all(self._state, self._calls, self._pairs, self._roles, self._index)
         assert len(self._latest) <= 4 * self._limits.workers
         assert len(self._retired) <= 4 * self._limits.workers
 
@@ -240,6 +253,7 @@ class Core:
             state.send(api.peer, worker_up(worker))
         self._pairs.add(worker)
         self._pairs.start(now_s)
+        self._roles.watch(now_s)
 
     def _refusal(self, message: Ready) -> str:
         """Why a worker is not taken in, empty if it is."""
@@ -307,6 +321,7 @@ class Core:
         for _, api in sorted(state.apis.items()):
             state.send(api.peer, WorkerGone(worker.name, worker.incarnation, reason))
         self._pairs.remove(worker, now_s)
+        self._roles.watch(now_s)
         self._calls.worker_lost(worker, now_s)
 
     def _retire(self, name: str, incarnation: str, why: str) -> None:

@@ -10,8 +10,10 @@ from collections import Counter
 
 from coordinator.calls import Calls
 from coordinator.kv_index import KvIndex
+from coordinator.limits import Placement
 from coordinator.pairs import Pairs
-from coordinator.policy.queue import rank
+from coordinator.protocol import Role
+from coordinator.roles import Roles
 from coordinator.state import COUNTERS, Call, CallPhase, State, Worker, WorkerPhase
 
 LIVE_PHASES = frozenset(
@@ -25,7 +27,7 @@ LIVE_PHASES = frozenset(
 )
 
 
-def check_all(state: State, calls: Calls, pairs: Pairs, index: KvIndex) -> None:
+def check_all(state: State, calls: Calls, pairs: Pairs, roles: Roles, index: KvIndex) -> None:
     """AssertionError if anything is not as it must be."""
     for call in state.calls.values():
         _check_call(call, state)
@@ -33,7 +35,7 @@ def check_all(state: State, calls: Calls, pairs: Pairs, index: KvIndex) -> None:
     _check_groups(state, calls)
     for name, worker in state.workers.items():
         assert worker.name == name
-        _check_worker(worker, state)
+        _check_worker(worker, state, calls.placement)
     for name, api in state.apis.items():
         assert api.name == name
         assert state.deadlines.get(("api", name)) is not None, name
@@ -45,7 +47,9 @@ def check_all(state: State, calls: Calls, pairs: Pairs, index: KvIndex) -> None:
     assert len(calls.recent) <= state.limits.recent_calls
     assert not calls.recent.keys() & state.calls.keys()
     assert not state.room_changed
+    assert len(calls.sessions) <= (state.limits.sessions if calls.placement.sticky else 0)
     pairs.check()
+    roles.check()
     index.check()
 
 
@@ -81,7 +85,8 @@ def _check_call(call: Call, state: State) -> None:
 
 def _check_queue(state: State, calls: Calls) -> None:
     waiting = list(calls.queue)
-    assert [rank(call) for call in waiting] == sorted(rank(call) for call in waiting)
+    ranks = [calls.queue.rank(call) for call in waiting]
+    assert ranks == sorted(ranks)
     expected = {key for key, call in state.calls.items() if call.phase is CallPhase.QUEUED}
     assert {call.key for call in waiting} == expected
     fresh = sum(call.plans == 0 for call in waiting)
@@ -95,8 +100,11 @@ def _check_groups(state: State, calls: Calls) -> None:
     assert members == {key: group.calls for key, group in calls.groups.items()}
 
 
-def _check_worker(worker: Worker, state: State) -> None:
+def _check_worker(worker: Worker, state: State, placement: Placement) -> None:
     limits = state.limits
+    built: Role = worker.ready.role
+    assert worker.role == built or {worker.role, built} == {"prefill", "decode"}, worker.name
+    assert worker.role == built or worker.turned_s > float("-inf"), worker.name
     assert worker.phase in (WorkerPhase.UP, WorkerPhase.SUSPECT), worker.name
     assert worker.up == (worker.phase is WorkerPhase.UP), worker.name
     assert state.deadlines.get(("worker", worker.name)) is not None, worker.name
@@ -106,7 +114,7 @@ def _check_worker(worker: Worker, state: State) -> None:
     reserved = sum(call.decode_blocks for call in worker.decodes.values())
     reserved += sum(call.prefill_blocks for call in worker.prefills.values())
     assert worker.kv_blocks_reserved == reserved, worker.name
-    assert reserved <= worker.usable_blocks, worker.name
+    assert reserved <= worker.usable_blocks or not placement.reserve, worker.name
     prefilling = [each for each in worker.prefills.values() if each.phase is CallPhase.PREFILLING]
     assert worker.prefilling == len(prefilling), worker.name
     computing = [call.uncached_tokens for call in everyone if call.computing is worker]

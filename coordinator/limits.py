@@ -6,13 +6,15 @@ down; nothing else in the core holds a tunable number.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
 Positive = Annotated[int, msgspec.Meta(gt=0)]
 NotNegative = Annotated[int, msgspec.Meta(ge=0)]
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
+Factor = Annotated[float, msgspec.Meta(ge=0)]
+Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
 
 
 class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -56,17 +58,79 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Longest request id accepted from an API process."""
     prompt_blocks: Positive = 65536
     """Most block hashes read from one ``Submit``."""
+    sessions: Positive = 16384
+    """Runs whose last decode worker is remembered, where ``Placement.sticky`` asks for it."""
     story_lines: Positive = 32
     """Moves of a call or worker that are remembered for error messages."""
 
 
-class Placement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the placement policy is told. Tokens and fractions."""
+class Ratio(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How many workers prefill and how many decode. Times in seconds, sizes in tokens.
 
+    ``reactive`` turns workers of the roles ``prefill`` and ``decode`` into the other one when
+    one side has been overloaded for a while and the other can spare a worker; see
+    ``policy.ratio``. Workers with the role ``mixed`` do both and stay as they are.
+    """
+
+    mode: Literal["static", "reactive"] = "static"
+    interval_s: Seconds = 5.0
+    """Time between two looks at the load."""
+    looks: Positive = 3
+    """How often in a row a side must be found overloaded before a worker turns to it."""
+    dwell_s: Seconds = 30.0
+    """Least time between two turns of one worker, and between any two turns."""
+    prefill_workers_min: Positive = 1
+    """Workers with the role prefill that are left at least."""
+    decode_workers_min: Positive = 1
+    """Workers with the role decode that are left at least."""
+    prefill_tokens_high: Positive = 16384
+    """Prompt tokens yet to compute per prefill worker from which prefill is overloaded."""
+    decode_kv_high: Share = 0.9
+    """Share of the decode workers' KV in use from which decode is overloaded."""
+    spare: Share = 0.8
+    """A side can spare a worker if its load per worker, with one less, stays below this
+    share of what counts as overloaded."""
+
+
+class Placement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the placement policy is told. Tokens and fractions.
+
+    The defaults are Pythia's own policy. Every part of it can be replaced or switched off
+    alone: other policies are here to be compared with.
+    """
+
+    policy: Literal["pythia", "round_robin", "least_loaded", "cache_aware", "cost"] = "pythia"
+    """How the decode worker is chosen among those with room; see ``policy.decode_choice``."""
+    prefill_policy: Literal["least_tokens", "least_loaded", "round_robin"] = "least_tokens"
+    """How the prefill worker is chosen among those with room; see ``policy.prefill_choice``."""
+    disaggregated: Literal["conditional", "always", "never"] = "conditional"
+    """When a dedicated prefill worker computes a prompt: from ``remote_prefill_min_tokens`` on,
+    whenever there is one, or never."""
     remote_prefill_min_tokens: NotNegative = 512
     """Prompt tokens not cached on the chosen decode worker from which a dedicated
     prefill worker is used; below it the decode worker prefills itself."""
+    reserve: bool = True
+    """Calls wait in the core until KV room is free for them on their workers. Otherwise they
+    are sent at once, and engines let them wait and preempt them."""
     reserve_output_tokens: Positive = 256
     """Output room reserved on the decode worker: the smaller of this and the call's limit."""
     kv_headroom_fraction: Annotated[float, msgspec.Meta(ge=0.0, lt=1.0)] = 0.05
     """Share of a decode worker's KV blocks that is never reserved."""
+    siblings_together: bool = True
+    """Calls of one group go to one decode worker while it has room."""
+    cached_weight: Factor = 0.1
+    """``pythia``: having the whole prompt cached is worth this much of a worker's KV memory
+    in load."""
+    sticky: bool = False
+    """``cache_aware``: a run's calls go where its last one went, if no other worker in reach
+    holds more of the prompt."""
+    affinity_load_max: Factor = 2.0
+    """``cache_aware``: caches and stickiness count up to this many times the mean open calls."""
+    affinity_calls_min: NotNegative = 8
+    """``cache_aware``: and with fewer open calls than this in any case."""
+    overlap_weight: Factor = 1.0
+    """``cost``: what a block to prefill costs, in blocks that are being decoded."""
+    temperature: Factor = 0.0
+    """``cost``: 0 takes the cheapest worker; above it draws by a softmax over the costs."""
+    ratio: Ratio = Ratio()
+    """How many workers prefill and how many decode."""

@@ -27,6 +27,11 @@ def _deadline_key(pair: Pair) -> Key:
     return ("pair", *pair.key)
 
 
+def _urgent(source: Worker, target: Worker) -> bool:
+    """Calls could use the pair."""
+    return source.role != "decode" and target.role != "prefill"
+
+
 def _idle(worker: Worker) -> bool:
     return worker.up and worker.probe is None
 
@@ -65,6 +70,21 @@ class Pairs:
 
     def woke(self, worker: Worker, now_s: float) -> None:
         """A suspect worker is up again and may take part in probes."""
+        self._may_start.add(worker.name)
+        self.start(now_s)
+
+    def turned(self, worker: Worker, now_s: float) -> None:
+        """A worker's role changed: other pairs of it are urgent now."""
+        for other in self._state.workers.values():
+            if other is not worker:
+                for pair in (
+                    self.pairs[other.name, worker.name],
+                    self.pairs[worker.name, other.name],
+                ):
+                    waiting = self._take_out(pair)
+                    pair.urgent = _urgent(pair.source, pair.target)
+                    if waiting:
+                        self._put_in(pair)
         self._may_start.add(worker.name)
         self.start(now_s)
 
@@ -148,6 +168,7 @@ class Pairs:
         for key, pair in self.pairs.items():
             source, target = pair.source, pair.target
             assert key == pair.key
+            assert pair.urgent == _urgent(source, target), key
             assert workers[key[0]] is source
             assert workers[key[1]] is target
             probing = pair.phase in (PairPhase.SOURCE, PairPhase.TARGET)
@@ -173,8 +194,7 @@ class Pairs:
         return 2 * self._state.block_size + 1
 
     def _add(self, source: Worker, target: Worker) -> None:
-        urgent = source.role != "decode" and target.role != "prefill"
-        pair = Pair(source, target, urgent, self._state.story())
+        pair = Pair(source, target, _urgent(source, target), self._state.story())
         self.pairs[pair.key] = pair
         self._put_in(pair)
 
@@ -183,15 +203,17 @@ class Pairs:
             (worker.cold_urgent if pair.urgent else worker.cold_other)[pair.key] = pair
         self._urgent_waiting += pair.urgent
 
-    def _take_out(self, pair: Pair) -> None:
+    def _take_out(self, pair: Pair) -> bool:
+        """Out of the lines; False if it was in none."""
         line = pair.source.cold_urgent if pair.urgent else pair.source.cold_other
         if line.pop(pair.key, None) is None:
-            return
+            return False
         (pair.target.cold_urgent if pair.urgent else pair.target.cold_other).pop(pair.key)
         self._urgent_waiting -= pair.urgent
         if self._urgent_waiting == 0 and pair.urgent:
             # Whoever has only other pairs left may begin those now.
             self._may_start.update(self._state.workers)
+        return True
 
     def _next_for(self, worker: Worker) -> Pair | None:
         line = worker.cold_other if self._urgent_waiting == 0 else worker.cold_urgent

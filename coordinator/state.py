@@ -106,6 +106,13 @@ WORKER_MOVES: Mapping[WorkerPhase, frozenset[WorkerPhase]] = {
 }
 
 
+ROLE_TURNS: Mapping[Role, frozenset[Role]] = {
+    "prefill": frozenset({"decode"}),
+    "decode": frozenset({"prefill"}),
+    "mixed": frozenset(),
+}
+
+
 class PairPhase(enum.Enum):
     """How far the warm-up of an ordered pair of workers is."""
 
@@ -157,6 +164,8 @@ class Worker:
     tokens_max: int = field(init=False)
     """Prompt and output that its engine can hold for one call."""
     batch_slots: int = field(init=False)
+    turned_s: float = float("-inf")
+    """When its role last changed since it registered."""
     phase: WorkerPhase = WorkerPhase.UP
     up: bool = True
     """May get new work."""
@@ -176,7 +185,7 @@ class Worker:
     """Uncached prompt tokens that it has yet to compute, for itself or for others."""
     warm_sources: set[str] = field(default_factory=set)
     """Workers whose KV it has been seen to pull."""
-    links: dict[str, LinkLoad] = field(default_factory=dict)
+    links: list[LinkLoad] = field(default_factory=list)
     """What it said at the last beat of whom it reads from."""
     probe: Pair | None = None
     cold_urgent: dict[PairKey, Pair] = field(default_factory=dict)
@@ -197,9 +206,20 @@ class Worker:
     def beat(self, load: Load, links: list[LinkLoad]) -> None:
         """What its engine says of itself, and the worker of its links."""
         self.load = load
-        self.links = {link.source: link for link in links}
+        self.links = links
         self.waiting = max(0, load.waiting)
         self.kv_blocks_used = load.kv_blocks_used
+
+    def turn(self, role: Role, now_s: float, why: str) -> None:
+        """The only writer of ``role``; InvalidTransition for a turn not in the table.
+
+        Its pairs have to hear of it (``Pairs.turned``).
+        """
+        if role not in ROLE_TURNS[self.role]:
+            raise InvalidTransition(f"worker {self.name}", self.role, role, self.story.lines)
+        self.story.add(now_s, role, why)
+        self.role = role
+        self.turned_s = now_s
 
     def move(self, phase: WorkerPhase, now_s: float, why: str) -> None:
         """The only writer of ``phase``; InvalidTransition for a move not in the table."""
@@ -350,6 +370,7 @@ COUNTERS = (
     "probes_failed",
     "probes_sent",
     "replans",
+    "role_flips",
     "tokens_cached_local",
     "tokens_cached_prefill",
     "tokens_moved",

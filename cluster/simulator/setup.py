@@ -5,27 +5,32 @@ Plain frozen structs; files are read by ``scenario``.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
 
 from coordinator.cost import Efficiency, Hardware, Link, ModelShape, StepCost, Tier
-from coordinator.limits import Limits, Placement
+from coordinator.limits import Limits, NotNegative, Placement, Positive, Seconds
 from coordinator.protocol import Role
+
+Share = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
+Amount = Annotated[float, msgspec.Meta(ge=0.0)]
 
 
 class EngineOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """vLLM's arguments of the same names, and what a process around an engine takes."""
 
-    block_size: int = 16
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int = 8192
-    max_model_len: int = 131072
-    gpu_memory_utilization: float = 0.9
-    kv_blocks: int = 0
+    block_size: Positive = 16
+    max_num_seqs: Positive = 256
+    max_num_batched_tokens: Positive = 8192
+    max_model_len: Positive = 131072
+    gpu_memory_utilization: Annotated[float, msgspec.Meta(gt=0.0, le=1.0)] = 0.9
+    kv_blocks: NotNegative = 0
     """vLLM's ``num_gpu_blocks_override``; 0: what the memory holds."""
-    kv_lease_s: float = 30.0
-    startup_s: float = 60.0
+    kv_lease_s: Seconds = 30.0
+    startup_s: Amount = 60.0
     """From a crash to ``Ready`` again."""
-    step_overhead_s: float = 0.0
+    step_overhead_s: Amount = 0.0
     """Per step, beside what ``StepCost`` says: scheduling and messages of a live engine."""
 
 
@@ -47,16 +52,16 @@ class NetworkSetup(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``rack_bytes_per_s``: what leaves or enters a rack together, 0 for no bound.
     """
 
-    message_s: float = 200e-6
-    message_jitter_s: float = 0.0
-    api_s: float = 1e-3
+    message_s: Amount = 200e-6
+    message_jitter_s: Amount = 0.0
+    api_s: Amount = 1e-3
     """What an API process takes to render a request before it submits it."""
     same_node: Tier = "nvlink"
     same_rack: Tier = "rdma"
     across: Tier = "rdma"
     links: dict[Tier, Link] = {}
-    transfer_fixed_s: float = 2e-3
-    rack_bytes_per_s: float = 0.0
+    transfer_fixed_s: Amount = 2e-3
+    rack_bytes_per_s: Amount = 0.0
 
 
 class Faults(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -66,30 +71,30 @@ class Faults(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     everything can come to its end.
     """
 
-    loss: float = 0.0
-    duplication: float = 0.0
-    delay: float = 0.0
-    delay_s: float = 0.5
+    loss: Share = 0.0
+    duplication: Share = 0.0
+    delay: Share = 0.0
+    delay_s: Amount = 0.5
     """Longest extra delay of a delayed message; what overtakes it arrives in another order."""
-    crash_every_s: float = 0.0
-    hang_every_s: float = 0.0
-    hang_s: float = 8.0
-    slow_every_s: float = 0.0
-    slow_s: float = 10.0
-    slow_factor: float = 4.0
-    core_restart_every_s: float = 0.0
-    partition_every_s: float = 0.0
-    partition_s: float = 8.0
-    abort: float = 0.0
+    crash_every_s: Amount = 0.0
+    hang_every_s: Amount = 0.0
+    hang_s: Amount = 8.0
+    slow_every_s: Amount = 0.0
+    slow_s: Amount = 10.0
+    slow_factor: Annotated[float, msgspec.Meta(ge=1.0)] = 4.0
+    core_restart_every_s: Amount = 0.0
+    partition_every_s: Amount = 0.0
+    partition_s: Amount = 8.0
+    abort: Share = 0.0
     """Share of calls that their clients give up at a random moment."""
-    until_s: float = 60.0
+    until_s: Seconds = 60.0
 
 
 class Slo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A call is good if it is served within both."""
 
-    ttft_s: float = 2.0
-    itl_s: float = 0.05
+    ttft_s: Seconds = 2.0
+    itl_s: Seconds = 0.05
 
 
 class ClusterSetup(msgspec.Struct, frozen=True):
@@ -99,12 +104,12 @@ class ClusterSetup(msgspec.Struct, frozen=True):
     hardware: Hardware
     workers: tuple[WorkerSetup, ...]
     efficiency: Efficiency = Efficiency()
-    tp: int = 1
+    tp: Positive = 1
     options: EngineOptions = EngineOptions()
     network: NetworkSetup = NetworkSetup()
     limits: Limits = Limits()
     placement: Placement = Placement()
-    api_servers: int = 1
+    api_servers: Positive = 1
 
     def cost(self) -> StepCost:
         """What steps of each engine take."""

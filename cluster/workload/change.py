@@ -95,6 +95,20 @@ def with_pace(workload: Workload, factor: float) -> Workload:
     return replace(workload, runs=runs)
 
 
+def with_pauses_cut(workload: Workload, longest_s: float) -> Workload:
+    """No pause between calls is longer than ``longest_s``: traces of people who went home have
+    pauses of hours, in which a cluster has nothing to do for anybody."""
+    _positive("pause_max", longest_s)
+    runs = tuple(
+        replace(
+            run,
+            calls=tuple(replace(call, think_s=min(call.think_s, longest_s)) for call in run.calls),
+        )
+        for run in workload.runs
+    )
+    return replace(workload, runs=runs)
+
+
 def scaled(workload: Workload, factor: int) -> Workload:
     """All lengths divided by ``factor``, for models with a short context.
 
@@ -146,6 +160,20 @@ def limited(
         kept.append(replace(run, calls=calls))
     dropped = workload.dropped_runs + len(workload.runs) - len(kept)
     return replace(workload, runs=linked(kept, workload.block_tokens), dropped_runs=dropped)
+
+
+def sampled(workload: Workload, runs: int, rng: random.Random) -> Workload:
+    """``runs`` of its runs (all if there are fewer), in order of their arrivals if they have
+    any and else in any order.
+
+    For runs that stand for themselves: where calls of other runs bring the prefixes, as in
+    traces without sessions, it would leave prompts without them.
+    """
+    drawn = rng.sample(workload.runs, min(runs, len(workload.runs)))
+    if workload.arrivals_known:
+        drawn.sort(key=lambda run: run.arrival_s)
+    dropped = workload.dropped_runs + len(workload.runs) - len(drawn)
+    return replace(workload, runs=linked(drawn, workload.block_tokens), dropped_runs=dropped)
 
 
 def mixed(workloads: Sequence[Workload], name: str = "mix") -> Workload:

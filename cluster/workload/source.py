@@ -8,11 +8,13 @@
 
 After ``?``, joined by ``&``:
 
-``scale`` divides lengths, ``pace`` divides pauses and arrivals; ``runs`` and ``calls`` (per run)
-limit, ``prompt_max`` leaves out runs with longer prompts (in tokens, after scaling); ``rate``
-runs per second arrive, with ``burst`` (variation of gaps) in bursts; ``closed`` runs are kept
-going; ``speed`` replays recorded arrivals; ``seed`` is all the chance there is. Generators
-also take ``width``, ``stages`` and ``rounds``, and generate ``runs`` runs of ``calls`` calls.
+``scale`` divides lengths, ``pace`` divides pauses and arrivals, ``pause_max`` is the longest
+pause (in seconds, before ``pace``); ``runs`` and ``calls`` (per run) limit, ``prompt_max`` leaves
+out runs with longer prompts (in tokens, after scaling); ``sample`` of the runs that are left are
+drawn; ``rate`` runs per second arrive, with ``burst`` (variation of gaps) in bursts; ``closed``
+runs are kept going; ``speed`` replays recorded arrivals; ``seed`` is all the chance there is.
+Generators also take ``width``, ``stages`` and ``rounds``, and generate ``runs`` runs of
+``calls`` calls.
 """
 
 from __future__ import annotations
@@ -32,9 +34,11 @@ from cluster.workload.change import (
     Poisson,
     Recorded,
     limited,
+    sampled,
     scaled,
     with_arrivals,
     with_pace,
+    with_pauses_cut,
 )
 from cluster.workload.common import read_common
 from cluster.workload.dag import read_dag
@@ -63,9 +67,11 @@ class Changes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     seed: int = 0
     scale: AtLeast1 = 1
     pace: Above0 = 1.0
+    pause_max: Above0 | None = None
     runs: AtLeast1 | None = None
     calls: AtLeast1 | None = None
     prompt_max: AtLeast1 | None = None
+    sample: AtLeast1 | None = None
     rate: Above0 | None = None
     burst: Above0 | None = None
     closed: AtLeast1 | None = None
@@ -118,14 +124,22 @@ def _generated(spec: str, name: str, options: dict[str, str]) -> Workload:
 
 
 def _changed(spec: str, workload: Workload, changes: Changes) -> Workload:
-    # Of its own, so that the same seed gives the same runs at any rate.
-    rng = random.Random(f"{changes.seed} arrivals")
     if changes.scale > 1:
         workload = scaled(workload, changes.scale)
     if changes.runs or changes.calls or changes.prompt_max:
         workload = limited(workload, changes.runs, changes.calls, changes.prompt_max)
+    if changes.sample is not None:
+        workload = sampled(workload, changes.sample, random.Random(f"{changes.seed} sample"))
+    if changes.pause_max is not None:
+        workload = with_pauses_cut(workload, changes.pause_max)
     if changes.pace != 1:
         workload = with_pace(workload, changes.pace)
+    return _arriving(spec, workload, changes)
+
+
+def _arriving(spec: str, workload: Workload, changes: Changes) -> Workload:
+    # Of its own, so that the same seed gives the same runs at any rate.
+    rng = random.Random(f"{changes.seed} arrivals")
     given = [name for name in ("rate", "closed", "speed") if getattr(changes, name) is not None]
     if len(given) > 1:
         raise WorkloadError(f"{spec}: {' and '.join(given)} exclude each other")

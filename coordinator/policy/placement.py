@@ -1,19 +1,15 @@
 """Where a call decodes, and whether somebody else computes its prompt first.
 
-Decode first: among the workers that may decode and have room, the least loaded, where
-
-    load = (KV blocks taken + blocks this call needs) / usable KV blocks
-         + waiting requests / batch slots
-         - CACHED_WEIGHT * share of the prompt that it holds already
-
-and ties go to the smallest name. KV blocks taken are the larger of what is reserved and
-what the engine says is in use: outputs longer than their reservation, and calls that
-another core has planned, count too. A worker on which nothing is reserved always takes
-one call, whatever the numbers say, so that no call that fits an engine waits for ever.
+Decode first: one of the workers that may decode and have room, chosen by
+``Placement.policy`` (see ``decode_choice``). What is taken on a worker is the larger of
+what is reserved and what the engine says is in use: outputs longer than their
+reservation, and calls that another core has planned, count too. A worker on which nothing
+is reserved always takes one call, whatever the numbers say, so that no call that fits an
+engine waits for ever.
 
 Then prefill, if needed: a dedicated worker computes the prompt iff enough of it is not
-cached on the decode worker and a link to it is known to work; among those with room the
-one with the fewest uncached tokens to compute, this prompt included. If all of them are
+cached on the decode worker and a link to it is known to work; one of those with room,
+chosen by ``Placement.prefill_policy`` (see ``prefill_choice``). If all of them are
 full the call waits; if there is none, the decode worker does it.
 
 Pure functions of views; nothing is remembered between calls. No estimates of time and
@@ -27,21 +23,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import msgspec
 
 from coordinator.limits import Limits, Placement
+from coordinator.policy.ask import Ask, cached_blocks_of
+from coordinator.policy.decode_choice import DECODE_CHOICES
+from coordinator.policy.prefill_choice import PREFILL_CHOICES
 from coordinator.view import WorkerView
 
-CACHED_WEIGHT = 0.1
-"""Having the whole prompt cached is worth this much of a worker's KV memory in load."""
-
-
-class Ask(msgspec.Struct, frozen=True, gc=False):
-    """What a call needs. Sizes in tokens; ``avoid``: (worker, incarnation)."""
-
-    prompt_tokens: int
-    output_tokens: int
-    aggregated: bool
-    avoid: Collection[tuple[str, str]]
-    sibling: str
-    """Worker that a call of the same group went to, empty if there is none."""
+__all__ = ["Ask", "Choice", "Decision", "Impossible", "Wait", "can_ever_hold", "place"]
 
 
 class Choice(msgspec.Struct, frozen=True, gc=False):
@@ -123,15 +110,17 @@ def place(
     blocks = -(-(prompt_tokens + output_tokens) // block_size)
     roomy = [
         worker
-        for worker in _with_room(_without(able, ask) or able, blocks)
+        for worker in _with_room(_without(able, ask) or able, blocks, placement)
         if len(worker.decodes) < limits.calls_per_worker
     ]
     if not roomy:
         return NO_ROOM
     held = cached()
-    decode = _decode_worker(ask, roomy, blocks, held, block_size)
-    cached_blocks = _cached_blocks(ask, held, decode, block_size)
-    alone = ask.aggregated or no_decoders
+    decode = _sibling(ask, roomy) or DECODE_CHOICES[placement.policy](
+        ask, roomy, blocks, held, placement, block_size
+    )
+    cached_blocks = cached_blocks_of(ask, held, decode, block_size)
+    alone = ask.aggregated or no_decoders or placement.disaggregated == "never"
     local = Choice(
         decode=decode.name,
         prefill="",
@@ -141,7 +130,7 @@ def place(
         uncached_tokens=prompt_tokens - cached_blocks * block_size,
         reason="local: served aggregated" if alone else "local: few uncached tokens",
     )
-    if alone or local.uncached_tokens < placement.remote_prefill_min_tokens:
+    if alone or local.uncached_tokens < _remote_from_tokens(placement):
         return local
     linked = [
         worker
@@ -151,7 +140,11 @@ def place(
         and worker.name in decode.warm_sources
         and worker.tokens_max > prompt_tokens
     ]
-    return _with_prefill(ask, local, linked, held, limits, block_size)
+    return _with_prefill(ask, local, linked, held, limits, placement, block_size)
+
+
+def _remote_from_tokens(placement: Placement) -> int:
+    return 0 if placement.disaggregated == "always" else placement.remote_prefill_min_tokens
 
 
 def _with_prefill(
@@ -160,51 +153,40 @@ def _with_prefill(
     linked: Sequence[WorkerView],
     held: Mapping[str, int],
     limits: Limits,
+    placement: Placement,
     block_size: int,
 ) -> Decision:
     """Add one of the prefill workers that ``local.decode`` can pull from."""
     if not linked:
         return msgspec.structs.replace(local, reason="local: no prefill worker")
     blocks = -(-ask.prompt_tokens // block_size)
-    roomy: list[tuple[int, str, int, int]] = []
-    for worker in _with_room(linked, blocks):
-        if worker.prefilling < limits.prefills_per_worker:
-            own_blocks = _cached_blocks(ask, held, worker, block_size)
-            tokens = ask.prompt_tokens - own_blocks * block_size
-            total_tokens = worker.prefill_tokens + tokens
-            roomy.append((total_tokens, worker.name, tokens, worker.usable_blocks))
+    roomy = [
+        worker
+        for worker in _with_room(linked, blocks, placement)
+        if worker.prefilling < limits.prefills_per_worker
+    ]
     if not roomy:
         return NO_PREFILL_ROOM
-    _, name, tokens, usable_blocks = min(roomy)
+    prefill = PREFILL_CHOICES[placement.prefill_policy](ask, roomy, held, block_size)
+    own_blocks = cached_blocks_of(ask, held, prefill, block_size)
     return Choice(
         decode=local.decode,
-        prefill=name,
+        prefill=prefill.name,
         decode_blocks=local.decode_blocks,
-        prefill_blocks=min(blocks, usable_blocks),
+        prefill_blocks=min(blocks, prefill.usable_blocks),
         cached_blocks=local.cached_blocks,
-        uncached_tokens=tokens,
+        uncached_tokens=ask.prompt_tokens - own_blocks * block_size,
         reason=f"remote: {local.uncached_tokens} tokens not cached on {local.decode}",
     )
 
 
-def _decode_worker(
-    ask: Ask, roomy: Sequence[WorkerView], blocks: int, held: Mapping[str, int], block_size: int
-) -> WorkerView:
-    """The sibling's worker if it has room, else the least loaded."""
-    weight = CACHED_WEIGHT * block_size / ask.prompt_tokens
-    best, best_load = roomy[0], float("inf")
-    for worker in roomy:
-        name = worker.name
-        if name == ask.sibling:
-            return worker
-        reserved, used = worker.kv_blocks_reserved, worker.kv_blocks_used
-        taken = reserved if reserved > used else used
-        load = (taken + blocks) / worker.usable_blocks + worker.waiting / worker.batch_slots
-        if name in held:
-            load -= weight * held[name]
-        if load < best_load or (load == best_load and name < best.name):
-            best, best_load = worker, load
-    return best
+def _sibling(ask: Ask, roomy: Sequence[WorkerView]) -> WorkerView | None:
+    """The worker of the call's group, if it has room."""
+    if ask.sibling:
+        for worker in roomy:
+            if worker.name == ask.sibling:
+                return worker
+    return None
 
 
 def _without(workers: Collection[WorkerView], ask: Ask) -> Collection[WorkerView]:
@@ -213,8 +195,12 @@ def _without(workers: Collection[WorkerView], ask: Ask) -> Collection[WorkerView
     return [worker for worker in workers if (worker.name, worker.incarnation) not in ask.avoid]
 
 
-def _with_room(workers: Collection[WorkerView], blocks: int) -> Sequence[WorkerView]:
+def _with_room(
+    workers: Collection[WorkerView], blocks: int, placement: Placement
+) -> Collection[WorkerView]:
     """Those that have so many blocks free; one with nothing reserved always has."""
+    if not placement.reserve:
+        return workers
     return [
         worker
         for worker in workers
@@ -224,8 +210,3 @@ def _with_room(workers: Collection[WorkerView], blocks: int) -> Sequence[WorkerV
             and worker.kv_blocks_used + blocks <= worker.usable_blocks
         )
     ]
-
-
-def _cached_blocks(ask: Ask, held: Mapping[str, int], worker: WorkerView, block_size: int) -> int:
-    """Blocks of use: an engine computes at least the last token itself."""
-    return min(held.get(worker.name, 0), (ask.prompt_tokens - 1) // block_size)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from coordinator.state import Call
 
@@ -26,9 +26,10 @@ def rank(call: Call) -> Rank:
 
 
 class CallQueue:
-    """Waiting calls in order."""
+    """Waiting calls in order. ``rank``: the sort key, unique and constant while a call waits."""
 
-    def __init__(self) -> None:
+    def __init__(self, rank: Callable[[Call], Rank] = rank) -> None:
+        self.rank = rank
         self._ranks: list[Rank] = []
         self._calls: dict[Rank, Call] = {}
 
@@ -45,14 +46,14 @@ class CallQueue:
 
     def push(self, call: Call) -> None:
         """Let a call wait; it must not be waiting already."""
-        key = rank(call)
+        key = self.rank(call)
         assert key not in self._calls, call.key
         insort(self._ranks, key)
         self._calls[key] = call
 
     def remove(self, call: Call) -> None:
         """Take a waiting call out."""
-        key = rank(call)
+        key = self.rank(call)
         del self._calls[key]
         del self._ranks[bisect_left(self._ranks, key)]
 

@@ -7,9 +7,11 @@ ended once and nothing of any is left.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -22,7 +24,7 @@ from hypothesis.stateful import (
 )
 
 from coordinator.core import Core
-from coordinator.limits import Limits, Placement
+from coordinator.limits import Limits, Placement, Ratio
 from coordinator.protocol import (
     ApiBeat,
     Beat,
@@ -63,9 +65,27 @@ LIMITS = Limits(
     workers=4,
     apis=3,
     recent_calls=4,
+    sessions=2,
     story_lines=6,
 )
 PLACEMENT = Placement(remote_prefill_min_tokens=8, reserve_output_tokens=8)
+REACTIVE = Placement(
+    policy="cache_aware",
+    sticky=True,
+    disaggregated="always",
+    reserve=False,
+    reserve_output_tokens=8,
+    ratio=Ratio(
+        mode="reactive",
+        interval_s=0.2,
+        looks=1,
+        dwell_s=1.0,
+        prefill_tokens_high=1,
+        decode_kv_high=0.6,
+        spare=1.0,
+    ),
+)
+"""Everything that is off by default; roles change whenever anything happens."""
 ROLES: dict[str, Role] = {"p": "prefill", "d": "decode", "e": "decode", "m": "mixed"}
 IMPOSTOR = b"impostor"
 T = TypeVar("T")
@@ -84,14 +104,18 @@ index = st.integers(min_value=0, max_value=10_000)
 class CoreInALossyNetwork(RuleBasedStateMachine):
     """Everything that can happen to a core."""
 
+    placement = PLACEMENT
+    workers: tuple[str, ...] = ("p", "d")
+    """Of which there is one at the start, besides others."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.world = World(LIMITS, PLACEMENT)
+        self.world = World(LIMITS, self.placement)
         self.held_back: list[Letter] = []
 
     @initialize(extra=st.sets(st.sampled_from(["e", "m"])))
     def start(self, extra: set[str]) -> None:
-        for name in ("p", "d", *sorted(extra)):
+        for name in sorted({*self.workers, *extra}):
             self.world.start_worker(name, ROLES[name])
         self.world.start_api()
         self.flow(12, 0.2)
@@ -268,6 +292,27 @@ def test_nothing_breaks_and_nothing_is_left() -> None:
     run_state_machine_as_test(CoreInALossyNetwork, settings=PROFILE)
 
 
+class ReactiveCoreInALossyNetwork(CoreInALossyNetwork):
+    """The same with a core that changes the roles of its workers."""
+
+    placement = REACTIVE
+    workers = ("p", "d", "e")
+    flips: ClassVar[Counter[str]] = Counter()
+    """Turns by role, over all examples."""
+
+    @invariant()
+    def count_flips(self) -> None:
+        for worker in self.world.core.snapshot(0, self.world.now_s).workers:
+            if worker.role != ROLES[worker.worker]:
+                self.flips[worker.role] += 1
+
+
+def test_nothing_breaks_where_roles_change() -> None:
+    profile = settings(PROFILE, max_examples=250)
+    run_state_machine_as_test(ReactiveCoreInALossyNetwork, settings=profile)
+    assert ReactiveCoreInALossyNetwork.flips["prefill"] > 20
+
+
 names = st.sampled_from(["a", "a", "b", ""])
 numbers = st.sampled_from([-1, 0, 1, 2, 40, 10**6])
 times = st.sampled_from([-1.0, 0.0, 0.5, float("nan"), float("inf")])
@@ -313,12 +358,13 @@ sayings: st.SearchStrategy[ToCore] = st.one_of(
 )
 
 
+@pytest.mark.parametrize("placement", [PLACEMENT, REACTIVE], ids=["default", "reactive"])
 @settings(max_examples=150, deadline=None)
-@given(st.lists(st.tuples(names, sayings, st.sampled_from([0.0, 0.1, 1.0])), max_size=60))
+@given(said=st.lists(st.tuples(names, sayings, st.sampled_from([0.0, 0.1, 1.0])), max_size=60))
 def test_nothing_that_a_peer_can_say_breaks_the_core(
-    said: list[tuple[str, ToCore, float]],
+    placement: Placement, said: list[tuple[str, ToCore, float]]
 ) -> None:
-    core, now_s = Core(LIMITS, PLACEMENT, "core"), 0.0
+    core, now_s = Core(LIMITS, placement, "core"), 0.0
     for peer, message, elapsed_s in said:
         core.handle(peer.encode(), message, now_s)
         now_s += elapsed_s

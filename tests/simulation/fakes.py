@@ -22,6 +22,7 @@ from coordinator.protocol import (
     Alive,
     ApiBeat,
     Beat,
+    CallContext,
     Check,
     Checked,
     CheckedPhase,
@@ -545,7 +546,7 @@ class World:
     def submit(self, api: FakeApi, prompt_tokens: int, output_tokens: int, group: str = "") -> str:
         """A client of an API process asks for something; the request's id.
 
-        The prompts of every fourth call begin alike.
+        The prompts of every fourth call begin alike. All calls belong to one of three runs.
         """
         self.requests += 1
         family = self.requests % 4 and self.requests
@@ -561,6 +562,7 @@ class World:
             ),
             aggregated=bool(group),
             group=group,
+            context=CallContext("workflow", f"run-{self.requests % 3}"),
         )
         self.emit(api.address, api.open(submit, self.now_s))
         return submit.request

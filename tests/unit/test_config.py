@@ -23,7 +23,7 @@ from cluster.config import (
     worker_config,
 )
 from cluster.document import dump
-from coordinator.limits import Limits, Placement
+from coordinator.limits import Limits, Placement, Ratio
 
 ROOT = Path(__file__).parents[2]
 HEAD = "model: tiny-llama\nworkers:\n  - {name: one, role: mixed}\n"
@@ -58,6 +58,27 @@ BAD = [
     ("limits:\n  call_s: .inf\n", 5, "limits.call_s: must be finite (got inf)"),
     ("limits: {queue: 1}\n", 4, "limits.queue: unknown key; did you mean 'queue_s'?"),
     ("placement: {kv_headroom_fraction: 1}\n", 4, "kv_headroom_fraction: must be a number < 1.0"),
+    (
+        "placement: {policy: round-robin}\n",
+        4,
+        "placement.policy: must be one of pythia, round_robin, least_loaded, cache_aware, cost "
+        "(got 'round-robin'; did you mean 'round_robin'?)",
+    ),
+    (
+        "placement: {disaggregated: sometimes}\n",
+        4,
+        "disaggregated: must be one of conditional, always, never",
+    ),
+    ("placement: {temperature: -1}\n", 4, "temperature: must be a number >= 0.0 (got -1)"),
+    ("placement: {sticky: 1}\n", 4, "placement.sticky: must be true or false (got 1)"),
+    (
+        "placement:\n  ratio:\n    mode: dynamic\n",
+        6,
+        "placement.ratio.mode: must be one of static, reactive (got 'dynamic')",
+    ),
+    ("placement: {ratio: {dwell_s: 0}}\n", 4, "ratio.dwell_s: must be a number > 0.0 (got 0)"),
+    ("placement: {ratio: {spare: 1.1}}\n", 4, "ratio.spare: must be a number <= 1.0 (got 1.1)"),
+    ("placement: {ratio: {dwell: 1}}\n", 4, "ratio.dwell: unknown key; did you mean 'dwell_s'?"),
     ("start: {timeout_s: 0}\n", 4, "start.timeout_s: must be a number > 0.0 (got 0)"),
     ("network: {nixl_host: 'a b'}\n", 4, "network.nixl_host: must be a host name or address"),
     ("network: {lease_s: 1}\n", 4, "network.lease_s: must be a whole number >= 6 (got 1)"),
@@ -180,6 +201,13 @@ def test_any_text_is_a_cluster_or_a_config_error(text: str) -> None:
 def test_a_missing_file_is_a_config_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file"):
         load(tmp_path / "none.yaml")
+
+
+def test_a_placement_is_read_with_its_ratio() -> None:
+    text = "placement: {policy: cache_aware, sticky: true, ratio: {mode: reactive, looks: 2}}\n"
+    placement = parse(HEAD + text, "x.yaml").placement
+    ratio = Ratio(mode="reactive", looks=2)
+    assert placement == Placement(policy="cache_aware", sticky=True, ratio=ratio)
 
 
 def test_bytes_that_are_no_text_are_a_config_error(tmp_path: Path) -> None:

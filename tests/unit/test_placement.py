@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import msgspec
 import pytest
 
@@ -18,31 +16,11 @@ from coordinator.policy.placement import (
     Impossible,
     place,
 )
-from coordinator.protocol import Role
+from tests.unit.seen import Seen
 
 BLOCK_SIZE = 16
 LIMITS = Limits(calls_per_worker=4, prefills_per_worker=2)
 PLACEMENT = Placement(remote_prefill_min_tokens=100, reserve_output_tokens=64)
-
-
-@dataclass
-class Seen:
-    """A worker as placement sees it."""
-
-    name: str
-    role: Role = "decode"
-    incarnation: str = "1"
-    up: bool = True
-    tokens_max: int = 1600
-    batch_slots: int = 8
-    usable_blocks: int = 100
-    kv_blocks_reserved: int = 0
-    kv_blocks_used: int = 0
-    waiting: int = 0
-    decodes: list[str] = field(default_factory=list)
-    prefilling: int = 0
-    prefill_tokens: int = 0
-    warm_sources: set[str] = field(default_factory=set)
 
 
 ASK = Ask(prompt_tokens=320, output_tokens=1000, aggregated=False, avoid=(), sibling="")

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
+from typing import get_args
 
 import pytest
 
 from coordinator.deadlines import SWEEP_ENTRIES_MIN, Deadlines
 from coordinator.errors import InvalidTransition
-from coordinator.protocol import EngineFacts, Ready
+from coordinator.protocol import EngineFacts, Ready, Role
 from coordinator.state import (
     CALL_MOVES,
     PAIR_MOVES,
+    ROLE_TURNS,
     WORKER_MOVES,
     CallPhase,
     PairPhase,
@@ -56,6 +58,18 @@ def test_a_forbidden_move_raises_with_the_story() -> None:
     with pytest.raises(InvalidTransition, match=r"(?s)from lost to up.*1\.000 suspect: silent"):
         worker.move(WorkerPhase.UP, 3.0, "no")
     assert worker.phase is WorkerPhase.LOST
+
+
+def test_roles_turn_back_and_forth_and_mixed_workers_stay() -> None:
+    worker = a_worker()
+    worker.turn("prefill", 1.0, "a backlog")
+    assert (worker.role, worker.turned_s, worker.ready.role) == ("prefill", 1.0, "decode")
+    worker.turn("decode", 2.0, "full")
+    assert worker.role == "decode"
+    with pytest.raises(InvalidTransition, match=r"(?s)from decode to mixed.*2\.000 decode: full"):
+        worker.turn("mixed", 3.0, "no")
+    assert set(ROLE_TURNS) == set(get_args(Role))
+    assert not ROLE_TURNS["mixed"]
 
 
 def test_only_workers_that_are_up_may_get_work() -> None:

@@ -1,0 +1,243 @@
+"""What Pythia is compared with: each the same core, configured, and two bounds.
+
+Other systems have no admission of their own: what they have routed waits in the engine's
+queue, which preempts when memory runs out. So their baselines reserve nothing, have no bound
+on calls per worker, and wait as long for an engine as Pythia's calls wait in the core and on
+an engine together. Everything else (engines, network, identity of runs, prefix index) is the
+same for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import msgspec
+
+from cluster.simulator.clairvoyant import clairvoyants
+from cluster.simulator.critical_path import CONFIGURATION, critical_path
+from cluster.simulator.records import Result
+from cluster.simulator.setup import ClusterSetup, WorkerSetup
+from cluster.workload.form import Workload
+from coordinator.core import Core
+from coordinator.limits import Limits, Placement, Ratio
+from coordinator.policy.placer import Placer
+from coordinator.protocol import Role
+
+__all__ = ["BASELINES", "Baseline", "BaselineError", "applied", "core_factory", "prefill_workers"]
+
+Changes = Mapping[str, object]
+MakePlacers = Callable[[Workload, ClusterSetup], Callable[[], Placer]]
+Bound = Callable[[Workload, ClusterSetup, int], Result]
+
+UNBOUNDED = 1_000_000
+
+
+class BaselineError(Exception):
+    """A baseline cannot be had on a cluster; the text says why."""
+
+
+class Baseline(msgspec.Struct, frozen=True):
+    """One way to run a cluster.
+
+    ``placement`` and ``limits``: fields that differ from the cluster's own. ``roles``: of its
+    workers; ``split`` into prefill and decode. ``placers``: who decide instead of the policy, one
+    for each core of a replay.
+    ``bound``: there is nothing to simulate, it says the result itself.
+    """
+
+    description: str
+    roles: Literal["mixed", "split"]
+    placement: Changes = {}
+    limits: Changes = {}
+    placers: MakePlacers | None = None
+    bound: Bound | None = None
+
+
+def applied(baseline: Baseline, setup: ClusterSetup, prefill_count: int) -> ClusterSetup:
+    """The cluster with the baseline's roles, placement and limits.
+
+    ``prefill_count``: how many workers prefill where roles are split; see ``prefill_workers``.
+    """
+    workers = setup.workers
+    if baseline.roles == "mixed":
+        roles: list[Role] = ["mixed"] * len(workers)
+    else:
+        roles = _split(len(workers), prefill_count)
+    return msgspec.structs.replace(
+        setup,
+        workers=tuple(map(_with_role, workers, roles)),
+        placement=msgspec.structs.replace(setup.placement, **baseline.placement),
+        limits=msgspec.structs.replace(setup.limits, **_limits(baseline, setup.limits)),
+    )
+
+
+def core_factory(
+    baseline: Baseline, setup: ClusterSetup, workload: Workload
+) -> Callable[[Limits, Placement, str], Core]:
+    """Makes the cores of one replay on a cluster that the baseline was ``applied`` to, from
+    limits, placement and the core's id."""
+    if baseline.placers is None:
+        return Core
+    new_placer = baseline.placers(workload, setup)
+
+    def core(limits: Limits, placement: Placement, core_id: str) -> Core:
+        return Core(limits, placement, core_id, placer=new_placer())
+
+    return core
+
+
+def prefill_workers(workers: int, prefill: int, decode: int) -> int:
+    """How many of ``workers`` prefill at a ratio of ``prefill`` to ``decode``.
+
+    At least one, and at least one is left; BaselineError if there are too few for that.
+    """
+    if workers < 2 or prefill < 1 or decode < 1:
+        raise BaselineError(
+            f"{workers} workers cannot be split {prefill}:{decode} into prefill and decode"
+        )
+    share = workers * prefill / (prefill + decode)
+    return min(workers - 1, max(1, round(share)))
+
+
+def _split(workers: int, prefill_count: int) -> list[Role]:
+    """Prefill workers spread evenly, so that every node has some if it can."""
+    if not 0 < prefill_count < workers:
+        raise BaselineError(
+            f"of {workers} workers {prefill_count} prefill: both roles need at least one worker"
+        )
+    return [
+        "prefill"
+        if (number + 1) * prefill_count // workers > number * prefill_count // workers
+        else "decode"
+        for number in range(workers)
+    ]
+
+
+def _with_role(worker: WorkerSetup, role: Role) -> WorkerSetup:
+    return msgspec.structs.replace(worker, role=role)
+
+
+def _limits(baseline: Baseline, limits: Limits) -> Changes:
+    """What changes; a prefill or first token may take as long as it and the queue together."""
+    if baseline.placement.get("reserve", True):
+        return baseline.limits
+    patience = {
+        "prefill_s": limits.queue_s + limits.prefill_s,
+        "first_token_s": limits.queue_s + limits.first_token_s,
+    }
+    return (
+        {"calls_per_worker": UNBOUNDED, "prefills_per_worker": UNBOUNDED}
+        | patience
+        | dict(baseline.limits)
+    )
+
+
+_ROUTED: dict[str, object] = {"reserve": False}
+_AGGREGATED = _ROUTED | {"disaggregated": "never"}
+_STATIC = _ROUTED | {"disaggregated": "always"}
+_STICKY: dict[str, object] = {"policy": "cache_aware", "sticky": True}
+
+BASELINES: Mapping[str, Baseline] = {
+    "pythia": Baseline("Pythia's own placement with all its mechanisms", "split"),
+    # --- other systems ---
+    "aggregated-round-robin": Baseline(
+        "aggregated, one worker after the other",
+        "mixed",
+        _AGGREGATED | {"policy": "round_robin"},
+    ),
+    "aggregated-least-loaded": Baseline(
+        "aggregated, the worker with the fewest open calls",
+        "mixed",
+        _AGGREGATED | {"policy": "least_loaded"},
+    ),
+    "aggregated-sticky": Baseline(
+        "aggregated, cache-aware and session-sticky with bounded loads, chunked prefill",
+        "mixed",
+        _AGGREGATED | _STICKY,
+    ),
+    "pd-round-robin": Baseline(
+        "static prefill and decode workers, each one after the other",
+        "split",
+        _STATIC | {"policy": "round_robin", "prefill_policy": "round_robin"},
+    ),
+    "pd-sticky": Baseline(
+        "static prefill and decode workers, cache-aware and session-sticky",
+        "split",
+        _STATIC | _STICKY,
+    ),
+    "pd-sticky-conditional": Baseline(
+        "the same, short uncached prompts are prefilled where they are decoded",
+        "split",
+        _ROUTED | {"disaggregated": "conditional"} | _STICKY,
+    ),
+    "aggregated-cost": Baseline(
+        "aggregated, least cost of blocks to prefill and to decode (Dynamo's KV router)",
+        "mixed",
+        _AGGREGATED | {"policy": "cost"},
+    ),
+    "pd-cost": Baseline(
+        "static prefill and decode workers, least cost of each (Dynamo's KV router)",
+        "split",
+        _STATIC | {"policy": "cost"},
+    ),
+    "pd-reactive": Baseline(
+        "pd-sticky-conditional whose workers turn to the side that is overloaded",
+        "split",
+        _ROUTED | {"disaggregated": "conditional"} | _STICKY | {"ratio": Ratio(mode="reactive")},
+    ),
+    # --- bounds ---
+    "clairvoyant": Baseline(
+        "knows every run's future; an informed policy, not proven optimal",
+        "mixed",
+        placers=clairvoyants,
+    ),
+    CONFIGURATION: Baseline(
+        "infinite resources: the longest path through each run, nothing waits",
+        "mixed",
+        bound=critical_path,
+    ),
+    # --- Pythia with one mechanism less ---
+    "pythia-no-reservation": Baseline(
+        "calls are sent out without free KV room for them",
+        "split",
+        {"reserve": False},
+    ),
+    "pythia-no-output-reservation": Baseline(
+        "room is reserved for the prompt and one token only", "split", {"reserve_output_tokens": 1}
+    ),
+    "pythia-no-headroom": Baseline(
+        "all KV blocks may be reserved", "split", {"kv_headroom_fraction": 0.0}
+    ),
+    "pythia-no-prefill-bound": Baseline(
+        "any number of prompts is sent to a prefill worker",
+        "split",
+        limits={"prefills_per_worker": UNBOUNDED},
+    ),
+    "pythia-no-cached-weight": Baseline(
+        "what decode workers hold of a prompt does not count", "split", {"cached_weight": 0.0}
+    ),
+    "pythia-no-load": Baseline(
+        "decode workers are chosen in turn, not by load and caches",
+        "split",
+        {"policy": "round_robin"},
+    ),
+    "pythia-no-threshold": Baseline(
+        "every prompt is prefilled by a prefill worker", "split", {"disaggregated": "always"}
+    ),
+    "pythia-no-disaggregation": Baseline(
+        "all workers do both, each call on one", "mixed", {"disaggregated": "never"}
+    ),
+    "pythia-no-least-tokens": Baseline(
+        "prefill workers are chosen in turn", "split", {"prefill_policy": "round_robin"}
+    ),
+    "pythia-no-prefill-cache": Baseline(
+        "what prefill workers hold of a prompt does not count",
+        "split",
+        {"prefill_policy": "least_loaded"},
+    ),
+    "pythia-no-siblings": Baseline(
+        "calls of one group are placed one by one", "split", {"siblings_together": False}
+    ),
+}
+"""By name. Those that begin with ``pythia-no-`` are ours with one mechanism switched off."""

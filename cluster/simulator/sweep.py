@@ -1,0 +1,196 @@
+"""Simulates every configuration on every workload with every seed, over several processes.
+
+What a process gets and gives is encoded data, never live objects. Each finished replay is
+written down at once; an interrupt ends all processes and leaves what is finished.
+"""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Collection, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+
+import msgspec
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from cluster.simulator.failure import SimulationError
+from cluster.simulator.outcome import Outcome, outcome_of
+from cluster.simulator.results import Results
+from cluster.simulator.scenario import Scenario, Source
+from cluster.simulator.source import open_source
+from cluster.workload.form import Workload
+
+KILLED_AFTER_S = 5.0
+
+
+class Task(msgspec.Struct, frozen=True):
+    """One replay to do."""
+
+    workload: str
+    configuration: str
+    seed: int
+    pictured: bool
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """Which replay this is."""
+        return self.workload, self.configuration, self.seed
+
+
+def tasks(scenario: Scenario, done: Collection[tuple[str, str, int]] = ()) -> list[Task]:
+    """All replays but those ``done``, seed by seed: an interrupt leaves whole comparisons."""
+    found = [
+        Task(source.name, configuration, seed, seed == 0)
+        for seed in range(scenario.seeds)
+        for source in scenario.workloads
+        for configuration in scenario.compare
+    ]
+    return [task for task in found if task.key not in done]
+
+
+def simulate_task(scenario_text: bytes, task_text: bytes) -> bytes:
+    """Runs in a process of its own: one replay, an encoded ``Outcome``."""
+    from cluster.simulator.configurations import replay
+
+    scenario = msgspec.json.decode(scenario_text, type=Scenario)
+    task = msgspec.json.decode(task_text, type=Task)
+    source = next(source for source in scenario.workloads if source.name == task.workload)
+    workload = _workload(source, task.seed)
+    began_s = time.perf_counter()
+    result = replay(task.configuration, scenario, workload, task.seed)
+    real_s = time.perf_counter() - began_s
+    return msgspec.json.encode(outcome_of(result, source.slo, real_s, task.pictured))
+
+
+@functools.lru_cache(maxsize=1)
+def _workload(source: Source, seed: int) -> Workload:
+    """Configurations of a seed follow each other, mostly in the same process."""
+    workload = open_source(source.source, seed)
+    return msgspec.structs.replace(workload, name=source.name)
+
+
+def run(scenario: Scenario, results: Results, processes: int, console: Console) -> list[Outcome]:
+    """Does what ``results`` lacks, and returns all of the scenario's, in the order of ``tasks``.
+
+    SimulationError if a replay fails; that and KeyboardInterrupt leave no process behind and
+    everything finished in ``results``.
+    """
+    done = {outcome.key: outcome for outcome in results.found}
+    left = tasks(scenario, done.keys())
+    total = len(tasks(scenario))
+    with _shown(console, total, total - len(left)) as show, _pool(processes, len(left)) as pool:
+        for outcome in _outcomes(pool, scenario, left, processes):
+            results.append(outcome)
+            done[outcome.key] = outcome
+            show(outcome)
+    return [done[task.key] for task in tasks(scenario)]
+
+
+def _outcomes(
+    pool: ProcessPoolExecutor, scenario: Scenario, left: list[Task], processes: int
+) -> Iterator[Outcome]:
+    """As they finish. Few are handed over ahead, so that little is lost by an interrupt."""
+    text = msgspec.json.encode(scenario)
+    queue = iter(left)
+    running: dict[Future[bytes], Task] = {}
+    while True:
+        while len(running) < processes and (task := next(queue, None)) is not None:
+            running[pool.submit(simulate_task, text, msgspec.json.encode(task))] = task
+        if not running:
+            return
+        finished, _ = wait(running, return_when=FIRST_COMPLETED)
+        for future in finished:
+            task = running.pop(future)
+            try:
+                encoded = future.result()
+            except Exception as error:
+                name = f"{task.configuration} on {task.workload}, seed {task.seed}"
+                raise SimulationError(f"{name}: {type(error).__name__}: {error}") from error
+            yield msgspec.json.decode(encoded, type=Outcome)
+
+
+@contextmanager
+def _pool(processes: int, tasks_left: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that are gone when this is left, whatever they are doing."""
+    others = multiprocessing.active_children()
+    pool = ProcessPoolExecutor(
+        max_workers=max(1, min(processes, tasks_left)),
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_begin_process,
+    )
+    try:
+        yield pool
+    finally:
+        own = [child for child in multiprocessing.active_children() if child not in others]
+        for child in own:
+            child.terminate()
+        pool.shutdown(wait=True, cancel_futures=True)
+        for child in own:
+            child.join(KILLED_AFTER_S)
+            if child.is_alive():
+                child.kill()
+                child.join()
+
+
+def _begin_process() -> None:
+    """An interrupt is the parent's affair, and a process goes when its parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+class _Shown:
+    """What a person sees meanwhile: a bar on a terminal, else a line per replay."""
+
+    def __init__(self, console: Console, progress: Progress | None, total: int, done: int) -> None:
+        self._console, self._progress = console, progress
+        self._total, self._done = total, done
+        self._bar = progress.add_task("", total=total, completed=done) if progress else None
+
+    def __call__(self, outcome: Outcome) -> None:
+        self._done += 1
+        name = f"{outcome.workload}, {outcome.configuration}, seed {outcome.seed}"
+        if self._progress is not None and self._bar is not None:
+            self._progress.update(self._bar, advance=1, description=name)
+            return
+        self._console.print(
+            f"{self._done} of {self._total}: {name} ({outcome.real_s:.1f} s)",
+            highlight=False,
+            markup=False,
+        )
+
+
+@contextmanager
+def _shown(console: Console, total: int, done: int) -> Iterator[_Shown]:
+    if not console.is_terminal:
+        yield _Shown(console, None, total, done)
+        return
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        yield _Shown(console, progress, total, done)

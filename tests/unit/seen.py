@@ -1,0 +1,28 @@
+"""Workers as policies see them, with nothing behind them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from coordinator.protocol import Role
+
+
+@dataclass
+class Seen:
+    """A worker as placement sees it."""
+
+    name: str
+    role: Role = "decode"
+    incarnation: str = "1"
+    up: bool = True
+    turned_s: float = float("-inf")
+    tokens_max: int = 1600
+    batch_slots: int = 8
+    usable_blocks: int = 100
+    kv_blocks_reserved: int = 0
+    kv_blocks_used: int = 0
+    waiting: int = 0
+    decodes: list[str] = field(default_factory=list)
+    prefilling: int = 0
+    prefill_tokens: int = 0
+    warm_sources: set[str] = field(default_factory=set)
