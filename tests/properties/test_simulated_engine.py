@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from hashlib import blake2b
 from heapq import heappop, heappush
 from math import ceil
@@ -122,7 +123,7 @@ class Pair:
         self.outputs: list[Output] = []
         self.calls = 0
         for at_s, request in requests(plan, priorities):
-            self.later(at_s, lambda now_s, request=request: self.submit(request, now_s))
+            self.later(at_s, partial(self.submit, request))
 
     def later(self, at_s: float, call: Callable[[float], None]) -> None:
         self.calls += 1
@@ -133,7 +134,7 @@ class Pair:
         self.slow.submit(request, now_s)
         abort_s = self.plan[request.id].abort_s
         if abort_s:
-            self.later(now_s + abort_s, lambda now_s: self.abort(request.id, now_s))
+            self.later(now_s + abort_s, partial(self.abort, request.id))
 
     def abort(self, request_id: str, now_s: float) -> None:
         self.fast.abort(request_id, now_s)
@@ -169,10 +170,10 @@ class Pair:
             arrival = self.plan[output.id]
             if isinstance(output, Pull):
                 at_s = output.at_s + arrival.pull_s
-                self.later(at_s, lambda now_s, name=output.id: self.pulled(name, now_s))
+                self.later(at_s, partial(self.pulled, output.id))
             if isinstance(output, Ended) and output.held and arrival.release_s:
                 at_s = output.at_s + arrival.release_s
-                self.later(at_s, lambda now_s, name=output.id: self.release(name, now_s))
+                self.later(at_s, partial(self.release, output.id))
         self.same_now(now_s)
 
     def same_now(self, now_s: float) -> None:
