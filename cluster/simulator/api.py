@@ -88,6 +88,8 @@ class Api:
         self.tombstones: OrderedDict[tuple[str, int], float] = OrderedDict()
         self.core = ""
         self.stale = 0
+        self.overdue = 0
+        """Calls that it gave up by itself, the core having said nothing."""
         self._events = events
         self._network = network
         self._limits = limits
@@ -169,6 +171,8 @@ class Api:
     def _overdue(self, call: Call, status: int) -> None:
         """The core should have ended it long ago."""
         if self.calls.get(call.request) is call:
+            self.overdue += 1
+            self._oracle.overdue(call, self.core)
             self._fail(call, status, 0.0)
 
     # --- from the core -------------------------------------------------------------------
@@ -352,7 +356,8 @@ class Api:
             assert tokens.first is not None, request
             self._started(call, tokens)
         if tokens.ended:
-            self._deliver(call, call.output_tokens - call.tokens)
+            came = call.base_tokens + tokens.stream.tokens(self._events.now_s)
+            self._deliver(call, came - call.tokens)
             self._finish(call, call.outcome)
 
     def _started(self, call: Call, tokens: Tokens) -> None:
@@ -440,9 +445,7 @@ class Api:
         if call.planned_by == self.core:
             # Counted from what the core was told the prompt is.
             generated = call.tokens - call.submitted_tokens
-            call.failed = Failed(
-                self.name, call.request, call.attempt, worker, reason, generated
-            )
+            call.failed = Failed(self.name, call.request, call.attempt, worker, reason, generated)
         else:
             call.attempt += 1
         self._ask(call)

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 
 from cluster.simulator.api import Api
 from cluster.simulator.events import Event, Events
-from cluster.simulator.records import CallRecord
 from cluster.simulator.recorder import Recorder
+from cluster.simulator.records import CallRecord
 from cluster.workload.chains import Chains
 from cluster.workload.form import Call, Run, Workload, call_count, context_of
 from cluster.workload.replay import Due, Replay
@@ -221,8 +221,6 @@ class Clients:
 
     def _tell(self) -> None:
         over = self._calls_total - self._replay.calls_left
-        if self._progress is not None and (
-            over - self._told_calls >= PROGRESS_CALLS or self.done
-        ):
+        if self._progress is not None and (over - self._told_calls >= PROGRESS_CALLS or self.done):
             self._told_calls = over
             self._progress(over, self._calls_total, self._events.now_s - self.began_s)

@@ -27,7 +27,7 @@ from cluster.simulator.setup import (
 )
 from cluster.simulator.trouble import Trouble
 from cluster.simulator.world import World, engine_facts, settle
-from cluster.workload.form import Workload
+from cluster.workload.form import Run, Workload
 from cluster.workload.generators import GENERATORS
 from cluster.workload.source import open_workload
 from coordinator.limits import Limits, Placement
@@ -35,12 +35,16 @@ from coordinator.protocol import Role
 from coordinator.shape import ModelShape
 
 FAULTY_S = 60.0
+GOOD_S = 90.0
+"""From then on all that went wrong is over, and what followed from it."""
 CHECK_S = 2.0
 """Between two looks of the oracle at everything."""
-RUNS = 12
-CALLS_MAX = 150
+WATCH_S = 0.25
+"""Between two looks of the oracle at what the core believes."""
+RUNS = 16
+CALLS_MAX = 200
 """Runs beyond this number of calls are left out."""
-ARRIVALS_S = 50.0
+ARRIVALS_S = 110.0
 PROMPT_SHARE = 0.7
 """Longest prompt, of what an engine can hold."""
 LETTERS = 20_000
@@ -66,15 +70,17 @@ class FaultReport(msgspec.Struct, frozen=True):
 
 def random_setup(rng: random.Random) -> ClusterSetup:
     """A small cluster with little memory, small batches and short patience."""
-    names = [f"w{number}" for number in range(rng.randint(2, 6))]
+    roles = rng.choice((ROLES, ("prefill", "decode")))
     workers = tuple(
-        WorkerSetup(name, rng.choice(ROLES), f"node-{rng.randrange(3)}", f"rack-{rng.randrange(2)}")
-        for name in names
+        WorkerSetup(
+            f"w{number}", rng.choice(roles), f"node-{rng.randrange(3)}", f"rack-{rng.randrange(2)}"
+        )
+        for number in range(rng.randint(2, 6))
     )
     blocks = rng.choice((64, 256, 1024))
     options = EngineOptions(
         max_num_seqs=rng.choice((2, 8, 32)),
-        max_num_batched_tokens=rng.choice((256, 1024, 4096)),
+        max_num_batched_tokens=rng.choice((64, 256, 4096)),
         max_model_len=rng.choice((1024, 8192)),
         kv_blocks=blocks,
         kv_lease_s=rng.choice((6.0, 12.0, 30.0)),
@@ -110,7 +116,7 @@ def random_setup(rng: random.Random) -> ClusterSetup:
         network=network,
         limits=limits,
         placement=Placement(
-            remote_prefill_min_tokens=rng.choice((16, 256)),
+            remote_prefill_min_tokens=rng.choice((1, 16, 256)),
             reserve_output_tokens=rng.choice((16, 256)),
         ),
         api_servers=rng.randint(1, 2),
@@ -135,7 +141,7 @@ def random_faults(rng: random.Random) -> Faults:
 
 
 def random_workload(rng: random.Random, seed: int, tokens_max: int) -> Workload:
-    """Small runs of some generated workflow that arrive while things go wrong.
+    """Small runs of some generated workflow that arrive while things go wrong, and after.
 
     Few of them are too long for an engine that can hold ``tokens_max`` tokens.
     """
@@ -145,7 +151,8 @@ def random_workload(rng: random.Random, seed: int, tokens_max: int) -> Workload:
     if len(workload.runs) < RUNS // 2:
         workload = open_workload(f"generator:assistant?scale=64&{shape}")
     longer = rng.choice((1, 4, 16))
-    kept, calls = [], 0
+    kept: list[Run] = []
+    calls = 0
     arrivals_s = sorted(rng.random() * ARRIVALS_S for _ in workload.runs)
     for run, arrival_s in zip(workload.runs, arrivals_s, strict=True):
         calls += len(run.calls)
@@ -169,8 +176,10 @@ def run_fault_seed(seed: int) -> FaultReport:
     world.start()
     trouble.start()
     world.events.after(CHECK_S, _keep_checking, world)
+    world.events.after(WATCH_S, _keep_watching, world)
     world.run()
     settle(world)
+    world.oracle.served_well(world.recorder.calls, GOOD_S)
     result = world.result("faults")
     return FaultReport(
         seed=seed,
@@ -184,9 +193,16 @@ def run_fault_seed(seed: int) -> FaultReport:
 
 
 def _keep_checking(world: World) -> None:
-    world.oracle.check(world.brain.core, world.workers())
+    world.check()
     if world.events.now_s < FAULTY_S:
         world.events.after(CHECK_S, _keep_checking, world)
+
+
+def _keep_watching(world: World) -> None:
+    if world.brain.running:
+        world.oracle.watch(world.brain.core, world.apis)
+    if world.events.now_s < FAULTY_S:
+        world.events.after(WATCH_S, _keep_watching, world)
 
 
 def run_many(

@@ -13,13 +13,24 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.simulator.frames import Handle, Tokens, Work
 from cluster.simulator.network import Letter, Network
+from cluster.simulator.records import CallRecord
 from coordinator.core import Core
-from coordinator.protocol import BLOCK_HASH_BYTES, Abort, engine_request_id, split_engine_request_id
+from coordinator.protocol import (
+    BLOCK_HASH_BYTES,
+    Abort,
+    Rejected,
+    Stop,
+    engine_request_id,
+    split_engine_request_id,
+)
 
 if TYPE_CHECKING:
     from cluster.simulator.api import Api
+    from cluster.simulator.call import Call
     from cluster.simulator.worker import Worker
 
+BELIEFS = {"loading": ("loading", "decoding"), "decoding": ("decoding",)}
+"""Where a call must be in its API process if the core takes it for that."""
 LETTERS_TOLD = 40
 MADE_MAX = 65536
 
@@ -111,9 +122,30 @@ class Oracle:
             raise self._error(f"{request} ended twice or was never opened", request)
         served = outcome in ("stop", "length")
         complete = got == expected_tokens or not served
-        self._assert(
-            complete, f"{request} ended with {got} of {expected_tokens} tokens", request
+        self._assert(complete, f"{request} ended with {got} of {expected_tokens} tokens", request)
+
+    def overdue(self, call: Call, core: str) -> None:
+        """An API process gives a call up by itself, for which it knows of ``core``.
+
+        Only if the core does not know the call, or has said its last word about it.
+        """
+        if call.planned_by and call.planned_by != core:
+            return
+        for letter in reversed(self._network.letters):
+            if isinstance(letter.message, Stop | Rejected):
+                if letter.message.request == call.request:
+                    return
+        raise self._error(
+            f"{call.request} is {call.phase} and the core has forgotten it", call.request
         )
+
+    def served_well(self, calls: Iterable[CallRecord], after_s: float) -> None:
+        """Calls sent after ``after_s``, when nothing goes wrong, fail only for want of room
+        or time."""
+        for call in calls:
+            unserved = call.outcome == "error" and call.status != 504
+            if call.due_s >= after_s and unserved:
+                raise self._error(f"without need: {call}", f"{call.run}.{call.call}.0")
 
     @property
     def open_calls(self) -> int:
@@ -130,6 +162,17 @@ class Oracle:
                 worker.engine.check()
         except AssertionError as error:
             raise self._error(f"{type(error).__name__}: {error}") from error
+
+    def watch(self, core: Core, apis: Iterable[Api]) -> None:
+        """The core believes of a call nothing that its API process has not said."""
+        calls = {request: call for api in apis for request, call in api.calls.items()}
+        for row in core.snapshot(0, self._network.now_s).calls:
+            call = calls.get(row.request)
+            said = BELIEFS.get(row.phase)
+            if call is None or said is None or call.attempt != row.attempt or call.failed:
+                continue
+            known = call.phase in said or (row.phase == "loading" and not row.prefill)
+            self._assert(known, f"the core takes {row.request} for {row.phase}", row.request)
 
     def quiet(self, core: Core, workers: Iterable[Worker], apis: Iterable[Api]) -> None:
         """What must be true when all calls have ended and all leases are over."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from hashlib import shake_128
-from typing import Literal
+from typing import Any
 
 import msgspec
 
@@ -23,12 +23,13 @@ from cluster.simulator.engine_types import Ended, EngineRequest, FirstToken, Out
 from cluster.simulator.events import Event, Events
 from cluster.simulator.frames import (
     Handle,
-    ToWorker,
     Tokens,
+    ToWorker,
     Work,
     decode_handle,
     encode_handle,
 )
+from cluster.simulator.job import Job
 from cluster.simulator.network import Connection, Network, peer_address
 from cluster.simulator.oracle import Oracle
 from cluster.simulator.reader import Reader
@@ -55,69 +56,6 @@ from coordinator.protocol import (
 from transfer.settings import dispatch_margin_s
 
 PROBES_KEPT = 64
-
-Kind = Literal["prefill", "decode", "probe", "probe_read"]
-
-
-class Job:
-    """A request that the engine has, and who waits for it."""
-
-    __slots__ = (
-        "cached_tokens",
-        "chain",
-        "connection",
-        "engine_id",
-        "frozen_s",
-        "frozen_tokens",
-        "kind",
-        "output_tokens",
-        "pending_tokens",
-        "probe",
-        "prompt_tokens",
-        "source",
-        "started_s",
-        "worker",
-    )
-
-    def __init__(
-        self,
-        worker: Worker,
-        kind: Kind,
-        engine_id: str,
-        prompt_tokens: int,
-        connection: Connection | None = None,
-        probe: int = 0,
-    ) -> None:
-        self.worker = worker
-        self.kind: Kind = kind
-        self.engine_id = engine_id
-        self.prompt_tokens = self.pending_tokens = prompt_tokens
-        self.output_tokens = 1
-        self.chain = b""
-        self.connection = connection
-        self.probe = probe
-        self.source: Placed | None = None
-        self.started_s = worker.events.now_s
-        self.cached_tokens = 0
-        self.frozen_tokens: int | None = None
-        """Tokens that could be sent, where no more can be."""
-        self.frozen_s = 0.0
-
-    def tokens(self, now_s: float) -> int:
-        """How many tokens have been sent by now."""
-        if self.frozen_tokens is not None:
-            return self.frozen_tokens
-        return self.worker.engine.generated(self.engine_id, now_s)
-
-    def until_s(self, now_s: float) -> float:
-        """Since when no more can be sent."""
-        return now_s if self.frozen_tokens is None else self.frozen_s
-
-    def freeze(self, now_s: float) -> None:
-        """No more can be sent, for now or for good."""
-        if self.frozen_tokens is None:
-            self.frozen_tokens, self.frozen_s = self.tokens(now_s), now_s
-
 
 Told = Callable[[str, int], None]
 """Is told how many tokens an engine has computed for a request."""
@@ -154,7 +92,7 @@ class Worker:
         self._told = told
         self._wake: Event | None = None
         self._wake_s = float("inf")
-        self._inbox: list[tuple[Connection | None, object]] = []
+        self._inbox: list[tuple[Connection | None, Any]] = []
         self._unsaid: list[FirstToken | Ended] = []
         self._idle_beat: Beat | None = None
         self._probes: deque[tuple[str, int]] = deque(maxlen=PROBES_KEPT)
@@ -253,7 +191,14 @@ class Worker:
 
     def _probe(self, message: Probe) -> None:
         engine_id = engine_request_id(f"probe-{message.probe}", 0)
-        job = Job(self, "probe", engine_id, message.prompt_tokens, probe=message.probe)
+        job = Job(
+            self.engine,
+            "probe",
+            engine_id,
+            message.prompt_tokens,
+            self.events.now_s,
+            probe=message.probe,
+        )
         request = self._probe_request(engine_id, message)
         self._submit(job, msgspec.structs.replace(request, hold=True))
 
@@ -261,7 +206,14 @@ class Worker:
         handle = decode_handle(message.handle)
         self.reader.trying(message.source, handle.holder)
         engine_id = engine_request_id(f"probe-read-{message.probe}", 0)
-        job = Job(self, "probe_read", engine_id, message.prompt_tokens, probe=message.probe)
+        job = Job(
+            self.engine,
+            "probe_read",
+            engine_id,
+            message.prompt_tokens,
+            self.events.now_s,
+            probe=message.probe,
+        )
         job.source = handle.holder
         request = self._probe_request(engine_id, message)
         self.reader.started(engine_id, handle, request.chain)
@@ -274,15 +226,14 @@ class Worker:
 
     # --- data --------------------------------------------------------------------------
 
-    def _arrives(self, connection: Connection | None, message: object) -> None:
+    def _arrives(self, connection: Connection | None, message: Any) -> None:
         """From an API process, or without a connection from the core."""
         if self.hung:
             self._inbox.append((connection, message))
         elif connection is None:
-            assert isinstance(message, Message)
             self._control.receive("", message)
         elif not connection.broken:
-            self._on_api(connection, message)  # type: ignore[arg-type]
+            self._on_api(connection, message)
 
     def _on_api(self, connection: Connection, message: ToWorker) -> None:
         match message:
@@ -312,7 +263,9 @@ class Worker:
     def _prefill(self, connection: Connection, work: Work) -> None:
         body = work.body
         engine_id = engine_request_id(work.message.request, work.message.attempt)
-        job = Job(self, "prefill", engine_id, body.prompt_tokens, connection)
+        job = Job(
+            self.engine, "prefill", engine_id, body.prompt_tokens, self.events.now_s, connection
+        )
         blocks = body.prompt_tokens // self.facts.block_size
         request = EngineRequest(
             engine_id,
@@ -339,7 +292,9 @@ class Worker:
                 return
             self.reader.started(engine_id, handle, body.chain)
             pull_tokens = handle.tokens
-        job = Job(self, "decode", engine_id, body.prompt_tokens, connection)
+        job = Job(
+            self.engine, "decode", engine_id, body.prompt_tokens, self.events.now_s, connection
+        )
         request = EngineRequest(
             engine_id,
             body.chain,

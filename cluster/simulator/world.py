@@ -8,7 +8,6 @@ depends on.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 
 from cluster.simulator.api import Api
 from cluster.simulator.brain import Brain, CoreFactory
@@ -141,9 +140,7 @@ class World:
             worker.thaw()
 
     def _make_worker(self, setup: WorkerSetup, incarnation: str) -> Worker:
-        engine = Engine(
-            self._cost, self.setup.options, self.facts.kv_blocks, self.recorder.gaps
-        )
+        engine = Engine(self._cost, self.setup.options, self.facts.kv_blocks, self.recorder.gaps)
         worker = Worker(
             setup,
             incarnation,
@@ -197,6 +194,10 @@ class World:
             self.events.run(self.events.now_s + SETTLE_STEP_S)
         return True
 
+    def check(self) -> None:
+        """What must be true at any moment. OracleError if it is not."""
+        self.oracle.check(self.brain.core, self.workers())
+
     def quiet(self) -> bool:
         """Whether there is nothing of any call anywhere."""
         if not self.clients.done or self.links.in_flight():
@@ -217,6 +218,7 @@ class World:
         counters |= {
             "handles_read": self.oracle.reads,
             "reads_failed": self.oracle.reads_failed,
+            "calls_overdue": sum(api.overdue for api in self.apis),
         }
         totals = Totals(
             duration_s=max((call.ended_s for call in recorder.calls), default=0.0),

@@ -152,8 +152,8 @@ def test_agrees_with_single_blocks(
             index.add(worker, capacity_blocks)
             plain[worker] = Blocks(capacity_blocks)
         index.check()
-        for way in (way, *asked):
-            blocks = blocks_of(way)
+        for prompt in (way, *asked):
+            blocks = blocks_of(prompt)
             found = {name: held.prefix(blocks) for name, held in plain.items()}
             assert index.longest_prefix(chain(*blocks)) == {n: c for n, c in found.items() if c}
     for worker, held in plain.items():
