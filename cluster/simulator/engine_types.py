@@ -48,12 +48,14 @@ class FirstToken(msgspec.Struct, frozen=True, gc=False):
 
 class Ended(msgspec.Struct, frozen=True, gc=False):
     """``id`` has its last token. ``held``: its blocks are kept until ``Engine.release`` or
-    the end of the lease, ``expires_s``."""
+    the end of the lease, ``expires_s``. ``recomputed_tokens``: of prompt and output, computed
+    again after the first token, because it was preempted."""
 
     id: str
     at_s: float
     held: bool = False
     expires_s: float = 0.0
+    recomputed_tokens: int = 0
 
 
 Output = Pull | FirstToken | Ended

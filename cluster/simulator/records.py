@@ -6,6 +6,8 @@ Times are seconds since the replay began, on one clock.
 
 from __future__ import annotations
 
+from math import exp, floor, log
+
 import msgspec
 
 from coordinator.cost import Tier
@@ -85,10 +87,67 @@ class Sample(msgspec.Struct, frozen=True, gc=False):
     """Prompt tokens taken in and not computed yet."""
 
 
+BASE = 1.05
+"""A bin of ``Gaps`` ends at this many times its beginning."""
+UNIT_S = 10e-6
+_LOG_BASE = log(BASE)
+
+
+def _bin(seconds: float) -> int:
+    return floor(log(seconds / UNIT_S) / _LOG_BASE)
+
+
 class Gaps(msgspec.Struct):
-    """Times between tokens, counted in logarithmic bins: bin i is [BASE^i, BASE^(i+1)) x 10 us."""
+    """Times between tokens, counted in logarithmic bins: bin i is [BASE^i, BASE^(i+1)) x 10 us.
+
+    Their number and sum are exact. Times are more than 0.
+    """
 
     counts: dict[int, int] = {}
+    count: int = 0
+    sum_s: float = 0.0
+
+    def add(self, seconds: float, count: int = 1) -> None:
+        """``count`` gaps of ``seconds``."""
+        place = _bin(seconds)
+        self.counts[place] = self.counts.get(place, 0) + count
+        self.count += count
+        self.sum_s += seconds * count
+
+    def add_growing(self, first_s: float, growth_s: float, steps: int, each: int) -> None:
+        """``each`` gaps of ``first_s``, as many that are ``growth_s`` longer, and so on."""
+        if not each:
+            return
+        last_s = first_s + growth_s * (steps - 1)
+        if _bin(first_s) == _bin(last_s):
+            self.add((first_s + last_s) * 0.5, steps * each)
+            return
+        half = steps // 2
+        self.add_growing(first_s, growth_s, half, each)
+        self.add_growing(first_s + growth_s * half, growth_s, steps - half, each)
+
+    def merge(self, other: Gaps) -> None:
+        """Count those of ``other`` too."""
+        for place, count in other.counts.items():
+            self.counts[place] = self.counts.get(place, 0) + count
+        self.count += other.count
+        self.sum_s += other.sum_s
+
+    @property
+    def mean_s(self) -> float:
+        """Exact; of at least one gap."""
+        return self.sum_s / self.count
+
+    def quantile(self, share: float) -> float:
+        """Seconds that ``share`` of the gaps do not exceed, to half a bin (2.5 %); of at least
+        one gap."""
+        rank = share * self.count
+        passed = 0
+        for place in sorted(self.counts):
+            passed += self.counts[place]
+            if passed >= rank:
+                return UNIT_S * exp(_LOG_BASE * (place + 0.5))
+        raise AssertionError("the counts are less than their sum")
 
 
 class Totals(msgspec.Struct):
