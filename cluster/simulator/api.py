@@ -1,0 +1,526 @@
+"""A simulated API process: what ``coordinator.api`` does, in virtual time.
+
+``coordinator.api.calls`` is built on vLLM's own requests and outputs; here is the same conduct
+without them. It carries plans out and tells the core what happened, and chooses nothing.
+The first token of a call whose prompt is computed elsewhere is that worker's: the client gets
+it before any KV is moved, and the decode worker generates what follows it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import msgspec
+
+from cluster.simulator.call import Call
+from cluster.simulator.control import Control
+from cluster.simulator.events import Events
+from cluster.simulator.frames import Body, ToApi, Tokens, Work
+from cluster.simulator.network import Connection, Network
+from cluster.simulator.oracle import Oracle
+from cluster.simulator.records import CallRecord
+from coordinator.limits import Limits
+from coordinator.protocol import (
+    Abort,
+    ApiBeat,
+    CallContext,
+    CallFailed,
+    Check,
+    Checked,
+    CheckedPhase,
+    Decode,
+    Discard,
+    Failed,
+    Finished,
+    Hello,
+    Message,
+    Placed,
+    Plan,
+    Prefill,
+    PrefillDone,
+    Prefilled,
+    Rejected,
+    Started,
+    Stop,
+    Submit,
+    Welcome,
+    WorkerGone,
+    WorkerUp,
+    split_engine_request_id,
+)
+
+RESUBMIT_S = 1.0
+TOMBSTONES_MAX = 4096
+TOMBSTONE_S = 300.0
+CORE_AWAY_S = 30.0
+CLOCK_SKEW_S = 1.0
+"""These five are ``coordinator.api.calls``'s."""
+
+
+class Client(Protocol):
+    """Whoever sent the calls."""
+
+    def resumed(self, gap_s: float) -> None:
+        """Some call's tokens go on, from another worker, ``gap_s`` after the last one."""
+        ...
+
+    def ended(self, record: CallRecord, retry_after_s: float) -> None:
+        """A call ended as its record says."""
+        ...
+
+
+class Api:
+    """One API process. ``limits`` are the core's."""
+
+    def __init__(
+        self,
+        name: str,
+        events: Events,
+        network: Network,
+        limits: Limits,
+        client: Client,
+        oracle: Oracle,
+    ) -> None:
+        self.name = name
+        self.calls: dict[str, Call] = {}
+        self.tombstones: OrderedDict[tuple[str, int], float] = OrderedDict()
+        self.core = ""
+        self.stale = 0
+        self._events = events
+        self._network = network
+        self._limits = limits
+        self._client = client
+        self._oracle = oracle
+        self._connections: dict[Placed, Connection] = {}
+        self._control = Control(
+            events,
+            network,
+            name,
+            hello=lambda: Hello(name),
+            beat=lambda: ApiBeat(name, len(self.calls)),
+            on_message=self._on_core,
+        )
+
+    def start(self, after_s: float) -> None:
+        """Ask the core to be taken in."""
+        self._network.attach(self.name, self._control.receive)
+        self._network.listen(self.name, self._on_worker, self._on_broken)
+        self._control.start(after_s)
+
+    # --- from the client ---------------------------------------------------------------
+
+    def open(
+        self,
+        request: str,
+        record: CallRecord,
+        chain: bytes,
+        block_hashes: bytes,
+        max_output_tokens: int,
+        outcome: str,
+        context: CallContext,
+    ) -> None:
+        """Ask the core for a plan. ``max_output_tokens``: the client's limit; ``outcome``: how
+        the call ends when its record's output has been said."""
+        now_s = self._events.now_s
+        submit = Submit(
+            api=self.name,
+            request=request,
+            attempt=1,
+            prompt_tokens=record.prompt_tokens,
+            max_output_tokens=max_output_tokens,
+            block_hashes=block_hashes,
+            context=context,
+        )
+        call = Call(submit, chain, record.output_tokens, outcome, record, now_s)
+        self.calls[request] = call
+        self._oracle.opened(request)
+        call.overdue = self._events.after(
+            self._limits.call_s + CORE_AWAY_S, self._overdue, call, 504
+        )
+        self._wait(call)
+        self._control.send(submit)
+
+    def end(self, request: str, outcome: str) -> None:
+        """The client is gone: end its call everywhere."""
+        call = self.calls.get(request)
+        if call is not None:
+            self._abandon(call)
+            self._finish(call, outcome)
+
+    # --- time ----------------------------------------------------------------------------
+
+    def _wait(self, call: Call) -> None:
+        """It waits for a plan, and will ask for it again."""
+        self._events.cancel(call.repeat)
+        call.repeat = self._events.after(RESUBMIT_S, self._repeat, call)
+
+    def _repeat(self, call: Call) -> None:
+        if call.phase != "waiting" or call.request not in self.calls:
+            return
+        waited_s = self._events.now_s - call.waiting_s
+        if waited_s >= self._limits.queue_s + CORE_AWAY_S:
+            self._overdue(call, 503)
+            return
+        self._ask(call)
+        call.repeat = self._events.after(RESUBMIT_S, self._repeat, call)
+
+    def _overdue(self, call: Call, status: int) -> None:
+        """The core should have ended it long ago."""
+        if self.calls.get(call.request) is call:
+            self._fail(call, status, 0.0)
+
+    # --- from the core -------------------------------------------------------------------
+
+    def _on_core(self, message: Message) -> None:
+        match message:
+            case Plan():
+                self._on_plan(message)
+            case Check():
+                self._on_check(message)
+            case Rejected():
+                self._on_rejected(message)
+            case Stop():
+                self._on_stop(message)
+            case WorkerUp():
+                self._worker_up(Placed(message.worker, message.incarnation))
+            case WorkerGone():
+                self._lose(Placed(message.worker, message.incarnation))
+            case Welcome():
+                self._welcomed(message.core)
+            case _:
+                pass
+
+    def _welcomed(self, core: str) -> None:
+        """Taken in. Another core is asked anew for what is still waiting."""
+        restarted = bool(self.core) and core != self.core
+        self.core = core
+        if restarted:
+            for call in self.calls.values():
+                if call.phase == "waiting" and call.failed is not None:
+                    call.attempt += 1
+                    call.failed = None
+
+    def _worker_up(self, placed: Placed) -> None:
+        if placed in self._connections:
+            return
+        for former in [each for each in self._connections if each.worker == placed.worker]:
+            self._lose(former)
+        self._connections[placed] = self._network.connect(self.name, placed)
+
+    def _lose(self, placed: Placed) -> None:
+        connection = self._connections.pop(placed, None)
+        if connection is not None:
+            self._network.disconnect(connection)
+        self._worker_gone(placed)
+
+    def _on_broken(self, connection: Connection) -> None:
+        """A connection broke, and comes back."""
+        placed = connection.placed
+        if self._connections.get(placed) is connection:
+            self._connections[placed] = self._network.connect(self.name, placed)
+            self._worker_gone(placed)
+
+    def _worker_gone(self, lost: Placed) -> None:
+        """A worker is lost, or the connection to it: its calls are asked for again."""
+        for call in self._live():
+            plan = call.plan
+            if plan is None or call.phase == "waiting":
+                continue
+            busy = plan.prefill if call.phase == "prefilling" else plan.decode
+            if lost in (busy, plan.decode):
+                self._retry(call, lost.worker, f"{lost.worker} is lost")
+
+    def _live(self) -> Iterator[Call]:
+        """The calls one by one; whatever happens to one may end others."""
+        for request in list(self.calls):
+            if (call := self.calls.get(request)) is not None:
+                yield call
+
+    def _on_plan(self, plan: Plan) -> None:
+        """Carry out a plan; a second copy of one is ignored."""
+        call = self.calls.get(plan.request)
+        if call is None or plan.attempt < call.attempt + (call.failed is not None):
+            self.stale += 1
+            return
+        if call.phase != "waiting":
+            if plan.attempt == call.attempt:
+                return
+            # The core knows better than this call how its worker is.
+            self._abandon(call)
+            call.move("waiting")
+        record = call.record
+        if not record.planned_s:
+            record.planned_s = self._events.now_s
+        record.attempts = record.attempts + 1 if record.decode else 1
+        record.prefill = plan.prefill.worker if plan.prefill else ""
+        record.decode = plan.decode.worker
+        self._events.cancel(call.repeat)
+        call.attempt, call.plan, call.failed = plan.attempt, plan, None
+        call.planned_by = self.core
+        if plan.prefill is None:
+            self._decode(call, b"")
+        else:
+            self._prefill(call, plan.prefill)
+
+    def _on_rejected(self, message: Rejected) -> None:
+        call = self.calls.get(message.request)
+        if call is None or message.attempt < call.attempt or call.phase != "waiting":
+            self.stale += 1
+            return
+        self._fail(call, message.status, message.retry_after_s)
+
+    def _on_stop(self, message: Stop) -> None:
+        call = self.calls.get(message.request)
+        if call is None or message.attempt < call.attempt:
+            self.stale += 1
+            return
+        self._fail(call, message.status, 0.0)
+
+    def _on_check(self, message: Check) -> None:
+        """Tell the core where a call stands."""
+        call = self.calls.get(message.request)
+        phase: CheckedPhase = "gone"
+        attempt = message.attempt
+        if call is not None:
+            attempt = call.attempt
+            if call.phase == "waiting":
+                self._ask(call)
+                return
+            phase = call.phase
+        self._control.send(Checked(self.name, message.request, attempt, phase))
+
+    # --- from the workers ----------------------------------------------------------------
+
+    def _on_worker(self, connection: Connection, message: Any) -> None:
+        placed = connection.placed
+        if self._connections.get(placed) is not connection:
+            return
+        said: ToApi = message
+        match said:
+            case Tokens():
+                self._on_tokens(said, placed)
+            case PrefillDone():
+                self._on_prefill_done(said, placed)
+            case CallFailed():
+                self._on_call_failed(said, placed)
+            case _:
+                pass
+
+    def _on_prefill_done(self, done: PrefillDone, worker: Placed) -> None:
+        """Give the client its token and send the handle on at once, or hand it back."""
+        call = self.calls.get(done.request)
+        if call is None or call.attempt != done.attempt or call.phase != "prefilling":
+            self._hand_back(done, worker)
+            return
+        plan = call.plan
+        assert plan is not None
+        if plan.prefill != worker:
+            self.stale += 1
+            return
+        now_s = self._events.now_s
+        # Two clocks bound how long the blocks have been held; the smaller bound counts.
+        held_s = min(now_s - call.prefill_sent_s, now_s - done.held_at_unix_s + CLOCK_SKEW_S)
+        if held_s > done.lease_s - done.margin_s:
+            self._retry(call, worker.worker, f"the handle came after {held_s:.1f} s")
+            # Abandoning a prefill leaves a tombstone for its handle.
+            self._hand_back(done, worker)
+            return
+        call.record.prefill_cached_tokens = done.cached_tokens
+        self._deliver(call, 1)
+        if call.tokens == call.output_tokens:
+            self._discard(done, worker)
+            self._finish(call, call.outcome)
+        elif self._decode(call, done.handle):
+            self._control.send(Prefilled(self.name, done.request, call.attempt))
+        else:
+            self._discard(done, worker)
+
+    def _on_tokens(self, tokens: Tokens, worker: Placed) -> None:
+        """The first token of an attempt, or its end."""
+        request, attempt = split_engine_request_id(tokens.engine_id)
+        call = self.calls.get(request)
+        if call is None or call.plan is None or call.attempt != attempt:
+            self.stale += 1
+            return
+        if call.plan.decode != worker or call.phase not in ("loading", "decoding"):
+            self.stale += 1
+            return
+        if call.phase == "loading":
+            assert tokens.first is not None, request
+            self._started(call, tokens)
+        if tokens.ended:
+            self._deliver(call, call.output_tokens - call.tokens)
+            self._finish(call, call.outcome)
+
+    def _started(self, call: Call, tokens: Tokens) -> None:
+        record, first = call.record, tokens.first
+        assert first is not None
+        call.move("decoding")
+        record.moved_tokens = first.moved_tokens
+        record.local_cached_tokens = first.local_cached_tokens
+        if not record.prefill:
+            record.prefill_cached_tokens = first.local_cached_tokens
+        if call.tokens:
+            self._client.resumed(self._events.now_s - call.last_token_s)
+        call.base_tokens, call.stream = call.tokens, tokens.stream
+        self._deliver(call, 1)
+        self._control.send(Started(self.name, call.request, call.attempt))
+
+    def _on_call_failed(self, failed: CallFailed, worker: Placed) -> None:
+        """A worker could not: ask for another plan, or tell the client if none can help."""
+        call = self.calls.get(failed.request)
+        if call is None or call.attempt != failed.attempt or call.phase == "waiting":
+            self.stale += 1
+        elif failed.retryable:
+            self._retry(call, worker.worker, failed.reason)
+        else:
+            self._fail(call, 500, 0.0)
+
+    # --- steps ---------------------------------------------------------------------------
+
+    def _deliver(self, call: Call, count: int) -> None:
+        """The client gets tokens."""
+        self._oracle.delivered(call.request, call.tokens, count)
+        if not call.tokens and count:
+            call.record.first_token_s = self._events.now_s
+        call.tokens += count
+        call.last_token_s = self._events.now_s
+
+    def _catch_up(self, call: Call) -> None:
+        """Count what has come from the decode worker by now.
+
+        Its last token is not among them: with that, the end would have come.
+        """
+        if call.stream is None:
+            return
+        came = call.base_tokens + call.stream.tokens(self._events.now_s)
+        came = min(came, call.output_tokens - 1)
+        self._deliver(call, max(0, came - call.tokens))
+        call.last_token_s = call.stream.until_s(self._events.now_s)
+        call.stream = None
+
+    def _send(self, placed: Placed, message: object) -> bool:
+        connection = self._connections.get(placed)
+        if connection is None:
+            return False
+        self._network.to_worker(connection, message)
+        return True
+
+    def _body(self, call: Call) -> Body:
+        left = call.output_tokens - call.tokens
+        return Body(call.chain, call.prompt_tokens, left, call.submit.priority)
+
+    def _prefill(self, call: Call, prefill: Placed) -> None:
+        message = Prefill(call.request, call.attempt, prefill.incarnation)
+        call.move("prefilling")
+        call.prefill_sent_s = self._events.now_s
+        if not self._send(prefill, Work(message, self._body(call))):
+            self._retry(call, prefill.worker, f"{prefill.worker} can't be reached")
+
+    def _decode(self, call: Call, handle: bytes) -> bool:
+        plan = call.plan
+        assert plan is not None
+        message = Decode(call.request, call.attempt, plan.decode.incarnation, handle)
+        call.move("loading")
+        if self._send(plan.decode, Work(message, self._body(call))):
+            return True
+        self._retry(call, plan.decode.worker, f"{plan.decode.worker} can't be reached")
+        return False
+
+    def _retry(self, call: Call, worker: str, reason: str) -> None:
+        """Give this attempt up and ask for another plan."""
+        self._abandon(call)
+        call.move("waiting")
+        call.waiting_s = self._events.now_s
+        if call.planned_by == self.core:
+            # Counted from what the core was told the prompt is.
+            generated = call.tokens - call.submitted_tokens
+            call.failed = Failed(
+                self.name, call.request, call.attempt, worker, reason, generated
+            )
+        else:
+            call.attempt += 1
+        self._ask(call)
+        self._wait(call)
+
+    def _ask(self, call: Call) -> None:
+        """Ask the core, once more, for the plan that this call waits for."""
+        if call.failed is not None:
+            self._control.send(call.failed)
+            return
+        call.submitted_tokens = call.tokens
+        self._control.send(
+            msgspec.structs.replace(
+                call.submit, attempt=call.attempt, prompt_tokens=call.prompt_tokens
+            )
+        )
+
+    def _abandon(self, call: Call) -> None:
+        """Stop an attempt on its workers, whatever it is doing there."""
+        plan = call.plan
+        if plan is None or call.phase == "waiting":
+            return
+        self._catch_up(call)
+        abort = Abort([(call.request, call.attempt)])
+        if call.phase == "prefilling" and plan.prefill is not None:
+            self._send(plan.prefill, abort)
+            # The prefill may be done already, its handle on the way here.
+            self._bury(call)
+        else:
+            self._send(plan.decode, abort)
+
+    def _bury(self, call: Call) -> None:
+        now_s = self._events.now_s
+        self.tombstones[call.request, call.attempt] = now_s
+        while self.tombstones:
+            key, made_s = next(iter(self.tombstones.items()))
+            if now_s - made_s < TOMBSTONE_S and len(self.tombstones) <= TOMBSTONES_MAX:
+                break
+            del self.tombstones[key]
+
+    def _hand_back(self, done: PrefillDone, holder: Placed) -> None:
+        """A handle that came too late. One without a tombstone has been sent on before."""
+        self.stale += 1
+        if self.tombstones.pop((done.request, done.attempt), None) is not None:
+            self._discard(done, holder)
+
+    def _discard(self, done: PrefillDone, holder: Placed) -> None:
+        """Nobody will read this KV: its holder may free the blocks."""
+        self._send(holder, Discard(done.request, done.attempt, holder.incarnation, done.handle))
+
+    def _fail(self, call: Call, status: int, retry_after_s: float) -> None:
+        rejected = call.phase == "waiting" and not call.record.decode
+        call.record.status = status
+        self._abandon(call)
+        self._finish(call, "error", "rejected" if rejected else "error", retry_after_s)
+
+    def _finish(
+        self, call: Call, outcome: str, recorded: str = "", retry_after_s: float = 0.0
+    ) -> None:
+        """The one way out for a call. ``recorded``: the record's outcome if not the core's."""
+        record, now_s = call.record, self._events.now_s
+        del self.calls[call.request]
+        self._events.cancel(call.repeat)
+        self._events.cancel(call.overdue)
+        record.outcome = recorded or outcome
+        record.ended_s = now_s
+        record.output_tokens = call.tokens
+        started = record.first_token_s
+        self._control.send(
+            Finished(
+                self.name,
+                call.request,
+                call.attempt,
+                outcome,
+                output_tokens=call.tokens,
+                prefill_cached_tokens=record.prefill_cached_tokens,
+                local_cached_tokens=record.local_cached_tokens,
+                moved_tokens=record.moved_tokens,
+                ttft_s=started - call.submitted_s if started else 0.0,
+                elapsed_s=now_s - call.submitted_s,
+            )
+        )
+        self._oracle.ended(call.request, record.outcome, call.output_tokens)
+        self._client.ended(record, retry_after_s)

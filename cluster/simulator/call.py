@@ -1,0 +1,100 @@
+"""A call as a simulated API process has it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from cluster.simulator.events import Event
+from cluster.simulator.frames import Stream
+from cluster.simulator.records import CallRecord
+from coordinator.protocol import Failed, Plan, Submit
+
+Phase = Literal["waiting", "prefilling", "loading", "decoding"]
+
+MOVES: dict[Phase, frozenset[Phase]] = {
+    "waiting": frozenset({"prefilling", "loading"}),
+    "prefilling": frozenset({"loading", "waiting"}),
+    "loading": frozenset({"decoding", "waiting"}),
+    "decoding": frozenset({"waiting"}),
+}
+
+
+class Call:
+    """One call from its client's request to its end.
+
+    ``chain``: hashes of all full blocks of prompt and output; ``output_tokens``: what the
+    model will say, which nobody but engines may know before it has been said; ``outcome``: how
+    it ends when all is said.
+    """
+
+    __slots__ = (
+        "attempt",
+        "base_tokens",
+        "chain",
+        "failed",
+        "last_token_s",
+        "outcome",
+        "output_tokens",
+        "overdue",
+        "phase",
+        "plan",
+        "planned_by",
+        "prefill_sent_s",
+        "record",
+        "repeat",
+        "stream",
+        "submit",
+        "submitted_s",
+        "submitted_tokens",
+        "tokens",
+        "waiting_s",
+    )
+
+    def __init__(
+        self,
+        submit: Submit,
+        chain: bytes,
+        output_tokens: int,
+        outcome: str,
+        record: CallRecord,
+        now_s: float,
+    ) -> None:
+        self.submit = submit
+        self.chain = chain
+        self.output_tokens = output_tokens
+        self.outcome = outcome
+        self.record = record
+        self.submitted_s = self.waiting_s = now_s
+        self.phase: Phase = "waiting"
+        self.attempt = 1
+        self.plan: Plan | None = None
+        self.planned_by = ""
+        """The core that made ``plan``; another one does not know the attempt."""
+        self.tokens = 0
+        """What the client is known to have got; more may have come from ``stream``."""
+        self.last_token_s = 0.0
+        self.base_tokens = 0
+        """What it had got when ``stream`` began."""
+        self.submitted_tokens = 0
+        self.stream: Stream | None = None
+        self.prefill_sent_s = 0.0
+        self.failed: Failed | None = None
+        self.repeat: Event | None = None
+        """When it asks again for the plan that it waits for."""
+        self.overdue: Event | None = None
+        """When it is given up, whatever the core says."""
+
+    @property
+    def request(self) -> str:
+        """Unique within its API process."""
+        return self.submit.request
+
+    @property
+    def prompt_tokens(self) -> int:
+        """What there must be KV of before the next token: what the client has got included."""
+        return self.submit.prompt_tokens + self.tokens
+
+    def move(self, phase: Phase) -> None:
+        """The only writer of ``phase``."""
+        assert phase in MOVES[self.phase], f"{self.request}: {self.phase} -> {phase}"
+        self.phase = phase

@@ -1,0 +1,197 @@
+"""What must be true of a simulated cluster, judged by who sees everything.
+
+It trusts nobody's books but its own: who computed which KV, which handle was read, what each
+client got. It watches all the time, and looks at everything once more when all is quiet.
+What it finds is an ``OracleError`` with the seed, the time and the last that was said about
+the call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from cluster.simulator.frames import Handle, Tokens, Work
+from cluster.simulator.network import Letter, Network
+from coordinator.core import Core
+from coordinator.protocol import BLOCK_HASH_BYTES, Abort, engine_request_id, split_engine_request_id
+
+if TYPE_CHECKING:
+    from cluster.simulator.api import Api
+    from cluster.simulator.worker import Worker
+
+LETTERS_TOLD = 40
+MADE_MAX = 65536
+
+
+class OracleError(AssertionError):
+    """The cluster did what it must never do."""
+
+
+class Oracle:
+    """One simulation's. ``now_s`` is had from the network's clock."""
+
+    def __init__(self, seed: int, network: Network, block_size: int) -> None:
+        self.seed = seed
+        self.reads = 0
+        self.reads_failed = 0
+        self._network = network
+        self._block_size = block_size
+        self._made: dict[tuple[str, str], bytes] = {}
+        """By incarnation and engine request: the hash of the last full block that is held,
+        which stands for all before it."""
+        self._read: dict[tuple[str, str], str] = {}
+        """Handles whose KV has been read lately, and for which request."""
+        self._tokens: dict[str, int] = {}
+        """What the clients of open calls have got."""
+
+    # --- KV -----------------------------------------------------------------------------
+
+    def made(self, worker: Worker, engine_id: str, chain: bytes) -> None:
+        """``worker`` holds KV of these blocks, which it computed for this request."""
+        self._made[worker.incarnation, engine_id] = chain[-BLOCK_HASH_BYTES:]
+        if len(self._made) > MADE_MAX:
+            del self._made[next(iter(self._made))]
+
+    def reading(
+        self, reader: Worker, engine_id: str, chain: bytes, handle: Handle, source: Worker
+    ) -> None:
+        """``reader`` begins to read ``handle`` for a request whose blocks are ``chain``."""
+        key = handle.incarnation, handle.engine_id
+        what = f"{reader.address} reads {handle} for {engine_id}"
+        self._assert(source.placed == handle.holder, f"{what} from {source.address}", engine_id)
+        self._assert(key not in self._read, f"{what}, read before", engine_id)
+        self._read[key] = engine_id
+        if len(self._read) > MADE_MAX:
+            del self._read[next(iter(self._read))]
+        own = engine_id.replace("probe-read-", "probe-") == handle.engine_id
+        self._assert(own, f"{what}: another request's", engine_id)
+        self._assert_held(what, handle, source, engine_id)
+        blocks = handle.tokens // self._block_size
+        end = blocks * BLOCK_HASH_BYTES
+        last = chain[max(0, end - BLOCK_HASH_BYTES) : end]
+        self._assert(self._made.get(key) == last, f"{what}: other blocks", engine_id)
+
+    def has_read(
+        self, reader: Worker, engine_id: str, handle: Handle, source: Worker | None, tokens: int
+    ) -> None:
+        """The read is over and ``reader`` uses what came."""
+        what = f"{reader.address} has read {handle} for {engine_id}"
+        if source is None:
+            raise self._error(f"{what}: its holder is gone", engine_id)
+        self._assert(tokens <= handle.tokens, f"{what}: {tokens} tokens", engine_id)
+        self._assert_held(what, handle, source, engine_id)
+        self._made.pop((handle.incarnation, handle.engine_id), None)
+        self.reads += 1
+
+    def _assert_held(self, what: str, handle: Handle, source: Worker, engine_id: str) -> None:
+        held = source.engine.holds(handle.engine_id, self._network.now_s)
+        self._assert(held, f"{what}: its lease is over", engine_id)
+
+    # --- clients ------------------------------------------------------------------------
+
+    def opened(self, request: str) -> None:
+        """A client sent a call."""
+        self._assert(request not in self._tokens, f"{request} was opened twice", request)
+        self._tokens[request] = 0
+
+    def delivered(self, request: str, first: int, count: int) -> None:
+        """A client got ``count`` tokens, the first of them number ``first`` of the answer."""
+        got = self._tokens.get(request)
+        if got is None:
+            raise self._error(f"{request} got tokens after its end", request)
+        self._assert(first == got, f"{request} got token {first} after {got} tokens", request)
+        self._assert(count >= 0, f"{request} got {count} tokens", request)
+        self._tokens[request] = got + count
+
+    def ended(self, request: str, outcome: str, expected_tokens: int) -> None:
+        """A call ended for its client."""
+        got = self._tokens.pop(request, None)
+        if got is None:
+            raise self._error(f"{request} ended twice or was never opened", request)
+        served = outcome in ("stop", "length")
+        complete = got == expected_tokens or not served
+        self._assert(
+            complete, f"{request} ended with {got} of {expected_tokens} tokens", request
+        )
+
+    @property
+    def open_calls(self) -> int:
+        """Calls whose clients wait."""
+        return len(self._tokens)
+
+    # --- all ----------------------------------------------------------------------------
+
+    def check(self, core: Core, workers: Iterable[Worker]) -> None:
+        """What must be true at any moment."""
+        try:
+            core.check()
+            for worker in workers:
+                worker.engine.check()
+        except AssertionError as error:
+            raise self._error(f"{type(error).__name__}: {error}") from error
+
+    def quiet(self, core: Core, workers: Iterable[Worker], apis: Iterable[Api]) -> None:
+        """What must be true when all calls have ended and all leases are over."""
+        now_s = self._network.now_s
+        workers = list(workers)
+        self.check(core, workers)
+        for api in apis:
+            for request in api.calls:
+                raise self._error(f"{request} is stuck in {api.name}", request)
+        for request in self._tokens:
+            raise self._error(f"the client of {request} still waits", request)
+        snapshot = core.snapshot(0, now_s)
+        for row in snapshot.calls[len(snapshot.calls) - snapshot.active - snapshot.queued :]:
+            raise self._error(f"the core still has {row}", row.request)
+        for status in snapshot.workers:
+            kept = status.calls, status.handles, status.kv_blocks_reserved
+            self._assert(kept == (0, 0, 0), f"something is left in the core: {status}")
+        for worker in workers:
+            load = worker.engine.load(now_s)
+            left = load.running, load.waiting, load.kv_blocks_used
+            self._assert(left == (0, 0, 0), f"something is left in {worker.address}: {load}")
+            self._assert(not worker.jobs, f"{worker.address} still has {list(worker.jobs)}")
+            self._assert(not len(worker.reader), f"{worker.address} still has handles to read")
+            self._assert(worker.pending_tokens == 0, f"{worker.address} counts pending tokens")
+
+    # --- errors -------------------------------------------------------------------------
+
+    def _assert(self, fact: bool, what: str, about: str = "") -> None:
+        if not fact:
+            raise self._error(what, about)
+
+    def _error(self, what: str, about: str = "") -> OracleError:
+        lines = [f"seed {self.seed} at {self._network.now_s:.6f} s: {what}"]
+        request = about.partition("~")[0]
+        if request:
+            letters = [each for each in self._network.letters if _is_about(each.message, request)]
+            lines += [_line(letter) for letter in letters[-LETTERS_TOLD:]]
+        return OracleError("\n".join(lines))
+
+
+def _is_about(message: Any, request: str) -> bool:
+    match message:
+        case Work():
+            return bool(message.message.request == request)
+        case Tokens():
+            return split_engine_request_id(message.engine_id)[0] == request
+        case Abort():
+            return any(each == request for each, _ in message.calls)
+        case _:
+            return getattr(message, "request", "") == request
+
+
+def _line(letter: Letter) -> str:
+    message = letter.message
+    if isinstance(message, Work):
+        head, body = message.message, message.body
+        text = f"{head} + {body.prompt_tokens} tokens, {body.output_tokens} to come"
+    elif isinstance(message, Tokens):
+        text = f"Tokens({message.engine_id}, {'end' if message.ended else message.first})"
+    elif hasattr(message, "block_hashes"):
+        call = engine_request_id(message.request, message.attempt)
+        text = f"Submit({call}, {message.prompt_tokens} tokens)"
+    else:
+        text = str(message)
+    return f"  {letter.at_s:12.6f} {letter.source} -> {letter.target}: {text}"

@@ -1,0 +1,304 @@
+"""A whole cluster in virtual time: the live core, and everything around it simulated.
+
+Equal arguments give equal results: all chance comes from the seed, and no clock but the
+virtual one is read, unless the core's decisions are to be measured, which nothing else
+depends on.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from cluster.simulator.api import Api
+from cluster.simulator.brain import Brain, CoreFactory
+from cluster.simulator.clients import Clients, Progress
+from cluster.simulator.engine import Engine
+from cluster.simulator.events import Events
+from cluster.simulator.host import Host
+from cluster.simulator.links import Links
+from cluster.simulator.network import LETTERS_KEPT, Network
+from cluster.simulator.oracle import Oracle, OracleError
+from cluster.simulator.reader import Reader
+from cluster.simulator.recorder import Recorder
+from cluster.simulator.records import Result, Totals
+from cluster.simulator.setup import ClusterSetup, Faults, WorkerSetup
+from cluster.simulator.worker import Worker
+from cluster.workload.form import Workload
+from coordinator.core import Core
+from coordinator.protocol import EngineFacts, Placed
+
+NO_FAULTS = Faults(until_s=0.0)
+WARM_UP_S_MAX = 600.0
+"""Longest time for the core to try all pairs of workers before the replay begins."""
+SETTLE_STEP_S = 1.0
+
+
+class World:
+    """One simulation of ``workload`` on the cluster of ``setup``."""
+
+    def __init__(
+        self,
+        setup: ClusterSetup,
+        workload: Workload,
+        faults: Faults = NO_FAULTS,
+        seed: int = 0,
+        *,
+        core_factory: CoreFactory = Core,
+        measured: bool = False,
+        progress: Progress | None = None,
+        letters: int = LETTERS_KEPT,
+    ) -> None:
+        """DoesNotFit if the model does not; ValueError if a link or dtype is missing."""
+        options = setup.options
+        self.setup, self.workload, self.faults, self.seed = setup, workload, faults, seed
+        self.events = Events()
+        self.rng = random.Random(f"{seed}/world")
+        self.network = Network(
+            self.events, setup.network, faults, random.Random(f"{seed}/network"), letters
+        )
+        self.oracle = Oracle(seed, self.network, options.block_size)
+        self.links = Links(self.events, setup)
+        self.notify_s = setup.network.message_s
+        self.recorder = Recorder(workload)
+        self._cost = setup.cost()
+        self.facts = engine_facts(setup)
+        self.brain = Brain(
+            self.events,
+            self.network,
+            lambda core_id: core_factory(setup.limits, setup.placement, core_id),
+            measured,
+        )
+        self.clients = Clients(
+            self.events,
+            workload,
+            self.recorder,
+            random.Random(f"{seed}/clients"),
+            block_size=options.block_size,
+            tokens_max=self.facts.max_model_len,
+            api_s=setup.network.api_s,
+            aborted=faults.abort,
+            aborts_until_s=faults.until_s,
+            finished=self.events.stop,
+            progress=progress,
+        )
+        self.hosts = {
+            worker.name: Host(worker, self.events, self._make_worker, options.startup_s)
+            for worker in setup.workers
+        }
+        self.apis = [
+            Api(
+                f"api-{number}",
+                self.events,
+                self.network,
+                setup.limits,
+                self.clients,
+                self.oracle,
+            )
+            for number in range(setup.api_servers)
+        ]
+
+    # --- parts ---------------------------------------------------------------------------
+
+    def worker(self, placed: Placed) -> Worker | None:
+        """An incarnation of a worker if it is alive."""
+        host = self.hosts.get(placed.worker)
+        current = host.current if host is not None else None
+        return current if current is not None and current.placed == placed else None
+
+    def workers(self) -> list[Worker]:
+        """All workers that are alive."""
+        return [host.current for host in self.hosts.values() if host.current is not None]
+
+    def is_cut(self, one: str, other: str) -> bool:
+        """Whether a partition is between two processes."""
+        return self.network.is_cut(one, other)
+
+    # --- what goes wrong -----------------------------------------------------------------
+
+    def crash(self, host: Host, machine: bool) -> None:
+        """A worker crashes, or its whole machine: what others read from it fails."""
+        host.crash(machine)
+        for read in self.links.of(host.name):
+            target = self.hosts[read.target].current
+            if target is not None:
+                target.reader.lost(read)
+
+    def partition(self, cut: frozenset[str], for_s: float) -> None:
+        """These processes and all others are cut off from each other for a while."""
+        self.network.partition(cut, self.events.now_s + for_s)
+        for read in self.links.in_flight():
+            target = self.hosts[read.target].current
+            if target is not None and self.is_cut(read.source, read.target):
+                target.reader.lost(read)
+        for worker in self.workers():
+            worker.cut_off()
+        self.events.after(for_s, self._heal)
+
+    def _heal(self) -> None:
+        self.network.heal()
+        for worker in self.workers():
+            worker.thaw()
+
+    def _make_worker(self, setup: WorkerSetup, incarnation: str) -> Worker:
+        engine = Engine(
+            self._cost, self.setup.options, self.facts.kv_blocks, self.recorder.gaps
+        )
+        worker = Worker(
+            setup,
+            incarnation,
+            self.facts,
+            engine,
+            self.events,
+            self.network,
+            self.oracle,
+            self.recorder.computed,
+        )
+        reader = Reader(worker, self, self._cost.kv_bytes_per_token)
+        # Processes do not start in the same instant, and do not beat in it.
+        worker.start(reader, self.rng.random() * self.setup.limits.beat_s)
+        return worker
+
+    # --- running -------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """All processes are up."""
+        for host in self.hosts.values():
+            host.start()
+        for api in self.apis:
+            api.start(0.0)
+
+    def warm_up(self) -> None:
+        """Let the core try all pairs of workers, as in a cluster that has been up for a while."""
+        ends_s = self.events.now_s + WARM_UP_S_MAX
+        step_s = self.setup.limits.beat_s
+        wanted = len(self.hosts) * (len(self.hosts) - 1)
+        while self.events.now_s < ends_s:
+            self.events.run(self.events.now_s + step_s)
+            counters = self.brain.core.counters
+            known = counters["workers_registered"] >= len(self.hosts)
+            if known and counters["pairs_warmed"] + counters["pairs_failed"] >= wanted:
+                return
+
+    def run(self, limit_s: float = float("inf")) -> None:
+        """Replay the workload to its end, or for ``limit_s`` seconds of it."""
+        began_s = self.events.now_s
+        self.clients.start(self.apis)
+        self.recorder.keep_sampling(self.events, self.workers)
+        if not self.clients.done:
+            self.events.run(began_s + limit_s)
+
+    def settle(self, longest_s: float) -> bool:
+        """Let what is under way come to its end; whether it has."""
+        ends_s = self.events.now_s + longest_s
+        while not self.quiet():
+            if self.events.now_s >= ends_s:
+                return False
+            self.events.run(self.events.now_s + SETTLE_STEP_S)
+        return True
+
+    def quiet(self) -> bool:
+        """Whether there is nothing of any call anywhere."""
+        if not self.clients.done or self.links.in_flight():
+            return False
+        now_s = self.events.now_s
+        for worker in self.workers():
+            load = worker.engine.load(now_s)
+            if worker.jobs or load.running or load.waiting or load.kv_blocks_used:
+                return False
+        snapshot = self.brain.core.snapshot(0, now_s)
+        return not snapshot.queued and not snapshot.active
+
+    def result(self, configuration: str) -> Result:
+        """What it left behind. To be asked once, at the end."""
+        recorder, began_s = self.recorder, self.clients.began_s
+        recorder.shift(began_s)
+        counters = self.brain.totals()
+        counters |= {
+            "handles_read": self.oracle.reads,
+            "reads_failed": self.oracle.reads_failed,
+        }
+        totals = Totals(
+            duration_s=max((call.ended_s for call in recorder.calls), default=0.0),
+            gpus=len(self.hosts) * self.setup.tp,
+            preemptions=sum(host.preemptions for host in self.hosts.values())
+            + sum(worker.engine.preemptions for worker in self.workers()),
+            recomputed_tokens=recorder.recomputed_tokens,
+            moved_bytes={tier: round(size) for tier, size in self.links.moved_bytes.items()},
+            decision_s=self.brain.decision_s,
+            decisions=self.brain.decisions,
+            counters=counters,
+        )
+        return Result(
+            configuration=configuration,
+            workload=self.workload.name,
+            seed=self.seed,
+            where="simulator",
+            calls=recorder.calls,
+            runs=recorder.runs,
+            samples=recorder.samples,
+            gaps=recorder.gaps,
+            totals=totals,
+        )
+
+
+def engine_facts(setup: ClusterSetup) -> EngineFacts:
+    """What a worker of the cluster says of its engine."""
+    options, kv_blocks = setup.options, setup.kv_blocks()
+    return EngineFacts(
+        vllm_version="simulated",
+        model=setup.shape.name,
+        model_fingerprint="simulated",
+        block_size=options.block_size,
+        kv_blocks=kv_blocks,
+        # vLLM does not start with less memory than one longest prompt takes.
+        max_model_len=min(options.max_model_len, kv_blocks * options.block_size),
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        kv_bytes_per_block=round(setup.cost().kv_bytes_per_token * options.block_size),
+        kv_lease_s=options.kv_lease_s,
+    )
+
+
+def simulate(
+    setup: ClusterSetup,
+    workload: Workload,
+    seed: int = 0,
+    *,
+    configuration: str = "",
+    core_factory: CoreFactory = Core,
+    limit_s: float = float("inf"),
+    measured: bool = False,
+    progress: Progress | None = None,
+) -> Result:
+    """Replay ``workload`` on a cluster without faults, from when it is warm.
+
+    Ends with the last call or after ``limit_s`` seconds of the replay: calls that have no
+    ``outcome`` then are unfinished. ``measured``: time the core's decisions. OracleError if
+    anything happened that must not; DoesNotFit and ValueError as ``World`` says.
+    """
+    world = World(
+        setup,
+        workload,
+        seed=seed,
+        core_factory=core_factory,
+        measured=measured,
+        progress=progress,
+    )
+    world.start()
+    world.warm_up()
+    world.run(limit_s)
+    if world.clients.done:
+        settle(world)
+    return world.result(configuration)
+
+
+def settle(world: World) -> None:
+    """Wait until nothing is left of any call, and let the oracle look. OracleError if not."""
+    limits, lease_s = world.setup.limits, world.setup.options.kv_lease_s
+    longest_s = limits.call_s + 2 * lease_s + limits.queue_s
+    world.settle(longest_s)
+    world.oracle.quiet(world.brain.core, world.workers(), world.apis)
+
+
+__all__ = ["OracleError", "World", "settle", "simulate"]
