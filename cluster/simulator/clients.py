@@ -221,8 +221,6 @@ class Clients:
 
     def _tell(self) -> None:
         over = self._calls_total - self._replay.calls_left
-        if self._progress is not None and (
-            over - self._told_calls >= PROGRESS_CALLS or self.done
-        ):
+        if self._progress is not None and (over - self._told_calls >= PROGRESS_CALLS or self.done):
             self._told_calls = over
             self._progress(over, self._calls_total, self._events.now_s - self.began_s)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import math
 import re
 import time
 import uuid
@@ -41,6 +40,8 @@ STATUS_TRIES = 20
 STATUS_PAUSE_S = 0.25
 FAILED_CONNECTION = 0
 """``CallRecord.status`` of a call that got no HTTP status."""
+GAP_S_MIN = 1e-6
+"""Between tokens that came together."""
 END_OF_EVENT = b"\n\n"
 DATA = b"data: "
 DONE = b"[DONE]"
@@ -119,12 +120,12 @@ class _Answer:
 
     def _tokens(self, tokens: list[int], now_s: float) -> None:
         if self.tokens:
-            _add_gap(self._gaps, now_s - self.last_s)
+            self._gaps.add(max(now_s - self.last_s, GAP_S_MIN))
         else:
             self.first_s = now_s
         # Tokens in one event came together.
-        for _ in tokens[1:]:
-            _add_gap(self._gaps, 0.0)
+        if len(tokens) > 1:
+            self._gaps.add(GAP_S_MIN, len(tokens) - 1)
         self.last_s = now_s
         self.tokens += tokens
 
@@ -372,8 +373,3 @@ def totals_of(before: Snapshot, after: Snapshot) -> Totals:
             name: count - before.counters.get(name, 0) for name, count in after.counters.items()
         },
     )
-
-
-def _add_gap(gaps: Gaps, gap_s: float, count: int = 1) -> None:
-    number = max(0, math.floor(math.log(max(gap_s, 1e-9) / 10e-6, 1.1)))
-    gaps.counts[number] = gaps.counts.get(number, 0) + count

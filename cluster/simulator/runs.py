@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
+from cluster.simulator.recorder import think_path_s
 from cluster.simulator.records import CallRecord, RunRecord
-from cluster.workload.form import Run, Workload
+from cluster.workload.form import Workload
 
 
 def run_records(
@@ -23,19 +24,11 @@ def run_records(
             arrival_s=_arrival_s(workload, position, records),
             ended_s=max(record.ended_s for record in records),
             calls=len(records),
-            think_s=thinking_s(workload.runs[position]),
+            think_s=think_path_s(workload.runs[position]),
             finished=position not in failed,
         )
         for position, records in sorted(found.items())
     ]
-
-
-def thinking_s(run: Run) -> float:
-    """The longest path through a run if its calls took no time: pauses alone."""
-    ends_s: list[float] = []
-    for call in run.calls:
-        ends_s.append(call.think_s + max((ends_s[parent] for parent in call.parents), default=0.0))
-    return max(ends_s, default=0.0)
 
 
 def _arrival_s(workload: Workload, position: int, records: Iterable[CallRecord]) -> float:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from cluster.simulator.api import Api
 from cluster.simulator.brain import Brain, CoreFactory
 from cluster.simulator.clients import Clients, Progress
+from cluster.simulator.cores import Cores
 from cluster.simulator.engine import Engine
 from cluster.simulator.events import Events
 from cluster.simulator.host import Host
@@ -62,6 +63,7 @@ class World:
         self.notify_s = setup.network.message_s
         self.recorder = Recorder(workload)
         self._cost = setup.cost()
+        self._cores: dict[tuple[str, str], Cores] = {}
         self.facts = engine_facts(setup)
         self.brain = Brain(
             self.events,
@@ -141,9 +143,7 @@ class World:
             worker.thaw()
 
     def _make_worker(self, setup: WorkerSetup, incarnation: str) -> Worker:
-        engine = Engine(
-            self._cost, self.setup.options, self.facts.kv_blocks, self.recorder.gaps
-        )
+        engine = Engine(self._cost, self.setup.options, self.facts.kv_blocks, self.recorder.gaps)
         worker = Worker(
             setup,
             incarnation,
@@ -153,11 +153,19 @@ class World:
             self.network,
             self.oracle,
             self.recorder.computed,
+            self._cores_of(setup),
         )
         reader = Reader(worker, self, self._cost.kv_bytes_per_token)
         # Processes do not start in the same instant, and do not beat in it.
         worker.start(reader, self.rng.random() * self.setup.limits.beat_s)
         return worker
+
+    def _cores_of(self, setup: WorkerSetup) -> Cores | None:
+        """What the engines of a worker's node share."""
+        factors = self.setup.contention
+        if not factors:
+            return None
+        return self._cores.setdefault((setup.rack, setup.node), Cores(factors))
 
     # --- running -------------------------------------------------------------------------
 
