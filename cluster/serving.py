@@ -32,7 +32,7 @@ from coordinator.link import BAD_FRAME, BadBody, ControlLink, GarbageCounter
 from coordinator.protocol import engine_request_id
 from coordinator.sockets import make_socket
 from decode.worker import decode_request, discard_request
-from prefill.worker import prefill_request, prefill_result
+from prefill.worker import first_output, prefill_request, prefill_result
 from transfer import handle as handles
 from transfer.lease import Spent
 from transfer.sources import Sources
@@ -63,6 +63,10 @@ class Job(msgspec.Struct, gc=False):
     started_s: float = 0.0
     probe: int = 0
     source: str = ""
+    first_token: bool = False
+    """It samples the first token, for the client to get."""
+    last: bool = False
+    """... which is also the last one it wants."""
 
 
 class Owed(msgspec.Struct, frozen=True):
@@ -300,7 +304,11 @@ class Worker:
             message.attempt,
             prompt_tokens=len(request.prompt_token_ids or ()),
         )
-        await self._submit(prefill_request(request, message.request, message.attempt), job)
+        job.first_token = message.first_token
+        assert request.sampling_params is not None
+        job.last = job.first_token and request.sampling_params.max_tokens == 1
+        prefill = prefill_request(request, message.request, message.attempt, job.first_token)
+        await self._submit(prefill, job)
 
     async def _decode(
         self, api: bytes, message: protocol.Decode, request: EngineCoreRequest
@@ -402,7 +410,7 @@ class Worker:
                 self.sources.ended(output.request_id)
                 by_api[job.api].append(output)
             else:
-                self._on_private(job, output)
+                self._on_private(job, output, timestamp_s)
             if output.finish_reason is not None:
                 del self.jobs[output.request_id]
         for api, api_outputs in by_api.items():
@@ -434,7 +442,7 @@ class Worker:
             if sent or now_s - owed.since_s > OWED_S:
                 del self.owed[key]
 
-    def _on_private(self, job: Job, output: EngineCoreOutput) -> None:
+    def _on_private(self, job: Job, output: EngineCoreOutput, timestamp_s: float) -> None:
 
         if (stats := output.prefill_stats) is not None:
             job.cached_tokens = stats.num_cached_tokens
@@ -456,11 +464,18 @@ class Worker:
             job.cached_tokens,
             self.facts.kv_lease_s,
             time.time(),
+            job.last,
         )
         if result is None:
             return
         if job.kind == "prefill":
-            if not self.data.post([job.api, protocol.encode(result)]):
+            frames = [job.api, protocol.encode(result)]
+            if job.first_token and isinstance(result, protocol.PrefillDone):
+                first = first_output(output, job.last)
+                frames += self.encoder.encode(
+                    EngineCoreOutputs(outputs=[first], timestamp=timestamp_s)
+                )
+            if not self.data.post(frames):
                 self._api_gone(job.api)
             return
         probed = (

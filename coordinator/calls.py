@@ -158,7 +158,10 @@ class Calls:
         phase = OUTCOME_PHASES.get(message.outcome, CallPhase.FINISHED)
         if phase is CallPhase.FINISHED:
             if call.planned:
-                self._to_decoding(call, now_s, "finished")
+                if message.undecoded and call.phase is CallPhase.PREFILLING:
+                    self._to_loading(call, now_s, "prefilled")
+                elif not message.undecoded:
+                    self._to_decoding(call, now_s, "finished")
             self._learn(call, message)
         self._end(call, phase, now_s, message.outcome, finished=message)
 
@@ -611,7 +614,7 @@ class Calls:
         counters["tokens_cached_local"] += max(0, message.local_cached_tokens)
         counters["tokens_cached_prefill"] += max(0, message.prefill_cached_tokens)
         block_size = self._state.block_size
-        if call.decode is not None and block_size:
+        if call.decode is not None and block_size and not message.undecoded:
             had_blocks = max(0, message.local_cached_tokens) // block_size
             if had_blocks < call.cached_blocks:
                 beyond = call.submit.block_hashes[had_blocks * BLOCK_HASH_BYTES :]

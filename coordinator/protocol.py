@@ -24,13 +24,13 @@ Control (core <-> API processes and workers), one msgpack frame each::
       |                        |----------------------->|
 
 Data (API process <-> worker, direct), a msgpack header frame and, for
-``Prefill``, ``Decode``, ``Deltas``, ``Utility`` and ``UtilityReply``, the frames
-of vLLM's own encoder behind it::
+``Prefill``, ``PrefillDone``, ``Decode``, ``Deltas``, ``Utility`` and ``UtilityReply``, the
+frames of vLLM's own encoder behind it::
 
     API process                            worker
       | Prefill  + EngineCoreRequest          |
       |-------------------------------------->|
-      | PrefillDone (handle) | CallFailed     |
+      | PrefillDone (handle) + first token    |   or CallFailed
       |<--------------------------------------|
       | Decode (handle or none) + request     |
       |-------------------------------------->|
@@ -236,7 +236,7 @@ class Prefilled(Message, frozen=True, gc=False, tag=True):
 
 
 class Started(Message, frozen=True, gc=False, tag=True):
-    """The first token came."""
+    """The first token came from the decode worker."""
 
     api: str
     request: str
@@ -248,7 +248,8 @@ class Finished(Message, frozen=True, gc=False, tag=True):
 
     ``prefill_cached_tokens``: found in the cache of whoever prefilled;
     ``moved_tokens``: came to the decode worker by KV transfer;
-    ``local_cached_tokens``: found in the decode worker's own cache.
+    ``local_cached_tokens``: found in the decode worker's own cache. ``undecoded``: over with
+    the token that the prefill worker sampled; the decode worker never heard of it.
     """
 
     api: str
@@ -261,6 +262,7 @@ class Finished(Message, frozen=True, gc=False, tag=True):
     moved_tokens: int = 0
     ttft_s: float = 0.0
     elapsed_s: float = 0.0
+    undecoded: bool = False
 
 
 class Failed(Message, frozen=True, gc=False, tag=True):
@@ -498,11 +500,15 @@ class Snapshot(Message, frozen=True, gc=False, tag=True):
 
 
 class Prefill(Message, frozen=True, gc=False, tag=True):
-    """Compute the prompt's KV, hold it, answer ``PrefillDone``. Request frames follow."""
+    """Compute the prompt's KV, hold it, answer ``PrefillDone``. Request frames follow.
+
+    ``first_token``: sample it as well, with the request's own options.
+    """
 
     request: str
     attempt: int
     incarnation: str
+    first_token: bool = False
 
 
 class Decode(Message, frozen=True, gc=False, tag=True):
@@ -542,7 +548,10 @@ class Utility(Message, frozen=True, gc=False, tag=True):
 class PrefillDone(Message, frozen=True, gc=False, tag=True):
     """The prompt's KV is held behind ``handle``, for ``lease_s`` seconds from
     ``held_at_unix_s`` (the worker's wall clock). With less than ``margin_s`` left the
-    handle must not be sent on."""
+    handle must not be sent on.
+
+    Frames of the engine's output follow if the first token was asked for. If the call is over
+    with it, so says the output, and there need not be a handle."""
 
     request: str
     attempt: int

@@ -14,10 +14,9 @@ a server that knows nothing of this ignores it, and one that refuses unknown fie
 the body gets the headers only.
 
 What is printed per call comes from the server: the workers from the headers
-``X-Pythia-Prefill`` and ``X-Pythia-Decode``, the tokens moved from
-``X-Pythia-Moved-Tokens``, the rest from the usage of the stream. A server that does not
-say gets a dash. Nothing here judges the answers: a tiny model may write nonsense, and
-the program still ends.
+``X-Pythia-Prefill`` and ``X-Pythia-Decode``, the rest from the usage of the stream. A
+server that does not say gets a dash. Nothing here judges the answers: a tiny model may
+write nonsense, and the program still ends.
 """
 
 from __future__ import annotations
@@ -199,7 +198,7 @@ class Team:
             decode_worker=response.headers.get("X-Pythia-Decode", ""),
             prompt_tokens=usage.prompt_tokens if usage else None,
             cached_tokens=_cached_tokens(usage, response.headers),
-            moved_tokens=_number(response.headers, "X-Pythia-Moved-Tokens"),
+            moved_tokens=_moved_tokens(usage, response.headers),
             output_tokens=usage.completion_tokens if usage else None,
             ttft_s=ttft_s,
             elapsed_s=time.monotonic() - started_s,
@@ -218,6 +217,13 @@ def _cached_tokens(usage: CompletionUsage | None, headers: Mapping[str, str]) ->
     if details is not None and details.cached_tokens is not None:
         return int(details.cached_tokens)
     return _number(headers, "X-Pythia-Cached-Tokens")
+
+
+def _moved_tokens(usage: CompletionUsage | None, headers: Mapping[str, str]) -> int | None:
+    """A stream's head leaves before its KV has moved; then the usage says it."""
+    details = usage.prompt_tokens_details if usage else None
+    moved = (details.model_extra or {}).get("moved_tokens") if details else None
+    return moved if isinstance(moved, int) else _number(headers, "X-Pythia-Moved-Tokens")
 
 
 def read_documents(folder: Path) -> list[Document]:

@@ -53,10 +53,12 @@ class Load(msgspec.Struct, frozen=True):
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """What came back. ``ttft_s``: of each call; ``events``: those that carried tokens."""
+    """What came back. ``ttft_s``: of each call; ``second_s``: the same for its second token,
+    0 if it came with the first; ``events``: those that carried tokens."""
 
     elapsed_s: float
     ttft_s: list[float]
+    second_s: list[float]
     prompt_tokens: int
     output_tokens: int
     events: int
@@ -71,6 +73,7 @@ class _Stream(asyncio.Protocol):
         self._sent_s = 0.0
         self._tail = b""
         self.ttft_s = 0.0
+        self.second_s = 0.0
         self.events = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -86,6 +89,8 @@ class _Stream(asyncio.Protocol):
         self.events += (kept + data).count(EVENT)
         if not self.ttft_s and self.events > EVENTS_BEFORE_TOKENS:
             self.ttft_s = time.perf_counter() - self._sent_s
+        elif not self.second_s and self.events > EVENTS_BEFORE_TOKENS + 1:
+            self.second_s = time.perf_counter() - self._sent_s
         if self._done.done():
             return
         if self.events:
@@ -128,29 +133,30 @@ async def generate(load: Load) -> Outcome:
     bodies = [_body(load, rng) for _ in range(load.calls)]
     loop = asyncio.get_running_loop()
     host, port = url.hostname or "", url.port or 80
-    results: list[tuple[float, int, int, int]] = []
+    results: list[tuple[_Stream, int, int]] = []
 
     async def work() -> None:
         while bodies:
             body = bodies.pop()
             _, stream = await loop.create_connection(_Stream, host, port)
             tokens = await stream.ask(head, body)
-            results.append((stream.ttft_s, *tokens, stream.events))
+            results.append((stream, *tokens))
 
     started_s = time.perf_counter()
     async with asyncio.TaskGroup() as group:
         for _ in range(load.concurrency):
             group.create_task(work())
     elapsed_s = time.perf_counter() - started_s
-    if any(output != load.output_tokens for _, _, output, _ in results):
+    if any(output != load.output_tokens for _, _, output in results):
         raise LoadError(f"answers are not all of {load.output_tokens} tokens")
     return Outcome(
         elapsed_s=elapsed_s,
-        ttft_s=[ttft_s for ttft_s, _, _, _ in results],
-        prompt_tokens=sum(prompt_tokens for _, prompt_tokens, _, _ in results),
-        output_tokens=sum(output for _, _, output, _ in results),
+        ttft_s=[stream.ttft_s for stream, _, _ in results],
+        second_s=[stream.second_s for stream, _, _ in results],
+        prompt_tokens=sum(prompt_tokens for _, prompt_tokens, _ in results),
+        output_tokens=sum(output for _, _, output in results),
         # The role comes before the tokens, the usage behind them.
-        events=sum(events - EVENTS_BEFORE_TOKENS - 1 for _, _, _, events in results),
+        events=sum(stream.events - EVENTS_BEFORE_TOKENS - 1 for stream, _, _ in results),
     )
 
 

@@ -5,6 +5,9 @@
        ^                                                                      |
        +------------- Failed: a worker was lost or could not -----------------+
 
+Where it may, the prefill worker samples the first token; the client has it while its KV is
+still on the way. The decode worker goes on behind it, as it would behind a lost worker's.
+
 Carries plans out and tells the core what happened; it chooses nothing. All I/O goes
 through ``Wire``, so that it runs the same over sockets and in tests. A call that was
 given up leaves a tombstone for a while: the handle that may still arrive for it must
@@ -23,10 +26,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import msgspec
-from vllm.sampling_params import SamplingParams, SamplingType
+from vllm.sampling_params import SamplingType
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 
 from coordinator import protocol
+from coordinator.api.continuing import may_begin_elsewhere, needs_one_worker, resume_request
 from coordinator.api.exchange import CallRecord, Continuation, Failure
 from coordinator.blocks import hash_blocks
 from coordinator.limits import Limits
@@ -98,6 +102,8 @@ class Call:
     started_s: float = 0.0
     prefill_sent_s: float = 0.0
     prefill_done: protocol.PrefillDone | None = None
+    begun_elsewhere: bool = False
+    """The first token of this attempt came from its prefill worker."""
     failed: protocol.Failed | None = None
 
     def move(self, phase: Phase) -> None:
@@ -224,6 +230,7 @@ class Calls:
         call.plan = plan
         call.planned_by = self.core
         call.prefill_done = None
+        call.begun_elsewhere = False
         call.failed = None
         call.record.planned = True
         call.record.prefill = plan.prefill.worker if plan.prefill else ""
@@ -275,9 +282,17 @@ class Calls:
     # --- from the workers ------------------------------------------------------------
 
     def on_prefill_done(
-        self, done: protocol.PrefillDone, worker: Placed, now_s: float, unix_s: float
+        self,
+        done: protocol.PrefillDone,
+        first: EngineCoreOutput | None,
+        worker: Placed,
+        now_s: float,
+        unix_s: float,
     ) -> None:
-        """Send the handle on to the decode worker at once, or hand it back."""
+        """Send the handle on to the decode worker at once, or hand it back.
+
+        ``first``: the first token, if the prefill worker sampled it.
+        """
         call = self.calls.get(done.request)
         if call is None or call.attempt != done.attempt or call.phase != "prefilling":
             self._hand_back(done, worker)
@@ -295,6 +310,10 @@ class Calls:
             return
         call.prefill_done = done
         call.record.prefill_cached_tokens = done.cached_tokens
+        if first is not None and self._is_over_with(call, first, now_s):
+            if done.handle:
+                self._discard(done, worker)
+            return
         if self._decode(call, done.handle, now_s):
             self.wire.to_core(protocol.Prefilled(self.api, done.request, call.attempt))
         else:
@@ -333,11 +352,49 @@ class Calls:
     # --- steps -------------------------------------------------------------------------
 
     def _prefill(self, call: Call, prefill: Placed, now_s: float) -> None:
-        message = protocol.Prefill(call.submit.request, call.attempt, prefill.incarnation)
+        first_token = may_begin_elsewhere(call.engine_request)
+        message = protocol.Prefill(
+            call.submit.request, call.attempt, prefill.incarnation, first_token
+        )
         call.move("prefilling")
         call.prefill_sent_s = now_s
         if not self.wire.to_worker(prefill, message, call.frames):
             self._retry(call, prefill.worker, f"{prefill.worker} can't be reached", now_s)
+
+    def _is_over_with(self, call: Call, output: EngineCoreOutput, now_s: float) -> bool:
+        """Give the client the token that the prefill worker sampled. True if it is the last."""
+        record = call.record
+        stats = output.prefill_stats
+        if stats is not None:
+            stats.num_cached_tokens = min(record.prefill_cached_tokens, record.prompt_tokens)
+        self._first_token(call, output, now_s)
+        call.tokens.extend(output.new_token_ids)
+        output.request_id = call.submit.request
+        over = output.finish_reason is not None
+        if over:
+            assert call.plan is not None
+            assert call.plan.prefill is not None
+            record.decode, record.moved = call.plan.prefill.worker, True
+            del self.calls[call.submit.request]
+        self.wire.deliver([output], now_s)
+        if over:
+            self.wire.to_core(self._summary(call, str(output.finish_reason), now_s, undecoded=True))
+            return True
+        call.begun_elsewhere = True
+        resumed = self._resume(call, now_s)
+        assert resumed, f"{call.submit.request} began where it can't go on"
+        return False
+
+    def _first_token(self, call: Call, output: EngineCoreOutput, now_s: float) -> None:
+        """Of an attempt; the client may have tokens of earlier ones."""
+        record = call.record
+        if not record.started:
+            call.started_s = now_s
+        else:
+            if call.tokens:
+                record.continuations.append(_continuation(call))
+            output.prefill_stats = None
+        record.started = True
 
     def _decode(self, call: Call, handle: bytes, now_s: float) -> bool:
         plan = call.plan
@@ -392,11 +449,7 @@ class Calls:
     def _started(self, call: Call, output: EngineCoreOutput, now_s: float) -> None:
         call.move("decoding")
         record = call.record
-        first = not record.started
-        if first:
-            call.started_s = now_s
-        elif call.tokens:
-            record.continuations.append(_continuation(call))
+        record.moved = True
         if (stats := output.prefill_stats) is not None:
             record.moved_tokens = stats.num_external_cached_tokens
             record.local_cached_tokens = stats.num_local_cached_tokens
@@ -406,9 +459,10 @@ class Calls:
             output.prefill_stats.num_cached_tokens = min(
                 record.prefill_cached_tokens, record.prompt_tokens
             )
-            if not first:
-                output.prefill_stats = None
-        record.started = True
+        if call.begun_elsewhere:
+            output.prefill_stats = None
+        else:
+            self._first_token(call, output, now_s)
 
     def _retry(self, call: Call, worker: str, reason: str, now_s: float) -> None:
         """Give this attempt up and ask for another plan."""
@@ -493,7 +547,9 @@ class Calls:
     def _finished(self, call: Call, outcome: str, now_s: float) -> None:
         self.wire.to_core(self._summary(call, outcome, now_s))
 
-    def _summary(self, call: Call, outcome: str, now_s: float) -> protocol.Finished:
+    def _summary(
+        self, call: Call, outcome: str, now_s: float, undecoded: bool = False
+    ) -> protocol.Finished:
         record = call.record
         return protocol.Finished(
             self.api,
@@ -506,6 +562,7 @@ class Calls:
             moved_tokens=record.moved_tokens,
             ttft_s=call.started_s - call.submitted_s if record.started else 0.0,
             elapsed_s=now_s - call.submitted_s,
+            undecoded=undecoded,
         )
 
     def _hashes(self, request: EngineCoreRequest) -> bytes:
@@ -517,43 +574,6 @@ class Calls:
         return hash_blocks(request.prompt_token_ids, self.block_size, salt)
 
 
-def needs_one_worker(request: EngineCoreRequest) -> bool:
-    """Whether the prompt has to be computed where the answer is generated.
-
-    Prompt logprobs are a by-product of computing the prompt, so KV from elsewhere would
-    lose them; embeddings given instead of tokens do not name a prefix.
-    """
-    params = request.sampling_params
-    assert params is not None
-    return (
-        params.prompt_logprobs is not None
-        or getattr(params, "prompt_logprob_token_ids", None) is not None
-        or request.prompt_embeds is not None
-        or request.resumable
-    )
-
-
-def resume_request(request: EngineCoreRequest, tokens: Sequence[int]) -> EngineCoreRequest | None:
-    """The request that goes on behind ``tokens``; None where that would change the answer.
-
-    What counts or constrains generated tokens as such starts afresh on another engine:
-    grammars and output penalties. Those calls can't go on.
-    """
-    params = request.sampling_params
-    assert params is not None
-    if not _is_resumable(params) or request.prompt_token_ids is None:
-        return None
-    changed = params.clone()
-    if changed.max_tokens is not None:
-        changed.max_tokens -= len(tokens)
-    changed.min_tokens = max(0, changed.min_tokens - len(tokens))
-    return msgspec.structs.replace(
-        request,
-        prompt_token_ids=[*request.prompt_token_ids, *tokens],
-        sampling_params=changed,
-    )
-
-
 def _continuation(call: Call) -> Continuation:
     """What the client is told of a call whose first token on another worker is there."""
     assert call.resumed_tokens == len(call.tokens), call.submit.request
@@ -562,16 +582,3 @@ def _continuation(call: Call) -> Continuation:
     # nobody can ask for or set.
     restarted = call.engine_request.sampling_params.sampling_type != SamplingType.GREEDY
     return Continuation(call.record.decode, call.resumed_tokens, restarted)
-
-
-def _is_resumable(params: SamplingParams) -> bool:
-    return (
-        params.structured_outputs is None
-        and not params.presence_penalty
-        and not params.frequency_penalty
-        and params.repetition_penalty in (0.0, 1.0)
-        and params.prompt_logprobs is None
-        and getattr(params, "repetition_detection", None) is None
-        and not getattr(params, "thinking_token_budget", None)
-        and not params.bad_words
-    )

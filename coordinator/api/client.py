@@ -369,6 +369,8 @@ class ClusterEngineCore(EngineCoreClient):
             match message:
                 case protocol.Deltas():
                     return self.output_decoder.decode(frames)
+                case protocol.PrefillDone():
+                    return _first_output(self.output_decoder.decode(frames)) if frames else None
                 case protocol.UtilityReply():
                     return self.plain_decoder.decode(frames)
                 case _:
@@ -383,7 +385,7 @@ class ClusterEngineCore(EngineCoreClient):
             case protocol.Deltas():
                 self.calls.on_outputs(body.outputs, link.placed, body.timestamp, now_s)
             case protocol.PrefillDone():
-                self.calls.on_prefill_done(message, link.placed, now_s, time.time())
+                self.calls.on_prefill_done(message, body, link.placed, now_s, time.time())
             case protocol.CallFailed():
                 self.calls.on_call_failed(message, link.placed, now_s)
             case protocol.UtilityReply():
@@ -397,6 +399,11 @@ class ClusterEngineCore(EngineCoreClient):
             future.set_exception(RuntimeError(reply.error))
         else:
             future.set_result(result)
+
+
+def _first_output(outputs: EngineCoreOutputs) -> EngineCoreOutput:
+    (output,) = outputs.outputs
+    return output
 
 
 class ClusterInputProcessor(InputProcessor):

@@ -1,8 +1,9 @@
 """One response's stream of server-sent events, as it passes the front.
 
 vLLM makes the events; here they are only counted. Added is what vLLM can't know: that a
-call goes on on another worker, as a comment, which clients do not see, and the error that
-ends a stream into which something raised.
+call goes on on another worker, as a comment, which clients do not see; how many tokens' KV
+were moved, in the details of the usage; and the error that ends a stream into which
+something raised.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from coordinator.api.exchange import Exchange, Failure
 
 CONTENT_TYPE = "text/event-stream"
 END_OF_EVENT = b"\n\n"
+USAGE_DETAILS = (b'"prompt_tokens_details":{', b'"input_tokens_details":{')
+"""Of chat completions and completions, and of responses. No text can contain them: its quotes
+are escaped."""
 
 
 class EventStream:
@@ -27,7 +31,7 @@ class EventStream:
         self._between_events = True
 
     def passing(self, body: bytes) -> bytes:
-        """The next piece of the stream passes. What is to be sent before it, mostly nothing."""
+        """The next piece of the stream passes. What is to be sent for it, mostly itself."""
         marks = self._new_marks() if self._between_events else b""
         if body:
             # A line feed within an event's data is escaped.
@@ -35,7 +39,15 @@ class EventStream:
             self._events += passed.count(END_OF_EVENT)
             self._between_events = passed.endswith(END_OF_EVENT)
             self._tail = b"" if self._between_events else passed[-1:]
-        return marks
+        return marks + self._with_moved(body)
+
+    def _with_moved(self, body: bytes) -> bytes:
+        """vLLM writes an event in one piece, so the details are in one piece, too."""
+        for details in USAGE_DETAILS:
+            if details in body:
+                moved = b'%b"moved_tokens":%d,' % (details, self._exchange.moved_tokens)
+                body = body.replace(details, moved)
+        return body
 
     def error(self, failure: Failure) -> bytes:
         """What tells the client that the stream ends here, and why."""

@@ -57,6 +57,8 @@ class CallRecord:
     prefill_cached_tokens: int = 0
     local_cached_tokens: int = 0
     moved_tokens: int = 0
+    moved: bool = False
+    """``moved_tokens`` is known: the KV is where the answer is generated."""
     started: bool = False
     continuations: list[Continuation] = field(default_factory=list)
 
@@ -79,6 +81,11 @@ class Exchange:
             return True
         return bool(self.calls) and all(call.started for call in self.calls)
 
+    @property
+    def moved_tokens(self) -> int:
+        """Tokens whose KV was moved for its calls by now."""
+        return sum(call.moved_tokens for call in self.calls)
+
     def headers(self) -> dict[str, str]:
         """Response headers that tell where the calls ran and what they found there."""
         if not any(call.decode for call in self.calls):
@@ -89,9 +96,9 @@ class Exchange:
         }
         if all(call.started for call in self.calls):
             cached = sum(call.prefill_cached_tokens for call in self.calls)
-            moved = sum(call.moved_tokens for call in self.calls)
             headers["X-Pythia-Cached-Tokens"] = str(cached)
-            headers["X-Pythia-Moved-Tokens"] = str(moved)
+        if all(call.moved for call in self.calls):
+            headers["X-Pythia-Moved-Tokens"] = str(self.moved_tokens)
         if self.continuations:
             texts = [continuation.text("; ") for continuation in self.continuations]
             headers["X-Pythia-Continued"] = ", ".join(texts)

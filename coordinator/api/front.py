@@ -130,8 +130,8 @@ class Response:
         if message["type"] == "http.response.body":
             self.complete = not message.get("more_body", False)
             body = message.get("body", b"")
-            if self._events is not None and (marks := self._events.passing(body)):
-                message = {**message, "body": marks + body}
+            if self._events is not None and (sent := self._events.passing(body)) != body:
+                message = {**message, "body": sent}
         if self._released:
             await self._send(message)
             return

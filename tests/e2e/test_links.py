@@ -78,7 +78,7 @@ def test_a_remote_prefill_is_counted_on_its_link(
     before = {target: link(control, "prefill-0", target) for target in targets}
     prompt = [300 + byte for byte in (uuid.uuid4().bytes * 25)[:PROMPT_TOKENS]]
     response = http.post(
-        "/v1/completions", json={"model": MODEL, "prompt": prompt, "max_tokens": 1}
+        "/v1/completions", json={"model": MODEL, "prompt": prompt, "max_tokens": 2}
     )
     assert response.headers["X-Pythia-Moved-Tokens"] == str(PROMPT_TOKENS)
     target = response.headers["X-Pythia-Decode"]

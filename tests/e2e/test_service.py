@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 
 import httpx
@@ -11,6 +12,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.e2e.harness import MODEL, REMOTE_MIN_TOKENS, Control, Server
 
+KV_FREED_S = 8.0
+"""Less than any lease: what is not needed is given back, not waited for."""
 TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
 TRACEPARENT = f"00-{TRACE_ID}-00f067aa0ba902b7-01"
 
@@ -80,16 +83,68 @@ def test_long_prompt_names_both_workers(http: httpx.Client, control: Control, st
         "temperature": 0,
         "stream": stream,
     }
+    if stream:
+        body["stream_options"] = {"include_usage": True}
     response = http.post("/v1/completions", json=body, headers={"X-Request-Id": mine})
     response.raise_for_status()
     assert response.headers["X-Pythia-Prefill"] == "prefill-0"
     assert response.headers["X-Pythia-Decode"] in {"decode-0", "decode-1"}
-    assert response.headers["X-Pythia-Moved-Tokens"] == "400"
     assert response.headers["X-Pythia-Cached-Tokens"] == "0"
+    if stream:
+        # The head left with the first token, before the KV had moved.
+        assert "X-Pythia-Moved-Tokens" not in response.headers
+        usage = json.loads(response.text.split("\n\n")[-3].removeprefix("data: "))["usage"]
+        assert usage["prompt_tokens_details"]["moved_tokens"] == 400
+    else:
+        assert response.headers["X-Pythia-Moved-Tokens"] == "400"
     call = control.find_call(mine)
     assert call.prefill == "prefill-0"
     assert call.decode == response.headers["X-Pythia-Decode"]
     assert (call.prompt_tokens, call.output_tokens, call.moved_tokens) == (400, 2, 400)
+
+
+def test_an_answer_of_one_token_needs_no_decode_worker(
+    http: httpx.Client, control: Control
+) -> None:
+    """As classifiers and routers ask: the prefill worker says it, and no KV is moved or held."""
+    mine = f"mine-{uuid.uuid4().hex}"
+    prompt = fresh_prompt(400)
+    body = {"model": MODEL, "prompt": prompt, "max_tokens": 1, "temperature": 0, "logprobs": 1}
+    response = http.post("/v1/completions", json=body, headers={"X-Request-Id": mine})
+    response.raise_for_status()
+    choice = response.json()["choices"][0]
+    assert choice["finish_reason"] == "length"
+    assert len(choice["logprobs"]["tokens"]) == 1
+    for header in ("X-Pythia-Prefill", "X-Pythia-Decode"):
+        assert response.headers[header] == "prefill-0"
+    assert response.headers["X-Pythia-Moved-Tokens"] == "0"
+    call = control.find_call(mine)
+    assert (call.output_tokens, call.moved_tokens, call.outcome) == (1, 0, "length")
+    control.wait_until_quiet(KV_FREED_S)
+
+    # Nothing of the prompt is believed to be on a decode worker now.
+    again = http.post("/v1/completions", json={**body, "max_tokens": 2})
+    assert again.headers["X-Pythia-Moved-Tokens"] == "400"
+    assert again.json()["choices"][0]["text"].startswith(choice["text"])
+
+
+def test_an_answer_that_stops_with_its_first_token_is_over(
+    http: httpx.Client, control: Control
+) -> None:
+    prompt = fresh_prompt(400)
+    body = {"model": MODEL, "prompt": prompt, "max_tokens": 3, "temperature": 0}
+    asked = {**body, "return_token_ids": True}
+    first, *_ = http.post("/v1/completions", json=asked).json()["choices"][0]["token_ids"]
+    mine = f"mine-{uuid.uuid4().hex}"
+    stopped = http.post(
+        "/v1/completions",
+        json={**asked, "stop_token_ids": [first], "cache_salt": mine},
+        headers={"X-Request-Id": mine},
+    ).json()["choices"][0]
+    assert (stopped["finish_reason"], stopped["stop_reason"]) == ("stop", first)
+    call = control.find_call(mine)
+    assert (call.prefill, call.output_tokens, call.moved_tokens) == ("prefill-0", 1, 0)
+    control.wait_until_quiet(KV_FREED_S)
 
 
 def test_short_prompt_is_served_by_one_worker(http: httpx.Client, control: Control) -> None:

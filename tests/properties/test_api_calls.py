@@ -100,6 +100,15 @@ class Job:
     tokens: list[int]
     tokens_left: int
     begun: bool = False
+    first_token: bool = False
+
+
+@dataclass
+class Prefilled:
+    """``PrefillDone`` and what the frames behind it hold."""
+
+    done: protocol.PrefillDone
+    first: EngineCoreOutput | None
 
 
 @dataclass
@@ -111,7 +120,9 @@ class FakeWorker:
     alive: bool = True
     full: bool = False
     to_worker: deque[tuple[protocol.Message, Sequence[Any]]] = field(default_factory=deque)
-    to_api: deque[protocol.Message | list[EngineCoreOutput]] = field(default_factory=deque)
+    to_api: deque[protocol.Message | Prefilled | list[EngineCoreOutput]] = field(
+        default_factory=deque
+    )
     jobs: dict[str, Job] = field(default_factory=dict)
     held: set[bytes] = field(default_factory=set)
     spent: set[bytes] = field(default_factory=set)
@@ -312,13 +323,17 @@ class Network(RuleBasedStateMachine):
         assert request.sampling_params is not None
         assert request.sampling_params.max_tokens is not None
         kind = "prefill" if isinstance(message, protocol.Prefill) else "decode"
-        worker.jobs[engine_request_id(message.request, message.attempt)] = Job(
+        worker.jobs[engine_request_id(message.request, message.attempt)] = job = Job(
             message.request,
             message.attempt,
             kind,
             list(request.prompt_token_ids),
             request.sampling_params.max_tokens,
         )
+        if isinstance(message, protocol.Prefill):
+            job.first_token = message.first_token
+            penalty = request.sampling_params.presence_penalty
+            assert message.first_token == (not penalty), "penalties can't go on elsewhere"
 
     def step(self, worker: FakeWorker, width: int) -> None:
         """One engine step: prefills end, decodes get up to ``width`` tokens each."""
@@ -348,30 +363,39 @@ class Network(RuleBasedStateMachine):
     def end_prefill(self, worker: FakeWorker, job: Job) -> None:
         handle = f"{worker.placed.incarnation}/{job.request}/{job.attempt}".encode()
         assert handle not in self.handles_held_s, "prefilled twice"
-        self.handles_held_s[handle] = (job.request, job.attempt, self.now_s)
-        worker.held.add(handle)
-        worker.to_api.append(
-            protocol.PrefillDone(
-                job.request,
-                job.attempt,
-                worker.placed.incarnation,
-                handle,
-                len(job.tokens),
-                0,
-                LEASE_S,
-                self.now_s + UNIX_OFFSET_S,
-                MARGIN_S,
-            )
+        first = None
+        if job.first_token:
+            token = token_at(job.request, len(job.tokens))
+            first = EngineCoreOutput(engine_request_id(job.request, job.attempt), [token])
+            first.prefill_stats = PrefillStats()
+            if job.tokens_left == 1:
+                first.finish_reason = FinishReason.LENGTH
+                handle = b""
+        if handle:
+            self.handles_held_s[handle] = (job.request, job.attempt, self.now_s)
+            worker.held.add(handle)
+        done = protocol.PrefillDone(
+            job.request,
+            job.attempt,
+            worker.placed.incarnation,
+            handle,
+            len(job.tokens),
+            0,
+            LEASE_S,
+            self.now_s + UNIX_OFFSET_S,
+            MARGIN_S,
         )
+        worker.to_api.append(Prefilled(done, first))
 
     def api_receives(self, worker: FakeWorker) -> None:
         message = worker.to_api.popleft()
         match message:
-            case protocol.PrefillDone():
-                self.handles_arrived.add(message.handle)
+            case Prefilled(done, first):
+                if done.handle:
+                    self.handles_arrived.add(done.handle)
                 unix_s = self.now_s + UNIX_OFFSET_S
                 for _ in range(1 + len(self.handles_arrived) % 2):
-                    self.calls.on_prefill_done(message, worker.placed, self.now_s, unix_s)
+                    self.calls.on_prefill_done(done, first, worker.placed, self.now_s, unix_s)
             case protocol.CallFailed():
                 self.calls.on_call_failed(message, worker.placed, self.now_s)
             case list():

@@ -121,13 +121,14 @@ def prefill_done(
     lease_s: float = 30.0,
     held_at_unix_s: float = 1000.0,
     margin_s: float = 3.0,
+    handle: bytes | None = None,
 ) -> protocol.PrefillDone:
     """A handle that names what it is for."""
     return protocol.PrefillDone(
         request,
         attempt,
         worker.incarnation,
-        handle=f"{request}/{attempt}".encode(),
+        handle=f"{request}/{attempt}".encode() if handle is None else handle,
         prompt_tokens=4,
         cached_tokens=2,
         lease_s=lease_s,

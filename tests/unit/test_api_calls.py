@@ -9,12 +9,11 @@ from vllm.v1.metrics.stats import PrefillStats
 
 from coordinator import protocol
 from coordinator.api import calls as subject
-from coordinator.api.calls import Calls, needs_one_worker, resume_request
-from coordinator.api.exchange import CallRecord, Continuation, Failure
+from coordinator.api.continuing import needs_one_worker, resume_request
+from coordinator.api.exchange import Continuation, Failure
 from coordinator.limits import Limits
 from coordinator.protocol import (
     Abort,
-    CallContext,
     CallFailed,
     Check,
     Checked,
@@ -30,65 +29,14 @@ from coordinator.protocol import (
     Stop,
     Submit,
 )
+from tests.unit.calls_bench import UNIX_S, Bench
 from tests.unit.recording_wire import (
     DECODER,
     OTHER_DECODER,
     PREFILLER,
-    RecordingWire,
     engine_request,
     output,
-    plan,
-    prefill_done,
 )
-
-UNIX_S = 1000.0
-
-
-class Bench:
-    """A ``Calls`` on a recording wire, with a clock that is set by hand."""
-
-    def __init__(self, limits: Limits | None = None) -> None:
-        self.wire = RecordingWire()
-        self.calls = Calls("api", self.wire, limits or Limits())
-        self.calls.on_welcome("core-1", 4)
-        self.now_s = 100.0
-
-    def submit(self, request: str = "r", group: str = "", **params: object) -> CallRecord:
-        record = CallRecord(request)
-        self.calls.submit(
-            engine_request(request, **params), record, CallContext(run="run"), group, self.now_s
-        )
-        return record
-
-    def plan(self, *arguments: object, **options: object) -> None:
-        self.calls.on_plan(plan(*arguments, **options), self.now_s)  # type: ignore[arg-type]
-
-    def prefilled(
-        self, worker: Placed = PREFILLER, unix_s: float = UNIX_S, **options: object
-    ) -> None:
-        done = prefill_done(worker=worker, **options)  # type: ignore[arg-type]
-        self.calls.on_prefill_done(done, worker, self.now_s, unix_s)
-
-    def tokens(
-        self,
-        tokens: list[int],
-        finish: FinishReason | None = None,
-        worker: Placed = DECODER,
-        attempt: int = 1,
-        request: str = "r",
-        stats: PrefillStats | None = None,
-    ) -> None:
-        self.calls.on_outputs(
-            [output(request, attempt, tokens, finish, stats)], worker, 0.0, self.now_s
-        )
-
-    def lose(self, worker: Placed) -> None:
-        self.calls.on_worker_gone(worker, "test", self.now_s)
-
-    def forget(self) -> None:
-        """What was sent until now does not matter."""
-        self.wire.take_core()
-        self.wire.take_workers()
 
 
 @pytest.fixture
@@ -140,7 +88,7 @@ def test_remote_call_sends_the_handle_on_and_tells_what_was_cached(bench: Bench)
     record = bench.submit()
     bench.plan()
     ((to, message, _),) = bench.wire.take_workers()
-    assert (to, message) == (PREFILLER, Prefill("r", 1, PREFILLER.incarnation))
+    assert (to, message) == (PREFILLER, Prefill("r", 1, PREFILLER.incarnation, True))
     bench.forget()
 
     bench.prefilled()

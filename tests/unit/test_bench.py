@@ -159,15 +159,18 @@ def test_the_local_part_reports_medians_of_pairs() -> None:
 
 
 def test_the_hop_is_what_neither_prefill_nor_transfer_explains() -> None:
-    local = {"local_ttft_ms": 110.0, "local_prefill_ms": 100.0}
+    local = {"local_ttft_ms": 110.0, "local_second_ms": 118.0, "local_prefill_ms": 100.0}
     times = local | {"prefill_ms": 90.0, "transfer_ms": 20.0, "first_step_ms": 5.0}
-    remote = ({"remote_ttft_ms": ttft_ms} for ttft_ms in (125.0, 127.0, 129.0))
+    remote = (
+        {"remote_ttft_ms": ttft_ms, "remote_second_ms": ttft_ms + 36.0}
+        for ttft_ms in (101.0, 103.0, 105.0)
+    )
     rows = [times | row for row in remote]
     figures = hop.figures([row | hop.rest(row) for row in rows])
-    assert figures["hop_rest_ms_p50"] == 17.0
-    assert figures["hop_overhead_ms_p50"] == 7.0
-    assert figures["hop_messages_ms_p50"] == 2.0
-    assert figures["hop_difference_ms_p50"] == -3.0
+    assert figures["hop_overhead_ms_p50"] == 139.0 - 90.0 - 20.0 - (118.0 - 100.0)
+    assert figures["hop_first_token_overhead_ms_p50"] == 3.0
+    assert figures["hop_ttft_difference_ms_p50"] == -7.0
+    assert figures["hop_local_rest_ms_p50"] == 10.0
     assert figures["hop_pairs"] == 3
 
 

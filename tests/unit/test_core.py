@@ -468,6 +468,19 @@ def test_a_short_call_is_planned_locally_and_gives_everything_back() -> None:
     assert bed.reserved() == [0]
 
 
+def test_a_call_that_is_over_with_its_first_token_leaves_no_kv_on_its_decode_worker() -> None:
+    bed = Bed()
+    bed.cluster("prefill", "decode")
+    bed.plan("r", LONG)
+    over = Finished("api", "r", 1, "stop", 1, ttft_s=0.5, undecoded=True)
+    bed.say("api", over)
+    assert bed.row("r").phase == "finished"
+    assert bed.reserved() == [0, 0]
+    again = bed.plan("r2", LONG)
+    assert again.prefill == Placed("prefill-0", "1"), "only the prefill worker has its KV"
+    bed.core.check()
+
+
 def test_a_long_call_holds_room_on_its_prefill_worker_until_the_first_token() -> None:
     bed = Bed()
     bed.cluster("prefill", "decode")

@@ -28,7 +28,7 @@ App = Callable[[Any, Receive, Send], Awaitable[None]]
 
 def started_call(name: str = "r") -> CallRecord:
     record = CallRecord(name, prefill="prefill-0", decode="decode-0", started=True)
-    record.prefill_cached_tokens, record.moved_tokens = 32, 64
+    record.prefill_cached_tokens, record.moved_tokens, record.moved = 32, 64, True
     return record
 
 
@@ -437,6 +437,30 @@ async def test_a_stream_says_where_it_went_on_in_comments_between_its_events() -
         b": pythia continued on decode-1 after 58 tokens\n\n"
         b"data: c\n\n"
     )
+
+
+@pytest.mark.parametrize("details", ["prompt_tokens_details", "input_tokens_details"])
+async def test_a_streams_usage_says_how_many_tokens_were_moved(details: str) -> None:
+    text = json.dumps({"text": f'"{details}":{{'})
+
+    async def app(scope: Any, receive: Receive, send: Send) -> None:
+        call = started_call()
+        call.moved = False
+        exchange_now().calls.append(call)
+        await start(send, content_type="text/event-stream")
+        await chunk(send, f"data: {text}\n\n".encode(), more=True)
+        call.moved_tokens, call.moved = 598, True
+        await chunk(send, f'data: {{"usage":{{"{details}":{{"cached_tokens":3}}}}}}\n\n'.encode())
+
+    conversation = Conversation(app)
+    conversation.body(b"{}")
+    await conversation.run()
+    assert "x-pythia-moved-tokens" not in conversation.headers, "unknown when the head left"
+    said, usage = conversation.content.decode().split("\n\n")[:2]
+    assert said == f"data: {text}", "what the model says is left alone"
+    assert json.loads(usage.removeprefix("data: ")) == {
+        "usage": {details: {"moved_tokens": 598, "cached_tokens": 3}}
+    }
 
 
 async def test_a_comment_waits_for_the_end_of_an_event() -> None:

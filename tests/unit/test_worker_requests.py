@@ -11,7 +11,7 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from coordinator.protocol import CallFailed, PrefillDone
 from decode.worker import decode_request, discard_request
-from prefill.worker import prefill_request, prefill_result
+from prefill.worker import first_output, prefill_request, prefill_result
 from tests.unit.recording_wire import engine_request
 from transfer import handle as handles
 
@@ -80,6 +80,45 @@ def test_a_prefill_keeps_what_shapes_the_kv_and_nothing_about_tokens() -> None:
     assert not params.stop
     assert params.logprobs is None
     assert not params.presence_penalty
+
+
+def test_a_prefill_that_samples_does_so_as_the_client_asked() -> None:
+    request = engine_request(
+        max_tokens=50, min_tokens=5, temperature=0.7, top_p=0.9, logprobs=2, stop_token_ids=[9]
+    )
+    of_params(request).extra_args = {"kv_transfer_params": {"remote_host": "evil"}, "other": 1}
+    params = of_params(prefill_request(request, "r", 1, first_token=True))
+    assert (params.max_tokens, params.min_tokens) == (1, 1)
+    assert (params.temperature, params.top_p, params.logprobs) == (0.7, 0.9, 2)
+    assert params.stop_token_ids == [9]
+    assert params.extra_args == {
+        "other": 1,
+        "kv_transfer_params": {"do_remote_decode": True, "do_remote_prefill": False},
+    }
+    assert of_params(request).max_tokens == 50, "the decode worker gets it as it was"
+
+
+def test_a_prefill_whose_first_token_is_the_only_one_holds_nothing() -> None:
+    params = of_params(prefill_request(engine_request(max_tokens=1), "r", 1, first_token=True))
+    assert params.extra_args is None
+    output = EngineCoreOutput("r~1", [5], finish_reason=FinishReason.LENGTH)
+    done = prefill_result(output, "r", 1, "p0", 40, 16, 30.0, 1234.5, last=True)
+    assert isinstance(done, PrefillDone)
+    assert done.handle == b""
+    assert first_output(output, last=True).finish_reason == FinishReason.LENGTH
+
+
+@pytest.mark.parametrize(
+    ("engine_says", "client_gets"),
+    [(FinishReason.LENGTH, None), (FinishReason.STOP, FinishReason.STOP)],
+)
+def test_only_a_stop_ends_a_call_that_wants_more_tokens(
+    engine_says: FinishReason, client_gets: FinishReason | None
+) -> None:
+    output = EngineCoreOutput("r~1", [5], finish_reason=engine_says, kv_transfer_params=PARAMS)
+    first = first_output(output, last=False)
+    assert (first.finish_reason, first.new_token_ids) == (client_gets, [5])
+    assert first.kv_transfer_params is None, "handles are not the client's"
 
 
 def test_a_prefill_leaves_the_request_as_it_was() -> None:
