@@ -143,6 +143,12 @@ class Engine:
             self._interrupt(now_s)
             self._schedule.pool.release(held[0])
 
+    def renew(self, request_id: str, now_s: float) -> None:
+        """A reader still wants what is held: its lease begins anew, if it is not over."""
+        if self.holds(request_id, now_s):
+            holding, _ = self._held.pop(request_id)
+            self._held[request_id] = (holding, now_s + self._options.kv_lease_s)
+
     def _runs(self, sequence: Sequence) -> bool:
         schedule = self._schedule
         return (

@@ -124,7 +124,7 @@ def random_faults(rng: random.Random) -> Faults:
         duplication=rng.choice((0.0, 0.02, 0.1)),
         delay=rng.choice((0.0, 0.05, 0.3)),
         delay_s=rng.choice((0.1, 1.0, 5.0)),
-        crash_every_s=rng.choice((0.0, 10.0, 30.0)),
+        crash_every_s=rng.choice((0.0, 6.0, 30.0)),
         hang_every_s=rng.choice((0.0, 10.0, 30.0)),
         slow_every_s=rng.choice((0.0, 10.0, 30.0)),
         core_restart_every_s=rng.choice((0.0, 0.0, 10.0, 30.0)),
@@ -139,18 +139,22 @@ def random_workload(rng: random.Random, seed: int, tokens_max: int) -> Workload:
 
     Few of them are too long for an engine that can hold ``tokens_max`` tokens.
     """
-    kind, scale = rng.choice(sorted(GENERATORS)), rng.choice((16, 32, 64))
     shape = f"seed={seed}&pace=32&runs={RUNS}&calls=8&prompt_max={int(PROMPT_SHARE * tokens_max)}"
+    kind, scale = rng.choice(sorted(GENERATORS)), rng.choice((16, 32, 64))
     workload = open_workload(f"generator:{kind}?scale={scale}&{shape}")
-    while len(workload.runs) < RUNS // 2:
-        scale *= 2
-        workload = open_workload(f"generator:{kind}?scale={scale}&{shape}")
+    if len(workload.runs) < RUNS // 2:
+        workload = open_workload(f"generator:assistant?scale=64&{shape}")
+    longer = rng.choice((1, 4, 16))
     kept, calls = [], 0
     arrivals_s = sorted(rng.random() * ARRIVALS_S for _ in workload.runs)
     for run, arrival_s in zip(workload.runs, arrivals_s, strict=True):
         calls += len(run.calls)
         if calls <= CALLS_MAX or not kept:
-            kept.append(msgspec.structs.replace(run, arrival_s=arrival_s))
+            talk = tuple(
+                msgspec.structs.replace(call, output_tokens=call.output_tokens * longer)
+                for call in run.calls
+            )
+            kept.append(msgspec.structs.replace(run, arrival_s=arrival_s, calls=talk))
     return msgspec.structs.replace(workload, runs=tuple(kept))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from cluster.simulator.engine_types import FirstToken
 from cluster.simulator.events import Events
 from cluster.simulator.records import CallRecord, Gaps, RunRecord, Sample
 from cluster.simulator.worker import Worker
@@ -45,11 +44,11 @@ class Recorder:
         self._open[request] = record
         self._new_tokens[request] = max(0, record.prompt_tokens - shared)
 
-    def computed(self, engine_id: str, first: FirstToken) -> None:
-        """An engine has computed what it lacked of a prompt."""
+    def computed(self, engine_id: str, tokens: int) -> None:
+        """An engine has computed so many tokens of a call's text that it lacked."""
         record = self._open.get(engine_id.rpartition("~")[0])
         if record is not None:
-            record.computed_tokens += first.computed_tokens
+            record.computed_tokens += tokens
 
     def ended(self, request: str) -> None:
         """A call has ended; its record says how."""
@@ -69,7 +68,7 @@ class Recorder:
 
     def gap(self, gap_s: float) -> None:
         """A pause between two tokens that no engine knows of."""
-        add_gap(self.gaps, gap_s)
+        self.gaps.add(gap_s)
 
     # --- workers -------------------------------------------------------------------------
 
@@ -133,7 +132,3 @@ def think_path_s(run: Run) -> float:
         begins_s = max((ends_s[parent] for parent in call.parents), default=0.0)
         ends_s.append(begins_s + call.think_s)
     return max(ends_s, default=0.0)
-
-
-def add_gap(gaps: Gaps, gap_s: float) -> None:
-    """TEMP until the engine's."""

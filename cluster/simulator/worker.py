@@ -120,8 +120,8 @@ class Job:
             self.frozen_tokens, self.frozen_s = self.tokens(now_s), now_s
 
 
-Told = Callable[[str, FirstToken], None]
-"""Is told what each prompt that an engine has computed did take."""
+Told = Callable[[str, int], None]
+"""Is told how many tokens an engine has computed for a request."""
 
 
 class Worker:
@@ -422,7 +422,9 @@ class Worker:
                 self.pending_tokens -= job.pending_tokens
                 job.pending_tokens = 0
                 self.reader.ended(output.id)
-                self._told(output.id, output)
+                self._told(output.id, output.computed_tokens)
+        elif output.recomputed_tokens:
+            self._told(output.id, output.recomputed_tokens)
         if self.hung:
             self._unsaid.append(output)
         else:

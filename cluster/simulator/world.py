@@ -259,8 +259,8 @@ def engine_facts(setup: ClusterSetup) -> EngineFacts:
         model_fingerprint="simulated",
         block_size=options.block_size,
         kv_blocks=kv_blocks,
-        # vLLM does not start with less memory than one longest prompt takes.
-        max_model_len=min(options.max_model_len, kv_blocks * options.block_size),
+        # vLLM does not start with less memory than one longest prompt takes; one block is its own.
+        max_model_len=min(options.max_model_len, (kv_blocks - 1) * options.block_size),
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,
         kv_bytes_per_block=round(setup.cost().kv_bytes_per_token * options.block_size),
