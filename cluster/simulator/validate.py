@@ -171,7 +171,10 @@ def likened(options: Options, live: Live) -> tuple[ClusterSetup, Constants]:
 
 def simulated(setup: ClusterSetup, workload: Workload) -> list[Result]:
     """The same in virtual time, from several seeds."""
-    return [simulate(setup, workload, seed, configuration="validation") for seed in range(SEEDS)]
+    return [
+        simulate(setup, workload, seed, configuration="validation", limited=True)
+        for seed in range(SEEDS)
+    ]
 
 
 def main(

@@ -47,6 +47,7 @@ class World:
         *,
         core_factory: CoreFactory = Core,
         measured: bool = False,
+        limited: bool = False,
         progress: Progress | None = None,
         letters: int = LETTERS_KEPT,
     ) -> None:
@@ -81,6 +82,7 @@ class World:
             api_s=setup.network.api_s,
             aborted=faults.abort,
             aborts_until_s=faults.until_s,
+            limited=limited,
             finished=self.events.stop,
             progress=progress,
         )
@@ -277,12 +279,14 @@ def simulate(
     core_factory: CoreFactory = Core,
     limit_s: float = float("inf"),
     measured: bool = False,
+    limited: bool = False,
     progress: Progress | None = None,
 ) -> Result:
     """Replay ``workload`` on a cluster without faults, from when it is warm.
 
     Ends with the last call or after ``limit_s`` seconds of the replay: calls that have no
-    ``outcome`` then are unfinished. ``measured``: time the core's decisions. OracleError if
+    ``outcome`` then are unfinished. ``measured``: time the core's decisions. ``limited``:
+    clients ask for no more tokens than they get, see ``clients``. OracleError if
     anything happened that must not; DoesNotFit and ValueError as ``World`` says.
     """
     world = World(
@@ -291,6 +295,7 @@ def simulate(
         seed=seed,
         core_factory=core_factory,
         measured=measured,
+        limited=limited,
         progress=progress,
     )
     world.start()
