@@ -617,8 +617,7 @@ class Calls:
         if call.decode is not None and block_size and not message.undecoded:
             had_blocks = max(0, message.local_cached_tokens) // block_size
             if had_blocks < call.cached_blocks:
-                beyond = call.submit.block_hashes[had_blocks * BLOCK_HASH_BYTES :]
-                self._index.removed(call.decode.name, beyond)
+                self._index.removed(call.decode.name, call.submit.block_hashes, had_blocks)
 
 
 def worker_up(worker: Worker) -> WorkerUp:

@@ -146,7 +146,11 @@ class Core:
         ]
         newest = itertools.islice(reversed(state.calls.values()), LIVE_CALLS_SHOWN)
         live = [call_status(call, now_s) for call in newest]
-        pairs = itertools.islice(self._pairs.in_order(), LINKS_SHOWN)
+        pairs = list(itertools.islice(self._pairs.in_order(), LINKS_SHOWN))
+        said = {
+            name: {link.source: link for link in state.workers[name].links}
+            for name in sorted({pair.target.name for pair in pairs})
+        }
         return Snapshot(
             token=token,
             core=self.core_id,
@@ -159,7 +163,7 @@ class Core:
             active=len(state.calls) - len(self._calls.queue),
             calls=[ended.row for ended in self._calls.recent.values()] + live[::-1],
             counters=dict(state.counters),
-            links=[link_status(pair) for pair in pairs],
+            links=[link_status(pair, said[pair.target.name]) for pair in pairs],
         )
 
     def check(self) -> None:

@@ -1,141 +1,323 @@
 """Which worker holds which prompt blocks, as far as the core knows.
 
-Blocks are named by 8-byte chained hashes, many of them in one ``bytes`` object: equal
-hashes mean equal content and equal history. Every block maps to a bitmask of workers, so
-that one pass over a prompt finds the longest prefix on all workers at once.
+Blocks are named by 8-byte chained hashes, many of them in one ``bytes`` object: equal hashes
+mean equal content and equal history. So blocks that were stored together stay together: they
+are kept in *runs*, neighbours in a chain, each known by its first hash and compared as bytes.
+What a prompt costs depends on how many runs it consists of, hardly on its length. A run is
+split where a prompt leaves it or ends in it, and joined to the next one where all workers
+hold, and have used, both alike.
 
 The index is approximate. It is fed by what calls leave behind and forgets the least
-recently used blocks of a worker beyond its capacity; an exact feed may call the same
-``stored`` and ``removed``. It decides nothing and is never trusted for correctness: an
-engine that lacks a block computes it.
+recently used blocks of a worker beyond its capacity. It decides nothing and is never trusted
+for correctness: an engine that lacks a block computes it. What is no chain (equal hashes after
+different ones) breaks nothing; of it the index may forget too much.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Sequence
-
 from coordinator.protocol import BLOCK_HASH_BYTES
 
-assert BLOCK_HASH_BYTES == 8, "hashes are read as 64-bit integers"
 
-
-def _read(hashes: bytes) -> Sequence[int]:
-    """The hashes as integers; ValueError if the length is not a multiple of 8."""
-    if len(hashes) % BLOCK_HASH_BYTES:
+def _count(hashes: bytes) -> int:
+    """How many hashes there are; ValueError if the length is not a multiple of 8."""
+    blocks, odd_bytes = divmod(len(hashes), BLOCK_HASH_BYTES)
+    if odd_bytes:
         raise ValueError(f"{len(hashes)} bytes are no sequence of block hashes")
-    return memoryview(hashes).cast("Q").tolist() if hashes else ()
+    return blocks
+
+
+class Run:
+    """Neighbours of a chain and which workers hold how many of them, from the first on."""
+
+    __slots__ = ("blocks", "data", "entries")
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        self.blocks = len(data) // BLOCK_HASH_BYTES
+        self.entries: dict[str, Entry] = {}
+
+    @property
+    def first(self) -> bytes:
+        """The hash that it is known by."""
+        return self.data[:BLOCK_HASH_BYTES]
+
+
+class Entry:
+    """What a worker holds of a run: ``blocks`` blocks. Linked in the order of use."""
+
+    __slots__ = ("blocks", "newer", "older", "run")
+
+    def __init__(self, run: Run | None, blocks: int) -> None:
+        self.run = run
+        self.blocks = blocks
+        self.older = self.newer = self
+
+    def link(self, older: Entry) -> None:
+        """Into line, right after ``older``."""
+        self.older, self.newer = older, older.newer
+        older.newer.older = self
+        older.newer = self
+
+    def unlink(self) -> None:
+        """Out of line."""
+        self.older.newer, self.newer.older = self.newer, self.older
+
+
+class Held:
+    """What a worker holds in all."""
+
+    __slots__ = ("blocks", "capacity_blocks", "ends")
+
+    def __init__(self, capacity_blocks: int) -> None:
+        self.capacity_blocks = capacity_blocks
+        self.blocks = 0
+        self.ends = Entry(None, 0)
+        """Between the newest (``older``) and the oldest entry (``newer``)."""
+
+    def touch(self, entry: Entry) -> None:
+        """``entry`` is the newest from now on."""
+        entry.unlink()
+        entry.link(self.ends.older)
 
 
 class KvIndex:
     """Blocks per worker, bounded per worker, least recently used out first."""
 
     def __init__(self) -> None:
-        self._holders: dict[int, int] = {}
-        self._blocks: dict[str, OrderedDict[int, None]] = {}
-        self._capacity_blocks: dict[str, int] = {}
-        self._bit: dict[str, int] = {}
-        self._worker: list[str] = []
-        self._free_bits: list[int] = []
+        self._runs: dict[bytes, Run] = {}
+        self._held: dict[str, Held] = {}
 
     def add(self, worker: str, capacity_blocks: int) -> None:
         """Make ``worker`` known; at most ``capacity_blocks`` blocks are kept for it."""
-        assert worker not in self._bit, worker
-        if self._free_bits:
-            position = self._free_bits.pop()
-            self._worker[position] = worker
-        else:
-            position = len(self._worker)
-            self._worker.append(worker)
-        self._bit[worker] = 1 << position
-        self._blocks[worker] = OrderedDict()
-        self._capacity_blocks[worker] = capacity_blocks
+        assert worker not in self._held, worker
+        self._held[worker] = Held(capacity_blocks)
 
     def stored(self, worker: str, hashes: bytes) -> None:
-        """``worker`` holds these blocks now; unknown workers are ignored.
+        """``worker`` holds these blocks, a chain, now; unknown workers are ignored.
 
-        The blocks are a chain and its end is marked as older than its beginning, as
-        engines evict: without the beginning the end is of no use.
+        A chain's end is marked as older than its beginning, as engines evict: without the
+        beginning the end is of no use.
         """
-        bit = self._bit.get(worker)
-        if bit is None:
+        blocks = _count(hashes)
+        held = self._held.get(worker)
+        if held is None or not blocks:
             return
-        held, holders = self._blocks[worker], self._holders
-        for block in reversed(_read(hashes)):
-            if block in held:
-                held.move_to_end(block)
+        path = self._path(hashes, blocks)
+        for run in reversed(path):
+            entry = run.entries.get(worker)
+            if entry is None:
+                entry = run.entries[worker] = Entry(run, 0)
+                entry.link(held.ends.older)
             else:
-                held[block] = None
-                holders[block] = holders.get(block, 0) | bit
-        excess = len(held) - self._capacity_blocks[worker]
-        for _ in range(excess):
-            block, _none = held.popitem(last=False)
-            self._clear(block, bit)
+                held.touch(entry)
+            held.blocks += run.blocks - entry.blocks
+            entry.blocks = run.blocks
+        self._join(path)
+        self._evict(worker, held)
 
-    def removed(self, worker: str, hashes: bytes) -> None:
-        """``worker`` does not hold these blocks; unknown ones are ignored."""
-        bit = self._bit.get(worker)
-        if bit is None:
+    def removed(self, worker: str, hashes: bytes, kept_blocks: int = 0) -> None:
+        """Of this chain ``worker`` holds only the first ``kept_blocks``, at most."""
+        blocks = _count(hashes)
+        held = self._held.get(worker)
+        if held is None or kept_blocks >= blocks:
             return
-        held = self._blocks[worker]
-        for block in _read(hashes):
-            if block in held:
-                del held[block]
-                self._clear(block, bit)
+        position = 0
+        while position < blocks:
+            run = self._run_at(hashes, position)
+            if run is None:
+                return
+            same = _common_blocks(hashes, position, run, min(run.blocks, blocks - position))
+            if position < kept_blocks < position + same:
+                self._split(run, kept_blocks - position)
+                same = kept_blocks - position
+            elif position >= kept_blocks:
+                if same < run.blocks:
+                    self._split(run, same)
+                self._drop(worker, held, run)
+            position += same
 
     def forget(self, worker: str) -> None:
         """``worker`` is gone with everything that it held; unknown ones are ignored."""
-        bit = self._bit.pop(worker, None)
-        if bit is None:
+        held = self._held.pop(worker, None)
+        if held is None:
             return
-        for block in self._blocks.pop(worker):
-            self._clear(block, bit)
-        del self._capacity_blocks[worker]
-        self._free_bits.append(bit.bit_length() - 1)
+        entry = held.ends.newer
+        while entry.run is not None:
+            run, entry = entry.run, entry.newer
+            del run.entries[worker]
+            self._trim(run)
 
     def longest_prefix(self, hashes: bytes) -> dict[str, int]:
         """How many leading blocks each worker holds; workers with none are left out."""
+        blocks = _count(hashes)
         found: dict[str, int] = {}
-        holders_of = self._holders.get
-        alive = last = -1
-        count = 0
-        for block in _read(hashes):
-            holders = holders_of(block, 0)
-            if holders != last:
-                last = holders
-                if count:
-                    self._note(found, alive & ~holders, count)
-                alive &= holders
-                if not alive:
-                    return found
-            count += 1
-        if count:
-            self._note(found, alive, count)
+        alive: list[str] | None = None
+        position = 0
+        while position < blocks:
+            run = self._run_at(hashes, position)
+            if run is None:
+                break
+            same = _common_blocks(hashes, position, run, min(run.blocks, blocks - position))
+            entries = run.entries
+            still: list[str] = []
+            for worker in entries if alive is None else alive:
+                entry = entries.get(worker)
+                held = 0 if entry is None else entry.blocks
+                if held >= same:
+                    still.append(worker)
+                else:
+                    found[worker] = position + held
+            alive = still
+            position += same
+            if not alive:
+                return found
+        for worker in alive or ():
+            found[worker] = position
         return found
 
     def blocks(self, worker: str) -> int:
         """How many blocks the index believes ``worker`` to hold."""
-        return len(self._blocks.get(worker, ()))
+        held = self._held.get(worker)
+        return held.blocks if held is not None else 0
 
     def check(self) -> None:
-        """Assert that both directions of the index agree and its bounds hold."""
-        expected: dict[int, int] = {}
-        for worker, held in self._blocks.items():
-            assert len(held) <= self._capacity_blocks[worker], worker
-            for block in held:
-                expected[block] = expected.get(block, 0) | self._bit[worker]
-        assert expected == self._holders, "block holders and worker blocks disagree"
-        assert len(self._bit) + len(self._free_bits) == len(self._worker)
+        """Assert that runs and workers agree and the bounds hold."""
+        entries = 0
+        for worker, held in self._held.items():
+            assert held.blocks <= held.capacity_blocks, worker
+            blocks, entry = 0, held.ends.newer
+            while entry.run is not None:
+                assert entry.run.entries[worker] is entry
+                assert entry.newer.older is entry
+                blocks += entry.blocks
+                entries += 1
+                entry = entry.newer
+            assert blocks == held.blocks, worker
+        for first, run in self._runs.items():
+            assert run.first == first
+            assert len(run.data) == run.blocks * BLOCK_HASH_BYTES
+            assert run.blocks == max(entry.blocks for entry in run.entries.values())
+            assert min(entry.blocks for entry in run.entries.values()) > 0
+            entries -= len(run.entries)
+        assert entries == 0, "runs and workers disagree"
 
-    def _note(self, found: dict[str, int], mask: int, count: int) -> None:
-        while mask:
-            lowest = mask & -mask
-            found[self._worker[lowest.bit_length() - 1]] = count
-            mask ^= lowest
+    # --- runs ---------------------------------------------------------------------------
 
-    def _clear(self, block: int, bit: int) -> None:
-        left = self._holders[block] & ~bit
-        if left:
-            self._holders[block] = left
+    def _run_at(self, hashes: bytes, block: int) -> Run | None:
+        at = block * BLOCK_HASH_BYTES
+        return self._runs.get(hashes[at : at + BLOCK_HASH_BYTES])
+
+    def _path(self, hashes: bytes, blocks: int) -> list[Run]:
+        """The runs that a chain consists of exactly, made where there are none."""
+        path: dict[Run, None] = {}
+        position = 0
+        while position < blocks:
+            run = self._run_at(hashes, position)
+            if run is None:
+                run = Run(hashes[position * BLOCK_HASH_BYTES :])
+                self._runs[run.first] = run
+                path[run] = None
+                break
+            if run in path:
+                # This is no chain.
+                break
+            same = _common_blocks(hashes, position, run, min(run.blocks, blocks - position))
+            if same < run.blocks:
+                self._split(run, same)
+            path[run] = None
+            position += same
+        return list(path)
+
+    def _split(self, run: Run, blocks: int) -> None:
+        """Cut a run behind ``blocks`` blocks; whoever held it holds both parts as before."""
+        at = blocks * BLOCK_HASH_BYTES
+        tail = Run(run.data[at:])
+        run.data, run.blocks = run.data[:at], blocks
+        known = tail.first in self._runs
+        for worker, entry in run.entries.items():
+            beyond = entry.blocks - blocks
+            if beyond <= 0:
+                continue
+            entry.blocks = blocks
+            if known:
+                # Its first hash is that of another run: this was no chain.
+                self._held[worker].blocks -= beyond
+            else:
+                part = tail.entries[worker] = Entry(tail, beyond)
+                part.link(entry.older)
+        if tail.entries:
+            self._runs[tail.first] = tail
+
+    def _join(self, path: list[Run]) -> None:
+        """Join neighbours that all their workers hold whole and used last together."""
+        run = path[0]
+        for after in path[1:]:
+            if after is not run and _alike(run, after):
+                run.data += after.data
+                run.blocks += after.blocks
+                for worker, entry in after.entries.items():
+                    entry.unlink()
+                    run.entries[worker].blocks = run.blocks
+                del self._runs[after.first]
+            else:
+                run = after
+
+    def _trim(self, run: Run) -> None:
+        """Forget what nobody holds of a run, or all of it."""
+        blocks = max((entry.blocks for entry in run.entries.values()), default=0)
+        if not blocks:
+            del self._runs[run.first]
+        elif blocks < run.blocks:
+            run.blocks = blocks
+            run.data = run.data[: blocks * BLOCK_HASH_BYTES]
+
+    def _drop(self, worker: str, held: Held, run: Run) -> None:
+        """``worker`` holds nothing of a run."""
+        entry = run.entries.pop(worker, None)
+        if entry is not None:
+            entry.unlink()
+            held.blocks -= entry.blocks
+            self._trim(run)
+
+    def _evict(self, worker: str, held: Held) -> None:
+        excess = held.blocks - held.capacity_blocks
+        while excess > 0:
+            entry = held.ends.newer
+            assert entry.run is not None
+            if entry.blocks > excess:
+                entry.blocks -= excess
+                held.blocks -= excess
+                self._trim(entry.run)
+                return
+            excess -= entry.blocks
+            self._drop(worker, held, entry.run)
+
+
+def _common_blocks(hashes: bytes, position: int, run: Run, most: int) -> int:
+    """How many of ``most`` hashes from ``position`` on are the first ones of ``run``."""
+    size, data = BLOCK_HASH_BYTES, run.data
+    start = position * size
+    if hashes[start : start + most * size] == data[: most * size]:
+        return most
+    # The first is the same: it was found by it.
+    same, different = 1, most
+    while different - same > 1:
+        middle = (same + different) // 2
+        low, high = same * size, middle * size
+        if hashes[start + low : start + high] == data[low:high]:
+            same = middle
         else:
-            del self._holders[block]
+            different = middle
+    return same
+
+
+def _alike(run: Run, after: Run) -> bool:
+    """Whether all workers of two neighbours hold both whole, and used ``after`` just before."""
+    if run.entries.keys() != after.entries.keys():
+        return False
+    return all(
+        entry.blocks == run.blocks
+        and entry.older is (behind := after.entries[worker])
+        and behind.blocks == after.blocks
+        for worker, entry in run.entries.items()
+    )

@@ -176,7 +176,7 @@ class Worker:
     """Uncached prompt tokens that it has yet to compute, for itself or for others."""
     warm_sources: set[str] = field(default_factory=set)
     """Workers whose KV it has been seen to pull."""
-    links: dict[str, LinkLoad] = field(default_factory=dict)
+    links: list[LinkLoad] = field(default_factory=list)
     """What it said at the last beat of whom it reads from."""
     probe: Pair | None = None
     cold_urgent: dict[PairKey, Pair] = field(default_factory=dict)
@@ -197,7 +197,7 @@ class Worker:
     def beat(self, load: Load, links: list[LinkLoad]) -> None:
         """What its engine says of itself, and the worker of its links."""
         self.load = load
-        self.links = {link.source: link for link in links}
+        self.links = links
         self.waiting = max(0, load.waiting)
         self.kv_blocks_used = load.kv_blocks_used
 

@@ -8,7 +8,7 @@ rows of a snapshot.
 
 from __future__ import annotations
 
-from collections.abc import Set, Sized
+from collections.abc import Mapping, Set, Sized
 from typing import Protocol
 
 from coordinator.protocol import CallStatus, Finished, LinkLoad, LinkStatus, Role, WorkerStatus
@@ -69,11 +69,14 @@ def worker_status(worker: Worker, peers: int, now_s: float) -> WorkerStatus:
     )
 
 
-def link_status(pair: Pair) -> LinkStatus:
-    """One row about a pair. What was read before these two incarnations met is not theirs."""
+def link_status(pair: Pair, said: Mapping[str, LinkLoad]) -> LinkStatus:
+    """One row about a pair, of whose sources its target has ``said`` so much.
+
+    What was read before these two incarnations met is not theirs.
+    """
     name = pair.source.name
-    said = pair.target.links.get(name) if pair.phase is PairPhase.WARM else None
-    load = said or LinkLoad(name)
+    load = said.get(name) if pair.phase is PairPhase.WARM else None
+    load = load or LinkLoad(name)
     return LinkStatus(
         source=name,
         target=pair.target.name,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coordinator.kv_index import KvIndex
@@ -24,7 +26,7 @@ def test_longest_prefix_tells_each_worker_apart() -> None:
     index = index_of(a=9, b=9, c=9)
     index.stored("a", chain(1, 2, 3))
     index.stored("b", chain(1, 2))
-    index.stored("c", chain(2, 3))
+    index.stored("c", chain(7, 8))
     assert index.longest_prefix(chain(1, 2, 3, 4)) == {"a": 3, "b": 2}
     assert index.longest_prefix(chain(9)) == {}
     assert index.longest_prefix(b"") == {}
@@ -33,7 +35,7 @@ def test_longest_prefix_tells_each_worker_apart() -> None:
 def test_a_prefix_ends_at_the_first_hole() -> None:
     index = index_of(a=9)
     index.stored("a", chain(1, 2, 3))
-    index.removed("a", chain(2))
+    index.removed("a", chain(1, 2), 1)
     assert index.longest_prefix(chain(1, 2, 3)) == {"a": 1}
 
 
@@ -82,35 +84,112 @@ def test_half_a_hash_is_an_error() -> None:
         index_of(a=1).stored("a", b"1234567")
 
 
+class Blocks:
+    """What the index must agree with: every block for itself, in the order of use."""
+
+    def __init__(self, capacity_blocks: int) -> None:
+        self.capacity_blocks = capacity_blocks
+        self.held: dict[int, None] = {}
+
+    def stored(self, blocks: Sequence[int]) -> None:
+        for block in reversed(blocks):
+            self.held.pop(block, None)
+            self.held[block] = None
+        while len(self.held) > self.capacity_blocks:
+            del self.held[next(iter(self.held))]
+
+    def removed(self, blocks: Sequence[int], kept_blocks: int) -> None:
+        for block in blocks[kept_blocks:]:
+            self.held.pop(block, None)
+
+    def prefix(self, blocks: Sequence[int]) -> int:
+        count = 0
+        while count < len(blocks) and blocks[count] in self.held:
+            count += 1
+        return count
+
+
 WORKERS = "abc"
-chains = st.lists(st.integers(0, 6), max_size=5)
+# Where a chain goes on two ways: short ones share much, long ones little.
+turns = st.lists(st.integers(0, 1), max_size=9)
 steps = st.lists(
-    st.tuples(st.sampled_from(["stored", "removed", "forget"]), st.sampled_from(WORKERS), chains),
-    max_size=30,
+    st.tuples(
+        st.sampled_from(["stored", "stored", "stored", "removed", "forget"]),
+        st.sampled_from(WORKERS),
+        turns,
+        st.integers(0, 9),
+    ),
+    max_size=40,
 )
 
 
-@given(steps, chains)
-def test_agrees_with_plain_sets(steps: list[tuple[str, str, list[int]]], asked: list[int]) -> None:
-    index = index_of(**dict.fromkeys(WORKERS, 1000))
-    plain: dict[str, set[int]] = {worker: set() for worker in WORKERS}
+def blocks_of(turns: Sequence[int]) -> list[int]:
+    """A block per turn, named by all turns so far, as hashes in a chain are."""
+    names, name = [], 1
+    for turn in turns:
+        name = 2 * name + turn
+        names.append(name)
+    return names
+
+
+@settings(max_examples=300)
+@given(st.sampled_from([1, 3, 12, 1000]), steps, st.lists(turns, max_size=4))
+def test_agrees_with_single_blocks(
+    capacity_blocks: int, steps: list[tuple[str, str, list[int], int]], asked: list[list[int]]
+) -> None:
+    index = index_of(**dict.fromkeys(WORKERS, capacity_blocks))
+    plain = {worker: Blocks(capacity_blocks) for worker in WORKERS}
+    for what, worker, way, kept_blocks in steps:
+        blocks = blocks_of(way)
+        if what == "stored":
+            index.stored(worker, chain(*blocks))
+            plain[worker].stored(blocks)
+        elif what == "removed":
+            index.removed(worker, chain(*blocks), kept_blocks)
+            plain[worker].removed(blocks, kept_blocks)
+        else:
+            index.forget(worker)
+            index.add(worker, capacity_blocks)
+            plain[worker] = Blocks(capacity_blocks)
+        index.check()
+        for way in (way, *asked):
+            blocks = blocks_of(way)
+            found = {name: held.prefix(blocks) for name, held in plain.items()}
+            assert index.longest_prefix(chain(*blocks)) == {n: c for n, c in found.items() if c}
+    for worker, held in plain.items():
+        assert index.blocks(worker) == len(held.held)
+
+
+anything = st.lists(st.integers(0, 3), max_size=6)
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["stored", "removed"]), st.sampled_from(WORKERS), anything),
+        max_size=30,
+    ),
+    anything,
+)
+def test_what_is_no_chain_breaks_nothing(
+    steps: list[tuple[str, str, list[int]]], asked: list[int]
+) -> None:
+    index = index_of(**dict.fromkeys(WORKERS, 5))
     for what, worker, blocks in steps:
         if what == "stored":
             index.stored(worker, chain(*blocks))
-            plain[worker] |= set(blocks)
-        elif what == "removed":
-            index.removed(worker, chain(*blocks))
-            plain[worker] -= set(blocks)
         else:
-            index.forget(worker)
-            index.add(worker, 1000)
-            plain[worker] = set()
+            index.removed(worker, chain(*blocks))
         index.check()
-    expected = {}
-    for worker, held in plain.items():
-        count = 0
-        while count < len(asked) and asked[count] in held:
-            count += 1
-        if count:
-            expected[worker] = count
-    assert index.longest_prefix(chain(*asked)) == expected
+        assert all(0 < held <= len(asked) for held in index.longest_prefix(chain(*asked)).values())
+
+
+def test_prompts_that_grow_cost_a_run_and_not_one_each() -> None:
+    """A session's prompts, on the worker that computes and on the one that decodes."""
+    index = index_of(a=10_000, b=10_000)
+    blocks = list(range(1, 3001))
+    for end in range(10, 3001, 10):
+        index.stored("a", chain(*blocks[:end]))
+        index.stored("b", chain(*blocks[:end]))
+    assert len(index._runs) == 1
+    assert index.longest_prefix(chain(*blocks)) == {"a": 3000, "b": 3000}
+    index.check()
