@@ -126,7 +126,7 @@ def _take_turn(
     cluster: LocalCluster, workload: Workload, live: Live, progress: Progress, repeat: int
 ) -> None:
     task = progress.task_ids[0]
-    target = _target(cluster)
+    target = target_of(cluster, live.calibration.shape.vocab)
     for kind in KINDS:
         progress.update(task, description=f"round {repeat + 1}: probe {kind}")
         result = uvloop.run(LiveReplay(target, probe(kind, cluster.config)).run(kind))
@@ -144,10 +144,10 @@ def _take_turn(
     live.results.append(result)
 
 
-def _target(cluster: LocalCluster) -> Target:
-    from cluster.model_tiny import VOCABULARY
-
-    return Target(cluster.base_url, cluster.config.served_name, VOCABULARY // 4, VOCABULARY // 2)
+def target_of(cluster: LocalCluster, vocabulary: int) -> Target:
+    """Where to send calls. Control tokens are at one end of a vocabulary or the other."""
+    config = cluster.config
+    return Target(cluster.base_url, config.served_name, vocabulary // 4, vocabulary // 2)
 
 
 def _processor_s(cluster: LocalCluster) -> tuple[float, float]:
