@@ -437,7 +437,9 @@ class Api:
         if call.planned_by == self.core:
             # Counted from what the core was told the prompt is.
             generated = call.tokens - call.submitted_tokens
-            call.failed = Failed(self.name, call.request, call.attempt, worker, reason, generated)
+            call.failed = Failed(
+                self.name, call.request, call.attempt, worker, reason, generated
+            )
         else:
             call.attempt += 1
         self._ask(call)

@@ -96,8 +96,8 @@ def _points(ax: Axes, panel: Panel, real: Sequence[Values], simulated: Sequence[
     line = np.array([least, most])
     ax.fill_between(line, line * (1 - BAND), line * (1 + BAND), color="#888888", alpha=0.2)
     ax.plot(line, line, color="#888888", linewidth=0.8)
-    low = [np.min([values[key] for values in real]) for key in keys]
-    high = [np.max([values[key] for values in real]) for key in keys]
+    low: list[float] = [np.min([values[key] for values in real]) for key in keys]
+    high: list[float] = [np.max([values[key] for values in real]) for key in keys]
     ax.hlines(y, low, high, color=REAL_COLOUR, alpha=0.35, linewidth=1.0)
     ax.plot(x, y, ".", color=SIMULATED_COLOUR, markersize=5)
     if _is_wide(real):

@@ -139,9 +139,7 @@ class Network:
 
     # --- data --------------------------------------------------------------------------
 
-    def listen(
-        self, worker: str, receive: ReceiveData, broken: Callable[[Connection], None]
-    ) -> None:
+    def listen(self, worker: str, receive: ReceiveData, broken: Callable[[Connection], None]) -> None:
         """A worker's data address is open, or its API process's end of all connections."""
         self._data[worker] = receive
         self._on_broken[worker] = broken
@@ -176,7 +174,9 @@ class Network:
         self._send_data(connection, connection.placed.worker, connection.api, message)
         return not connection.broken
 
-    def _send_data(self, connection: Connection, source: str, target: str, message: object) -> None:
+    def _send_data(
+        self, connection: Connection, source: str, target: str, message: object
+    ) -> None:
         now_s, faults = self._events.now_s, self._faults
         self.letters.append(Letter(now_s, source, target, message))
         if connection.broken:

@@ -111,7 +111,9 @@ class Oracle:
             raise self._error(f"{request} ended twice or was never opened", request)
         served = outcome in ("stop", "length")
         complete = got == expected_tokens or not served
-        self._assert(complete, f"{request} ended with {got} of {expected_tokens} tokens", request)
+        self._assert(
+            complete, f"{request} ended with {got} of {expected_tokens} tokens", request
+        )
 
     @property
     def open_calls(self) -> int:

@@ -152,7 +152,9 @@ class Reader:
             if reading.read is read:
                 self._neighbours.links.stop(read)
                 reading.read = None
-                reading.event = self._events.after(READ_FAILS_S, self._failed, engine_id, reading)
+                reading.event = self._events.after(
+                    READ_FAILS_S, self._failed, engine_id, reading
+                )
                 return
 
     def ended(self, engine_id: str) -> None:
@@ -208,7 +210,9 @@ class Reader:
 
     def _holds(self, handle: Handle) -> bool:
         now_s = self._events.now_s
-        return self._renewals.holds(handle.incarnation, handle.engine_id, handle.expires_s, now_s)
+        return self._renewals.holds(
+            handle.incarnation, handle.engine_id, handle.expires_s, now_s
+        )
 
     def _renew(self) -> None:
         self._renewing = None
@@ -217,7 +221,9 @@ class Reader:
         for reading in self._open.values():
             handle = reading.handle
             if self._notify(handle, "renew"):
-                self._renewals.renewed(handle.incarnation, [handle.engine_id], self._events.now_s)
+                self._renewals.renewed(
+                    handle.incarnation, [handle.engine_id], self._events.now_s
+                )
         self._renewing = self._events.after(self._renew_s, self._renew)
 
     def _notify(self, handle: Handle, what: str) -> bool:

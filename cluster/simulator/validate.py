@@ -2,14 +2,19 @@
 
 Starts a cluster on this machine, replays the workload on it a few times, then simulates the
 same with a cluster made like that one (``likeness``), and prints both beside each other.
-What the simulator is told was measured by a calibration of the engine and by probes between
-the replays; nothing of the replays themselves goes into it.
+What the simulator is told was measured by a calibration of the engine and by probes before each
+replay; nothing of the replays themselves goes into it.
+
+Times can only agree as well as the real ones repeat themselves: their spread is shown, and how
+much of the processors other programs used meanwhile.
 """
 
 from __future__ import annotations
 
+import os
 import random
 import statistics
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,9 +31,11 @@ from cluster.calibration import Calibration, load
 from cluster.config import worker_config
 from cluster.launch import LocalCluster
 from cluster.model import resolve
+from cluster.process import usable_cores
 from cluster.progress import progress_for
 from cluster.schema import ClusterConfig
 from cluster.simulator.compare import Compared, compared, figures
+from cluster.simulator.compare_plot import draw
 from cluster.simulator.facts import worker_facts
 from cluster.simulator.likeness import KINDS, Constants, Kind, constants_of, probe, setup_like
 from cluster.simulator.live import LiveReplay, Target
@@ -46,10 +53,13 @@ SEEDS = 3
 ROLES = ("prefill", "decode")
 GENERATED = (
     "generator:review?runs=6&seed=1&scale=16&prompt_max=2500&pace=8",
-    "generator:fanout?runs=6&seed=1&scale=16&prompt_max=2500&pace=8",
+    "generator:fanout?runs=12&seed=1&scale=16&prompt_max=2500&pace=8",
+    "generator:chain?runs=6&seed=1&scale=4&prompt_max=2500&pace=8",
 )
 TRACES = ("whowhen.jsonl.gz?runs=8&prompt_max=2500&pace=8",)
-RUNS_PER_S = 0.25
+RUNS_PER_S = 0.4
+DISTURBED = 0.1
+"""From this share of the processors' time on, other programs are told of."""
 
 
 class ValidationError(RuntimeError):
@@ -57,15 +67,15 @@ class ValidationError(RuntimeError):
 
 
 class Live(msgspec.Struct, kw_only=True):
-    """What was measured on the real cluster. ``others_share``: of all processor time while the
-    workload was replayed, what programs used that have nothing to do with it."""
+    """What was measured on the real cluster. ``others_share``: of all cores' time during each
+    replay, what programs used that have nothing to do with it."""
 
     facts: EngineFacts
     calibration: Calibration
     results: list[Result] = []
     probes: dict[Kind, list[Result]] = {}
     bytes_per_s: float = 0.0
-    others_share: float = 0.0
+    others_share: list[float] = []
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
@@ -132,16 +142,14 @@ def _take_turn(
         result = uvloop.run(LiveReplay(target, probe(kind, cluster.config)).run(kind))
         live.probes.setdefault(kind, []).append(result)
     progress.update(task, description=f"round {repeat + 1}: replay")
-    before = _processor_s(cluster)
+    before_s, began_s = _others_s(cluster), time.monotonic()
     replay = LiveReplay(target, workload, progress=lambda ended: progress.advance(task))
     result = uvloop.run(replay.run())
-    after = _processor_s(cluster)
-    failed = sum(call.outcome != "length" for call in result.calls)
-    if failed:
-        raise ValidationError(f"{failed} calls were not served: see the log for why")
-    share = 1.0 - (after[0] - before[0]) / max(1e-9, after[1] - before[1])
-    live.others_share = max(live.others_share, share)
+    others_s, elapsed_s = _others_s(cluster) - before_s, time.monotonic() - began_s
+    if failed := sum(call.outcome != "length" for call in result.calls):
+        raise ValidationError(f"{failed} calls were not served; the log says why")
     live.results.append(result)
+    live.others_share.append(max(0.0, others_s) / (elapsed_s * usable_cores()))
 
 
 def target_of(cluster: LocalCluster, vocabulary: int) -> Target:
@@ -150,12 +158,13 @@ def target_of(cluster: LocalCluster, vocabulary: int) -> Target:
     return Target(cluster.base_url, config.served_name, vocabulary // 4, vocabulary // 2)
 
 
-def _processor_s(cluster: LocalCluster) -> tuple[float, float]:
-    """Processor seconds used by the cluster and by us, and by everybody."""
-    ours_s = process_cpu_s(psutil.Process().pid)
+def _others_s(cluster: LocalCluster) -> float:
+    """Processor seconds that were used by anybody but the cluster and us."""
+    ours_s = process_cpu_s(os.getpid())
     ours_s += sum(cpu_s(process) for process in cluster.processes.values())
     times = psutil.cpu_times()
-    return ours_s, sum(times) - times.idle - times.iowait - times.guest - times.guest_nice
+    # What guests used is part of user's.
+    return float(sum(times) - times.idle - times.iowait - times.guest - times.guest_nice) - ours_s
 
 
 def likened(options: Options, live: Live) -> tuple[ClusterSetup, Constants]:
@@ -183,16 +192,26 @@ def main(
     options: Options | None = None,
     console: Console | None = None,
 ) -> int:
-    """The command: a table, and files where paths are given."""
+    """The command: a table, and files where paths are given. ValidationError, LikenessError,
+    LiveError if there is nothing to compare; LaunchError if the cluster does not start."""
     console, options = console or Console(), options or Options()
     workload = workload_of(options)
     live = measure(options, workload, console)
     setup, constants = likened(options, live)
     results = simulated(setup, workload)
     rows = compared(live.results, results)
-    write(json_path, COMMAND, figures(rows), [msgspec.to_builtins(row) for row in rows])
-    table(console, "real and simulated", [shown(row) for row in rows])
-    console.print(constants)
+    found = figures(rows) | {"others_share": max(live.others_share)}
+    write(json_path, COMMAND, found, [msgspec.to_builtins(row) for row in rows])
+    title = f"{call_count(workload)} calls in {len(workload.runs)} runs, {options.repeats} rounds"
+    table(console, title, [shown(row) for row in rows])
+    console.print(constants, highlight=False)
+    if max(live.others_share) > DISTURBED:
+        shares = ", ".join(f"{share:.0%}" for share in live.others_share)
+        console.print(f"[yellow]other programs used {shares} of the processors meanwhile")
+    if plot_path is not None:
+        plot_path.parent.mkdir(parents=True, exist_ok=True)
+        draw(plot_path, live.results, results, f"{options.model}, {title}")
+        console.print(f"drawn in {plot_path}", highlight=False, soft_wrap=True)
     return 0
 
 

@@ -199,7 +199,10 @@ def test_calls_and_runs_that_were_not_served_are_left_out() -> None:
 
 
 def test_what_was_nothing_and_should_not_have_been_has_no_relative_error() -> None:
-    nothing, something = result_of([record(0, 0.1, 0.01)]), result_of([record(0, 0.1, 0.01, "p", 9)])
+    nothing, something = (
+        result_of([record(0, 0.1, 0.01)]),
+        result_of([record(0, 0.1, 0.01, "p", 9)]),
+    )
     rows = {row.name: row for row in compared([nothing], [something])}
     assert rows["hit_tokens"].error is None
     assert "real_vs_sim_error_hit_tokens" not in figures(list(rows.values()))
