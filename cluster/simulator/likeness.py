@@ -42,6 +42,8 @@ LONG_OUTPUT = 8
 LONG_CALLS = 12
 STREAM_OUTPUT = 40
 STREAM_CALLS = 60
+STREAMS = 3
+"""Beside each other on every worker that decodes: tokens cost processes around it time, too."""
 ROUNDS = 8
 CLOSE = 0.002
 """Constants are changed until probes differ by less than this share, at most so often."""
@@ -85,7 +87,7 @@ def probe(kind: Kind, config: ClusterConfig) -> Workload:
         case "together":
             stream = _turns(STREAM_CALLS, (SHORT_TOKENS,), STREAM_OUTPUT, 0.0)
             prompts = _turns(LONG_CALLS, LONG_TOKENS, 1, 0.0)
-            runs = [*(stream for _ in range(decoders)), prompts]
+            runs = [*(stream for _ in range(STREAMS * decoders)), prompts]
     return Workload(
         name=kind,
         source="probe",
