@@ -295,6 +295,7 @@ def simulate(
 ) -> None:
     """Simulate whole clusters in virtual time and compare configurations."""
     from cluster.simulator import command
+    from cluster.simulator.scenario import Overrides
 
     console = Console()
     if not console.is_terminal:
@@ -310,7 +311,7 @@ def simulate(
         raise typer.BadParameter("give a FILE, or one of --list, --faults and --validate")
     request = command.Request(
         file=file,
-        overrides=command.Overrides(traces=traces, runs=runs, calls=calls),
+        overrides=Overrides(traces=traces, runs=runs, calls=calls),
         compare=tuple(name for name in (compare or "").split(",") if name),
         seeds=seeds,
         processes=processes,

@@ -3,7 +3,7 @@
 A call is sent its think time after its parents ended. One that is refused for now is sent
 again when the server says, a few times; then, and after any other error, its run is given
 up, as by a client that got an error. Clients name no limit of their output beyond the model's
-context.
+context, unless they are ``limited``: then, as load generators do, just what they will get.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ class Clients:
         api_s: float,
         aborted: float = 0.0,
         aborts_until_s: float = 0.0,
+        limited: bool = False,
         finished: Callable[[], None] = lambda: None,
         progress: Progress | None = None,
     ) -> None:
@@ -77,6 +78,7 @@ class Clients:
         self._api_s = api_s
         self._aborted = aborted
         self._aborts_until_s = aborts_until_s
+        self._limited = limited
         self._finished = finished
         self._progress = progress
         self._chains = Chains(workload.block_tokens, block_size)
@@ -146,6 +148,8 @@ class Clients:
         limit = self._tokens_max - call.prompt_tokens
         wanted = max(1, call.output_tokens)
         record.output_tokens = min(wanted, limit)
+        if self._limited:
+            limit = record.output_tokens
         open_call.request = request_id(record.run, record.call, open_call.retries)
         chain, hashes = self._hashes(run, call, record.output_tokens)
         self._recorder.opened(open_call.request, record)
@@ -155,7 +159,7 @@ class Clients:
             chain,
             hashes,
             limit,
-            "stop" if wanted <= limit else "length",
+            "length" if self._limited or wanted > limit else "stop",
             context_of(run, call),
         )
         now_s = self._events.now_s

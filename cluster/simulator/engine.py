@@ -35,6 +35,7 @@ class Engine:
 
     def __init__(self, cost: StepCost, options: EngineOptions, kv_blocks: int, gaps: Gaps) -> None:
         self.slow = 1.0
+        self._shared = 1.0
         self._cost = cost
         self._options = options
         self._gaps = gaps
@@ -64,6 +65,21 @@ class Engine:
     def next_s(self) -> float | None:
         """When ``advance`` has something to do; None until something is submitted or pulled."""
         return self._wake_s if self._steps is None else self._steps.end_s
+
+    @property
+    def stepping(self) -> bool:
+        """Whether a step is under way."""
+        return self._steps is not None
+
+    def share(self, factor: float, now_s: float) -> None:
+        """All takes ``factor`` times as long from now on, as others compute on the same cores.
+
+        So does what is left of a step with prefills; one of decodes alone ends as planned.
+        """
+        ratio, self._shared = factor / self._shared, factor
+        if ratio != 1.0 and self._steps is not None:
+            self._interrupt(now_s)
+            self._steps.stretch(ratio, now_s)
 
     # --- what comes in ---------------------------------------------------------
 
@@ -214,7 +230,7 @@ class Engine:
 
     def _step_s(self, chunks: Many[Chunk], count: int, context: int) -> float:
         step_s = self._cost.step_s(chunks, count, context)
-        return step_s * self.slow + self._options.step_overhead_s
+        return (step_s * self.slow + self._options.step_overhead_s) * self._shared
 
     def _finish(self, steps: Steps, at_s: float, outputs: list[Output]) -> None:
         """The planned steps are over: tokens come out."""

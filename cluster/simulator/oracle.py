@@ -132,9 +132,9 @@ class Oracle:
         if call.planned_by and call.planned_by != core:
             return
         for letter in reversed(self._network.letters):
-            if isinstance(letter.message, Stop | Rejected):
-                if letter.message.request == call.request:
-                    return
+            said = letter.message
+            if isinstance(said, Stop | Rejected) and said.request == call.request:
+                return
         raise self._error(
             f"{call.request} is {call.phase} and the core has forgotten it", call.request
         )

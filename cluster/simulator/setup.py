@@ -110,6 +110,9 @@ class ClusterSetup(msgspec.Struct, frozen=True):
     limits: Limits = Limits()
     placement: Placement = Placement()
     api_servers: Positive = 1
+    contention: tuple[float, ...] = ()
+    """Factors on the step times of a node's engines while 1, 2, ... of them are in a step, the
+    last for more; empty: they share nothing. See ``cores``."""
 
     def cost(self) -> StepCost:
         """What steps of each engine take."""

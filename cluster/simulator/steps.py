@@ -48,6 +48,12 @@ class Steps:
             steps += 1
         return steps
 
+    def stretch(self, ratio: float, now_s: float) -> None:
+        """If there is only one step, what is left of it takes ``ratio`` times as long."""
+        if self.count == 1 and now_s < self.end_s:
+            passed_s = max(0.0, now_s - self.start_s)
+            self.first_s = passed_s + (self.first_s - passed_s) * ratio
+
     def stop_after(self, now_s: float) -> None:
         """Take no step that would begin after ``now_s``, but at least one."""
         if self.count > 1 and now_s < self.end_of_s(self.count - 1):

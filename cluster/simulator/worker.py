@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 
 from cluster.simulator.control import Control
+from cluster.simulator.cores import Cores
 from cluster.simulator.engine import Engine
 from cluster.simulator.engine_types import Ended, EngineRequest, FirstToken, Output, Pull
 from cluster.simulator.events import Event, Events
@@ -74,6 +75,7 @@ class Worker:
         network: Network,
         oracle: Oracle,
         told: Told,
+        cores: Cores | None = None,
     ) -> None:
         self.setup, self.incarnation, self.facts = setup, incarnation, facts
         self.name = setup.name
@@ -90,6 +92,7 @@ class Worker:
         self._network = network
         self._oracle = oracle
         self._told = told
+        self._cores = cores
         self._wake: Event | None = None
         self._wake_s = float("inf")
         self._inbox: list[tuple[Connection | None, Any]] = []
@@ -116,6 +119,8 @@ class Worker:
         for job in self.jobs.values():
             job.freeze(now_s)
         self.alive = False
+        if self._cores is not None:
+            self._cores.looked_at(self, False)
         self._network.detach(self.address)
         self._network.deafen(self.name)
         self._control.stop()
@@ -338,8 +343,23 @@ class Worker:
 
     # --- the engine --------------------------------------------------------------------
 
+    @property
+    def stepping(self) -> bool:
+        """Whether the engine is in a step."""
+        return self.engine.stepping
+
+    def share(self, factor: float) -> None:
+        """The engine's steps take ``factor`` times as long from now on."""
+        self.engine.share(factor, self.events.now_s)
+        self._wake_later()
+
     def look(self) -> None:
-        """Be woken when the engine has something to do next."""
+        """Something has happened to the engine: be woken when it has something to do next."""
+        if self._cores is not None:
+            self._cores.looked_at(self, self.alive)
+        self._wake_later()
+
+    def _wake_later(self) -> None:
         next_s = self.engine.next_s
         at_s = float("inf") if next_s is None else next_s
         if at_s == self._wake_s:

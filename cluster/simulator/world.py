@@ -12,6 +12,7 @@ import random
 from cluster.simulator.api import Api
 from cluster.simulator.brain import Brain, CoreFactory
 from cluster.simulator.clients import Clients, Progress
+from cluster.simulator.cores import Cores
 from cluster.simulator.engine import Engine
 from cluster.simulator.events import Events
 from cluster.simulator.host import Host
@@ -45,6 +46,7 @@ class World:
         *,
         core_factory: CoreFactory = Core,
         measured: bool = False,
+        limited: bool = False,
         progress: Progress | None = None,
         letters: int = LETTERS_KEPT,
     ) -> None:
@@ -61,6 +63,7 @@ class World:
         self.notify_s = setup.network.message_s
         self.recorder = Recorder(workload)
         self._cost = setup.cost()
+        self._cores: dict[tuple[str, str], Cores] = {}
         self.facts = engine_facts(setup)
         self.brain = Brain(
             self.events,
@@ -78,6 +81,7 @@ class World:
             api_s=setup.network.api_s,
             aborted=faults.abort,
             aborts_until_s=faults.until_s,
+            limited=limited,
             finished=self.events.stop,
             progress=progress,
         )
@@ -150,11 +154,19 @@ class World:
             self.network,
             self.oracle,
             self.recorder.computed,
+            self._cores_of(setup),
         )
         reader = Reader(worker, self, self._cost.kv_bytes_per_token)
         # Processes do not start in the same instant, and do not beat in it.
         worker.start(reader, self.rng.random() * self.setup.limits.beat_s)
         return worker
+
+    def _cores_of(self, setup: WorkerSetup) -> Cores | None:
+        """What the engines of a worker's node share."""
+        factors = self.setup.contention
+        if not factors:
+            return None
+        return self._cores.setdefault((setup.rack, setup.node), Cores(factors))
 
     # --- running -------------------------------------------------------------------------
 
@@ -271,12 +283,14 @@ def simulate(
     core_factory: CoreFactory = Core,
     limit_s: float = float("inf"),
     measured: bool = False,
+    limited: bool = False,
     progress: Progress | None = None,
 ) -> Result:
     """Replay ``workload`` on a cluster without faults, from when it is warm.
 
     Ends with the last call or after ``limit_s`` seconds of the replay: calls that have no
-    ``outcome`` then are unfinished. ``measured``: time the core's decisions. OracleError if
+    ``outcome`` then are unfinished. ``measured``: time the core's decisions. ``limited``:
+    clients ask for no more tokens than they get, see ``clients``. OracleError if
     anything happened that must not; DoesNotFit and ValueError as ``World`` says.
     """
     world = World(
@@ -285,6 +299,7 @@ def simulate(
         seed=seed,
         core_factory=core_factory,
         measured=measured,
+        limited=limited,
         progress=progress,
     )
     world.start()

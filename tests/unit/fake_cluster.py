@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,13 +39,15 @@ MARK = ": pythia"
 
 
 @contextlib.contextmanager
-def running(log_dir: Path) -> Iterator[LocalCluster]:
-    """Two API processes on one port, and two decode workers."""
+def running(
+    log_dir: Path, roles: Sequence[str] = ("decode", "decode"), servers: int = API_SERVERS
+) -> Iterator[LocalCluster]:
+    """``servers`` API processes on one port, and a worker of each of the ``roles``."""
     config = cluster_config(
         "fake",
         MODEL,
-        ["decode", "decode"],
-        api=ApiEntry(port=0, servers=API_SERVERS),
+        roles,
+        api=ApiEntry(port=0, servers=servers),
         limits=LIMITS,
     )
     with LocalCluster(config, log_dir, command_of=_command_of) as cluster:

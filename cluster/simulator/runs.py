@@ -1,0 +1,43 @@
+"""Records of runs, made from those of their calls."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+from cluster.simulator.recorder import think_path_s
+from cluster.simulator.records import CallRecord, RunRecord
+from cluster.workload.form import Workload
+
+
+def run_records(
+    workload: Workload, calls: Iterable[CallRecord], failed: Collection[int]
+) -> list[RunRecord]:
+    """One for each run of which a call was sent. ``failed``: runs that were given up."""
+    found: dict[int, list[CallRecord]] = {}
+    for record in calls:
+        found.setdefault(record.run, []).append(record)
+    return [
+        RunRecord(
+            run=position,
+            id=workload.runs[position].id,
+            workflow=workload.runs[position].workflow,
+            arrival_s=_arrival_s(workload, position, records),
+            ended_s=max(record.ended_s for record in records),
+            calls=len(records),
+            think_s=think_path_s(workload.runs[position]),
+            finished=position not in failed,
+        )
+        for position, records in sorted(found.items())
+    ]
+
+
+def _arrival_s(workload: Workload, position: int, records: Iterable[CallRecord]) -> float:
+    """When the run was due; where runs follow each other, when the one before had ended."""
+    run = workload.runs[position]
+    if not workload.concurrency:
+        return run.arrival_s
+    return min(
+        record.due_s - run.calls[record.call].think_s
+        for record in records
+        if not run.calls[record.call].parents
+    )
