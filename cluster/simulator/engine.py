@@ -222,6 +222,8 @@ class Engine:
         self._take_blocks()
         schedule.decodes.steps += steps.count
         aborted, self._aborted = self._aborted, []
+        # They had all tokens but the last.
+        self._count_tokens(steps, steps.count - 1, sum(s in schedule.decodes for s in aborted))
         for sequence in aborted:
             schedule.drop(sequence)
         self._count_decodes(steps, at_s)
@@ -239,9 +241,8 @@ class Engine:
         decodes, stalled = self._schedule.decodes, self._batch.stalled
         stalled = [sequence for sequence in stalled if sequence in decodes]
         late = [s for s in self._late if s in decodes and s not in stalled]
-        tokens = len(decodes) - len(stalled)
-        self._decode_tokens += tokens * steps.count
-        self._gaps.add_growing(steps.first_s, steps.growth_s, steps.count, tokens - len(late))
+        self._decode_tokens += len(late)
+        self._count_tokens(steps, steps.count, len(decodes) - len(stalled) - len(late))
         for sequence in late:
             self._count_late(sequence, at_s)
         for sequence in stalled:
@@ -249,6 +250,11 @@ class Engine:
             if sequence.last_token_s is None:
                 sequence.last_token_s = steps.start_s
         self._late = stalled
+
+    def _count_tokens(self, steps: Steps, count: int, each: int) -> None:
+        """Count ``each`` tokens for each of the first ``count`` steps."""
+        self._decode_tokens += each * count
+        self._gaps.add_growing(steps.first_s, steps.growth_s, count, each)
 
     def _count_late(self, sequence: Sequence, at_s: float) -> None:
         assert sequence.last_token_s is not None

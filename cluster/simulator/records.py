@@ -116,7 +116,7 @@ class Gaps(msgspec.Struct):
 
     def add_growing(self, first_s: float, growth_s: float, steps: int, each: int) -> None:
         """``each`` gaps of ``first_s``, as many that are ``growth_s`` longer, and so on."""
-        if not each:
+        if not each or not steps:
             return
         last_s = first_s + growth_s * (steps - 1)
         if _bin(first_s) == _bin(last_s):

@@ -15,6 +15,10 @@ scheduling, prefix cache on) in ``Scheduler.schedule`` and ``KVCacheManager.allo
   must stay free for prefills under way.
 * A block is in the cache as soon as the step that fills it is scheduled.
 
+What differs from vLLM 0.32: a held block is free at the moment it is released, not a step
+later; so are those of an aborted pull, though a read into them may go on; a request that may
+not be cached (``EngineRequest.cached``) leaves no hashes behind.
+
 A prefill that does not end in a step has used up its tokens, so at most one is under way, and
 it is the last that was admitted.
 """
@@ -85,8 +89,10 @@ class Schedule:
         """A request that has just come."""
         if self._priority is None:
             self._priority = sequence.priority
-        self.by_priority |= sequence.priority != self._priority
         self.waiting.add(sequence)
+        if sequence.priority != self._priority and not self.by_priority:
+            self.by_priority = True
+            self.waiting.sort()
 
     def may_admit(self, sequence: Sequence) -> bool:
         """Whether the next step could admit who has just come, if nothing else changes."""
@@ -243,13 +249,13 @@ class Schedule:
     def _admit(self, batch: Batch, budget: int) -> None:
         """Admit from those that hold blocks already, then from those that wait."""
         seats = self._seats - self.running
-        settled = bool(batch.chunks)
-        for sequence in self._arrived():
+        arrived = self._arrived()
+        if budget <= 0 or seats <= 0 or not (arrived or self.waiting):
+            return
+        self._settle()
+        for sequence in arrived:
             if budget <= 0 or seats <= 0:
                 return
-            if not settled:
-                self._settle()
-                settled = True
             self._promote(sequence)
             new_tokens = self._start(batch, sequence, budget)
             if new_tokens < 0:
@@ -258,9 +264,6 @@ class Schedule:
             budget -= new_tokens
             seats -= 1
         while self.waiting and budget > 0 and seats > 0:
-            if not settled:
-                self._settle()
-                settled = True
             sequence = self.waiting.first
             new_tokens = self._start(batch, sequence, budget)
             if new_tokens < 0:

@@ -48,7 +48,7 @@ class Sequence:
         self.pull_ok: bool | None = None
         """Whether the KV has come that it waits for; None while it is on its way."""
         self.key = (request.priority, arrival)
-        """Its place among those that wait: the smallest first."""
+        """The smallest comes first by priority."""
         self.holding = Holding(request.chain if request.cached else b"")
         self.computed_tokens = 0
         self.generated = 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 
 from cluster.simulator.sequence import Sequence
 
@@ -43,10 +43,17 @@ class Waiting:
 
     def put_back(self, sequence: Sequence, in_front: bool) -> None:
         """A sequence that was preempted: before all others, or where its key says."""
-        if in_front:
-            self._put_back += 1
-            sequence.key = (sequence.priority, -self._put_back)
-        self.add(sequence)
+        if not in_front:
+            self.add(sequence)
+            return
+        self._put_back += 1
+        self._members[sequence.id] = sequence
+        heappush(self._heap, ((sequence.priority, -self._put_back), sequence))
+
+    def sort(self) -> None:
+        """Give those that were put in front the places that their keys say."""
+        self._heap = [(sequence.key, sequence) for sequence in self]
+        heapify(self._heap)
 
     def remove(self, sequence: Sequence) -> None:
         """Admitted or aborted."""
