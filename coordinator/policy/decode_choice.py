@@ -12,7 +12,7 @@
 ``cache_aware``
     the longest cached prefix; among equals, with ``sticky``, where the run's last call was;
     then the least loaded. Only among workers in reach: those whose open calls stay within
-    ``affinity_load_max`` times the mean (or are few) and whose KV the call would fit into.
+    ``affinity_load_max`` times the mean (or are few) and whose KV has room for what they lack.
     So affinity never costs balance, as in consistent hashing with bounded loads (Mirrokni,
     Thorup, Zadimoghaddam, arXiv 1608.01350) and in the ``cache_aware`` policies of the SGLang
     and vLLM routers, whose bounds on the imbalance (64 calls, factor 1.5) are far wider than
@@ -106,7 +106,8 @@ def cache_aware(
     near = [
         worker
         for worker in roomy
-        if open_calls(worker) < calls_max and _taken(worker) + blocks <= worker.usable_blocks
+        if open_calls(worker) < calls_max
+        and _taken(worker) + blocks - held.get(worker.name, 0) <= worker.usable_blocks
     ]
 
     def rank(worker: WorkerView) -> tuple[int, bool, tuple[int, int, float, str]]:

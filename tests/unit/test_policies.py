@@ -145,7 +145,7 @@ def test_a_longer_cached_prefix_elsewhere_wins_over_stickiness() -> None:
 
 
 def test_affinity_does_not_overfill_a_worker() -> None:
-    full = Seen("b", kv_blocks_reserved=100 - CALL_BLOCKS + 1, decodes=calls(1))
+    full = Seen("b", kv_blocks_reserved=100 - CALL_BLOCKS + 19 + 1, decodes=calls(1))
     free = Seen("a", decodes=calls(3))
     unreserved = {"policy": "cache_aware", "reserve": False, "held": {"b": 19}}
     assert chosen(free, full, **unreserved).decode == "a"
