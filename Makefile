@@ -19,7 +19,7 @@ MODEL ?=
 CLUSTER ?=
 PYTEST_ARGUMENTS ?=
 BENCH_ARGUMENTS ?=
-BENCHMARKS ?= overhead transfer core idle
+BENCHMARKS ?= overhead transfer core idle simulator
 
 VENV := .venv
 RUN := $(VENV)/bin

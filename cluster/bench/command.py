@@ -18,7 +18,7 @@ import msgspec
 
 from cluster.schema import ConfigError
 
-NAMES = ("overhead", "transfer", "core", "idle")
+NAMES = ("overhead", "transfer", "core", "idle", "simulator")
 
 
 def run_bench(name: str, json_path: Path | None, model: str | None, arguments: list[str]) -> int:

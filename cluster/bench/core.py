@@ -63,7 +63,8 @@ class _Bench:
         return sent, took_s
 
     def register(self, workers: int, kv_blocks: int) -> None:
-        """Bring up one prefill worker for every three decode workers and warm all pairs."""
+        """Bring up one prefill worker for every three decode workers, and warm the pairs that
+        calls can use: these come first, and the others have no part in decisions."""
         facts = EngineFacts("0", "model", "same", BLOCK_TOKENS, kv_blocks, 1 << 20, 256, 8192)
         self.handle(API, Hello("api"))
         pending: deque[Send] = deque()
@@ -72,7 +73,9 @@ class _Bench:
             name = f"worker-{number:03}"
             ready = Ready(name, f"{name}-1", role, f"tcp://{name}", facts)  # type: ignore[arg-type]
             pending.extend(self.handle(name.encode(), ready)[0])
-        while pending:
+        prefill = (workers + 3) // 4
+        usable = prefill * (workers - prefill)
+        while self.core.counters["pairs_warmed"] < usable:
             sent = pending.popleft()
             name, probe = sent.peer.decode(), sent.message
             if isinstance(probe, Probe):

@@ -8,14 +8,16 @@ import os
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cluster.bench import api_rate, hop, idle, overhead
+from cluster.bench import api_rate, hop, idle, overhead, simulator
 from cluster.bench.command import known_options
 from cluster.bench.load import Load, LoadError, Outcome, generate
 from cluster.bench.sides import command_line, command_of, process_cpu_s
+from cluster.workload.form import call_count
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 PROMPT_TOKENS = 11
@@ -231,3 +233,38 @@ def test_processor_time_is_the_kernels() -> None:
     sum(range(3_000_000))
     assert process_cpu_s(os.getpid()) > before_s
     assert "python" in command_of(os.getpid())
+
+
+def test_the_simulators_workload_has_the_calls_that_were_asked_for() -> None:
+    workload = simulator.workload_of(500, 8, seed=1)
+    assert call_count(workload) == 500
+    assert all(run.calls[0].parents == () for run in workload.runs)
+    assert simulator.workload_of(500, 8, seed=1) == workload != simulator.workload_of(500, 8, 2)
+
+
+def test_a_simulation_is_measured_in_a_process_of_its_own() -> None:
+    found = simulator.in_a_process(60, 4, "pythia", seed=0)
+    assert (found.calls, found.served, found.workers) == (60, 60, 4)
+    assert found.real_s > 0 < found.processor_s
+    assert 0.02 < found.peak_rss_gib < 2
+
+
+def test_the_simulators_figures(tmp_path: Path) -> None:
+    rows = [
+        {"workers": size, "run": number, "decision_us_p50": 10.0 * number + size}
+        for size in (8, 64)
+        for number in (1, 2, 3)
+    ]
+    whole = simulator.Simulated(100_000, 64, 99_000, 900.0, 5.0, 200.0, 190.0, 0.5)
+    assert simulator.figures_of(whole, rows) == {
+        "calls_per_s": 500.0,
+        "seconds_100k_calls_64_workers": 200.0,
+        "peak_rss_gib": 0.5,
+        "served_share": 0.99,
+        "decision_us_at_8_workers": 28.0,
+        "decision_us_at_64_workers": 84.0,
+    }
+    smaller = simulator.Simulated(1000, 64, 1000, 9.0, 1.0, 2.0, 2.0, 0.1)
+    assert "seconds_100k_calls_64_workers" not in simulator.figures_of(smaller, rows)
+    simulator.draw(tmp_path / "plots" / "decisions.png", rows)
+    assert (tmp_path / "plots" / "decisions.png").stat().st_size > 5000

@@ -17,6 +17,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from cluster.cli import app
+from cluster.simulator.baselines import BASELINES
 from cluster.status import Unreachable, inspect, render
 from coordinator.protocol import (
     CallContext,
@@ -273,3 +274,82 @@ class TestOthers:
             assert result.returncode == 0, result.stderr.decode()
             spent_s.append(time.monotonic() - started_s)
         assert min(spent_s) < 2.0, "0.4 s on a quiet machine"
+
+
+SIMULATED = """\
+model: {model}
+workers: {{count: {workers}}}
+workloads: [{{name: a, source: "generator:chain?runs=2&rate=1&prompt_max=60000&pause_max=2"}}]
+"""
+
+
+class TestSimulate:
+    def written(self, folder: Path, model: str = "llama-3.1-8b-h200-tp1", workers: int = 2) -> str:
+        path = folder / "small.yaml"
+        path.write_text(SIMULATED.format(model=model, workers=workers))
+        return str(path)
+
+    def test_the_list_has_every_configuration_and_what_it_is(self) -> None:
+        result = runner.invoke(app, ["simulate", "--list"])
+        assert result.exit_code == 0
+        for name, baseline in BASELINES.items():
+            assert f" {name} " in result.output
+            assert baseline.description in " ".join(result.output.split())
+
+    def test_something_has_to_be_simulated(self) -> None:
+        result = runner.invoke(app, ["simulate"])
+        assert result.exit_code == 2
+        assert "give a FILE, or one of --list" in " ".join(result.stderr.split())
+
+    def test_an_impossible_cluster_is_refused_before_anything_starts(self, tmp_path: Path) -> None:
+        path = self.written(tmp_path, "llama-3.1-70b-h200-tp4")
+        Path(path).write_text(Path(path).read_text() + "tp: 1\n")
+        result = runner.invoke(app, ["simulate", path, "--resume", str(tmp_path / "r.jsonl")])
+        assert result.exit_code == 2
+        assert result.stdout == ""
+        assert result.stderr.startswith(f"{path}:1: model: ")
+        assert "does not fit 1 x h200" in result.stderr
+        assert not (tmp_path / "r.jsonl").exists()
+
+    @pytest.mark.parametrize(
+        ("compare", "message"),
+        [
+            ("pithia", "no configuration 'pithia'; did you mean 'pythia'?"),
+            ("pythia,pythia", "a configuration is compared with itself"),
+        ],
+    )
+    def test_configurations_that_are_not(self, tmp_path: Path, compare: str, message: str) -> None:
+        result = runner.invoke(app, ["simulate", self.written(tmp_path), "--compare", compare])
+        assert result.exit_code == 2
+        assert message in result.stderr
+
+    def test_one_worker_can_not_be_split(self, tmp_path: Path) -> None:
+        path = self.written(tmp_path, workers=1)
+        result = runner.invoke(app, ["simulate", path, "--compare", "aggregated-sticky,pythia"])
+        assert result.exit_code == 2
+        assert "pythia: of 1 workers 0 prefill" in result.stderr
+
+    def test_a_comparison_from_the_file_to_the_figures(self, tmp_path: Path) -> None:
+        arguments = ["--compare", "infinite,pythia", "--seeds", "2", "--processes", "1"]
+        for option, name in (("--resume", "r.jsonl"), ("--json", "f.json"), ("--plots", "plots")):
+            arguments += [option, str(tmp_path / name)]
+        result = runner.invoke(app, ["simulate", self.written(tmp_path), *arguments])
+        assert result.exit_code == 0, result.output
+        assert "4 of 4: a, pythia, seed 1" in result.output
+        assert "completion time of runs" in result.output
+        report = json.loads((tmp_path / "f.json").read_text())
+        assert report["command"] == "pythia simulate"
+        assert len(report["rows"]) == 4
+        assert report["figures"]["a.pythia.completion_s_mean.against"] > 0
+        assert len(list((tmp_path / "plots").iterdir())) == 4
+
+    def test_seeds_of_faults(self, tmp_path: Path) -> None:
+        path = tmp_path / "f.json"
+        arguments = ["--faults", "3", "--first", "5", "--processes", "1", "--json", str(path)]
+        result = runner.invoke(app, ["simulate", *arguments])
+        assert result.exit_code == 0, result.output
+        assert "3 seeds" in result.output
+        assert "all is well" in result.output
+        report = json.loads(path.read_text())
+        assert [row["seed"] for row in report["rows"]] == [5, 6, 7]
+        assert report["figures"]["failed_seeds"] == 0

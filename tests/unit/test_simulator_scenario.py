@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from cluster.schema import ConfigError
+from cluster.simulator.baselines import BASELINES
 from cluster.simulator.scenario import Overrides, Scenario, load
 from cluster.simulator.source import open_source, resolved, with_options
 from cluster.simulator.subject import shipped
@@ -243,3 +244,18 @@ def test_a_seed_of_the_line_is_kept() -> None:
 
 def test_there_are_calibrations() -> None:
     assert "llama-3.1-8b-h200-tp1" in shipped()
+
+
+@pytest.mark.parametrize("name", ["quick", "faults"])
+def test_examples_need_no_traces(name: str) -> None:
+    scenario = load(EXAMPLES / f"{name}.yaml")
+    assert set(scenario.compare) <= set(BASELINES)
+    assert scenario.reference in scenario.compare
+
+
+def test_the_example_with_traces_lacks_only_these() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(EXAMPLES / "traces.yaml")
+    missing = ["weka_single", "weka_subagents", "mooncake_conversation"]
+    for index, (problem, name) in enumerate(zip(caught.value.problems, missing, strict=True)):
+        assert f"workloads[{index}].source: no file {name!r}" in problem
