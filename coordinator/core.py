@@ -42,6 +42,7 @@ from coordinator.protocol import (
     ProbeFinished,
     Ready,
     Refused,
+    Role,
     Snapshot,
     Started,
     Submit,
@@ -105,6 +106,11 @@ class Core:
     def counters(self) -> dict[str, int]:
         """What happened so far, by name; the set of names is fixed."""
         return self._state.counters
+
+    def role(self, worker: str) -> Role | None:
+        """The role that a worker has by now; None if it is not registered."""
+        found = self._state.workers.get(worker)
+        return found.role if found is not None else None
 
     def handle(self, peer: Peer, message: ToCore, now_s: float) -> list[Send]:
         """Something that ``peer`` said. Never raises for anything a peer can say."""

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import median
 
 import msgspec
 from matplotlib.figure import Figure
@@ -104,7 +105,7 @@ def figures_of(simulated: Simulated, decisions: Sequence[dict[str, float]]) -> d
     if (simulated.calls, simulated.workers) == (NAMED_CALLS, NAMED_WORKERS):
         figures["seconds_100k_calls_64_workers"] = simulated.real_s
     for count, values in _by_size(decisions).items():
-        figures[f"decision_us_at_{count}_workers"] = core.median(values)
+        figures[f"decision_us_at_{count}_workers"] = median(values)
     return figures
 
 
@@ -194,7 +195,7 @@ def _by_size(decisions: Sequence[dict[str, float]]) -> dict[int, list[float]]:
 
 def draw(path: Path, decisions: Sequence[dict[str, float]]) -> None:
     """Time of a decision over the number of workers, and what logarithmic growth would be."""
-    by_size = {count: core.median(values) for count, values in _by_size(decisions).items()}
+    by_size = {count: median(values) for count, values in _by_size(decisions).items()}
     figure = Figure(figsize=(8.0, 4.6), layout="constrained")
     ax = figure.subplots()
     for row in decisions:

@@ -9,9 +9,12 @@ from cluster.simulator.records import CallRecord, Gaps, RunRecord, Sample
 from cluster.simulator.worker import Worker
 from cluster.workload.form import Run, Workload
 from cluster.workload.spans import SeenBlocks
+from coordinator.protocol import Role
 
 SAMPLES_MAX = 20_000
 SAMPLE_S = 1.0
+
+RoleOf = Callable[[Worker], Role]
 
 
 class Recorder:
@@ -72,7 +75,7 @@ class Recorder:
 
     # --- workers -------------------------------------------------------------------------
 
-    def sample(self, workers: Iterable[Worker], now_s: float) -> None:
+    def sample(self, workers: Iterable[Worker], role: RoleOf, now_s: float) -> None:
         """Look at all workers. Beyond the bound every second moment is forgotten, and they
         are looked at half as often from then on."""
         for worker in workers:
@@ -81,7 +84,7 @@ class Recorder:
                 Sample(
                     at_s=now_s,
                     worker=worker.name,
-                    role=worker.setup.role,
+                    role=role(worker),
                     running=load.running,
                     waiting=load.waiting,
                     kv_used=load.kv_blocks_used / worker.facts.kv_blocks,
@@ -94,10 +97,12 @@ class Recorder:
             self.samples = [sample for sample in self.samples if sample.at_s in kept]
             self.sample_s *= 2
 
-    def keep_sampling(self, events: Events, workers: Callable[[], Iterable[Worker]]) -> None:
+    def keep_sampling(
+        self, events: Events, workers: Callable[[], Iterable[Worker]], role: RoleOf
+    ) -> None:
         """Look at all workers now and every ``sample_s``."""
-        self.sample(workers(), events.now_s)
-        events.after(self.sample_s, self.keep_sampling, events, workers)
+        self.sample(workers(), role, events.now_s)
+        events.after(self.sample_s, self.keep_sampling, events, workers, role)
 
     # --- the end -------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ from cluster.simulator.setup import ClusterSetup, Faults, WorkerSetup
 from cluster.simulator.worker import Worker
 from cluster.workload.form import Workload
 from coordinator.core import Core
-from coordinator.protocol import EngineFacts, Placed
+from coordinator.protocol import EngineFacts, Placed, Role
 
 NO_FAULTS = Faults(until_s=0.0)
 WARM_UP_S_MAX = 600.0
@@ -113,6 +113,10 @@ class World:
         """All workers that are alive."""
         return [host.current for host in self.hosts.values() if host.current is not None]
 
+    def role(self, worker: Worker) -> Role:
+        """What the core uses it for by now; while it has lost it, what it was started for."""
+        return self.brain.core.role(worker.name) or worker.setup.role
+
     def is_cut(self, one: str, other: str) -> bool:
         """Whether a partition is between two processes."""
         return self.network.is_cut(one, other)
@@ -193,7 +197,7 @@ class World:
         """Replay the workload to its end, or for ``limit_s`` seconds of it."""
         began_s = self.events.now_s
         self.clients.start(self.apis)
-        self.recorder.keep_sampling(self.events, self.workers)
+        self.recorder.keep_sampling(self.events, self.workers, self.role)
         if not self.clients.done:
             self.events.run(began_s + limit_s)
 
@@ -238,6 +242,7 @@ class World:
             preemptions=sum(host.preemptions for host in self.hosts.values())
             + sum(worker.engine.preemptions for worker in self.workers()),
             recomputed_tokens=recorder.recomputed_tokens,
+            flips=counters.get("role_flips", 0),
             moved_bytes={tier: round(size) for tier, size in self.links.moved_bytes.items()},
             decision_s=self.brain.decision_s,
             decisions=self.brain.decisions,

@@ -177,3 +177,18 @@ def test_transfers_have_a_beginning(tmp_path: Path) -> None:
     assert moved
     for call in moved:
         assert call.planned_s < call.first_token_s < call.loaded_s <= call.ended_s
+
+
+def test_workers_that_turn_are_counted_and_seen(tmp_path: Path) -> None:
+    text = SCENARIO.replace("{count: 3}", "{prefill: 1, decode: 5}").replace(
+        "generator:chain?runs=6&rate=1&prompt_max=60000",
+        "generator:coding?runs=60&rate=3&prompt_max=120000&calls=4",
+    )
+    scenario = load(written(tmp_path, text))
+    workload = open_source(scenario.workloads[0].source, 0)
+    fixed, turning = (
+        replay(name, scenario, workload, 0) for name in ("pd-sticky-conditional", "pd-reactive")
+    )
+    roles = {(sample.worker, sample.role) for sample in turning.samples}
+    assert fixed.totals.flips == 0
+    assert turning.totals.flips == len(roles) - 6 > 0
