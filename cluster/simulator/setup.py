@@ -70,7 +70,8 @@ class Faults(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     duplication: float = 0.0
     delay: float = 0.0
     delay_s: float = 0.5
-    """Longest extra delay of a delayed message; what overtakes it arrives in another order."""
+    """Longest extra delay of a delayed message; what overtakes it arrives in another order.
+    Data between API processes and workers is delayed too, and stays in order."""
     crash_every_s: float = 0.0
     hang_every_s: float = 0.0
     hang_s: float = 8.0
