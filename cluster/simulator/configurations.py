@@ -48,5 +48,6 @@ def replay(name: str, scenario: Scenario, workload: Workload, seed: int) -> Resu
     world.start()
     trouble.start()
     world.run()
-    settle(world)
+    limits = setup.limits
+    settle(world, limits.call_s + limits.queue_s + 2 * setup.options.kv_lease_s)
     return world.result(name)
