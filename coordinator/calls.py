@@ -158,7 +158,7 @@ class Calls:
         phase = OUTCOME_PHASES.get(message.outcome, CallPhase.FINISHED)
         if phase is CallPhase.FINISHED:
             if call.planned:
-                self._to_decoding(call, now_s, "finished")
+                self._catch_up_with_end(call, message, now_s)
             self._learn(call, message)
         self._end(call, phase, now_s, message.outcome, finished=message)
 
@@ -473,6 +473,18 @@ class Calls:
             assert stuck is not None
             call.avoid.add((stuck.name, stuck.incarnation))
             self._replan(call, now_s, f"stuck {call.phase.value} on {stuck.name}")
+
+    def _catch_up_with_end(self, call: Call, message: Finished, now_s: float) -> None:
+        """A call finished before its first token was heard of.
+
+        Its prefill worker makes the first token: if that was all, the decode worker never had
+        the prompt, and must not be taken to hold it.
+        """
+        read = message.moved_tokens > 0 or message.local_cached_tokens > 0
+        if call.phase is CallPhase.PREFILLING and not read:
+            self._to_loading(call, now_s, "finished")
+        else:
+            self._to_decoding(call, now_s, "finished")
 
     def _blame(self, call: Call, name: str) -> Worker | None:
         """The worker of the call's plan that has this name; it is avoided from now on."""

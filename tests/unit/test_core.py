@@ -539,6 +539,19 @@ def test_what_was_computed_is_known_to_be_cached() -> None:
     assert bed.plan("c", LONG).prefill is None
 
 
+def test_a_call_that_ended_with_its_prefill_left_nothing_where_it_was_to_be_decoded() -> None:
+    """The prefill worker makes the first token; if that was the last, nobody read its KV."""
+    bed = Bed()
+    bed.cluster("prefill", "decode")
+    plan = bed.plan("one", LONG)
+    assert plan.prefill is not None
+    bed.say("api", Finished("api", "one", 1, "length", output_tokens=1))
+    assert bed.reserved() == [0, 0]
+    again = bed.plan("two", LONG)
+    assert again.prefill == plan.prefill, "its prompt is to be computed, or found, there"
+    assert f"{LONG} tokens not cached" in again.reason
+
+
 def test_an_engine_that_lacked_what_it_should_have_had_is_not_believed() -> None:
     bed = Bed()
     bed.cluster("prefill", "decode")
