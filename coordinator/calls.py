@@ -33,6 +33,7 @@ from coordinator.policy.placer import Placer
 from coordinator.policy.queue import CallQueue, CompletionRate, rank
 from coordinator.protocol import (
     BLOCK_HASH_BYTES,
+    CallContext,
     CallStatus,
     Check,
     Checked,
@@ -76,6 +77,10 @@ CHECKED_PHASES = {
 }
 
 
+Session = tuple[str, str, str]
+"""Workflow, run and agent."""
+
+
 class Ended(msgspec.Struct, frozen=True, gc=False):
     """An ended call: the row to show, and what to say to an API process that missed its end."""
 
@@ -108,8 +113,8 @@ class Calls:
         self._arrivals = 0
         self._rate = CompletionRate()
         self.groups: dict[tuple[str, str], Group] = {}
-        self.sessions: OrderedDict[tuple[str, str], str] = OrderedDict()
-        """Where the last call of a run (workflow, run) went, if placement is sticky."""
+        self.sessions: OrderedDict[Session, str] = OrderedDict()
+        """Where the last call of each went, if placement is sticky."""
         self.queue = CallQueue(placer.rank if placer is not None else rank)
         self.recent: OrderedDict[CallKey, Ended] = OrderedDict()
 
@@ -398,7 +403,6 @@ class Calls:
         group = None
         if submit.group and placement.siblings_together:
             group = self.groups.get((call.api.name, submit.group))
-        context = submit.context
         ask = Ask(
             prompt_tokens=call.prompt_tokens,
             output_tokens=call.output_tokens,
@@ -406,7 +410,7 @@ class Calls:
             avoid=call.avoid,
             sibling=group.worker if group else "",
             turn=call.arrival + call.plans,
-            last=self.sessions.get((context.workflow, context.run), "") if placement.sticky else "",
+            last=self._last(submit.context) if placement.sticky else "",
         )
         workers = self._state.workers.values()
 
@@ -459,11 +463,18 @@ class Calls:
         self._set_due(call, now_s + self._phase_s(call))
         state.send(call.api.peer, call.plan)
 
+    def _last(self, context: CallContext) -> str:
+        """Where the session's last call went. Who follows another agent begins a session."""
+        if context.parent != context.agent:
+            return ""
+        return self.sessions.get((context.workflow, context.run, context.agent), "")
+
     def _remember(self, call: Call, decode: Worker) -> None:
-        """The run's next call may want to go there too."""
+        """The session's next call may want to go there too."""
         context = call.submit.context
-        self.sessions[context.workflow, context.run] = decode.name
-        self.sessions.move_to_end((context.workflow, context.run))
+        session = context.workflow, context.run, context.agent
+        self.sessions[session] = decode.name
+        self.sessions.move_to_end(session)
         if len(self.sessions) > self._state.limits.sessions:
             self.sessions.popitem(last=False)
 

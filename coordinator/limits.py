@@ -59,7 +59,7 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     prompt_blocks: Positive = 65536
     """Most block hashes read from one ``Submit``."""
     sessions: Positive = 16384
-    """Runs whose last decode worker is remembered, where ``Placement.sticky`` asks for it."""
+    """Sessions whose last decode worker is remembered, where ``Placement.sticky`` asks for it."""
     story_lines: Positive = 32
     """Moves of a call or worker that are remembered for error messages."""
 
@@ -122,8 +122,10 @@ class Placement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``pythia``: having the whole prompt cached is worth this much of a worker's KV memory
     in load."""
     sticky: bool = False
-    """``cache_aware``: a run's calls go where its last one went, if no other worker in reach
-    holds more of the prompt."""
+    """``cache_aware``: an agent of a run that follows itself goes where its last call went, if
+    no other worker in reach holds more of the prompt."""
+    affinity_cached_min: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.3
+    """``cache_aware``: the least share of a prompt that counts if it is cached."""
     affinity_load_max: Factor = 2.0
     """``cache_aware``: caches and stickiness count up to this many times the mean open calls."""
     affinity_calls_min: NotNegative = 8

@@ -119,7 +119,12 @@ def _with_role(worker: WorkerSetup, role: Role) -> WorkerSetup:
 
 
 def _limits(baseline: Baseline, limits: Limits) -> Changes:
-    """What changes; a prefill or first token may take as long as it and the queue together."""
+    """What changes; a prefill or first token may take as long as it and the queue together.
+
+    Who knows the future may let calls wait as long as it likes.
+    """
+    if baseline.placers is not None:
+        return {"queue_s": limits.call_s, "queue_calls": UNBOUNDED} | dict(baseline.limits)
     if baseline.placement.get("reserve", True):
         return baseline.limits
     patience = {

@@ -13,6 +13,7 @@ and takes the one that adds the fewest seconds to all runs together:
     others     the steps that its prefill delays, and longer steps for as long as both decode
     future     the work left of the runs whose contexts are here and of this one, as far as
                both will be there at once: their calls will delay each other
+    forgotten  computing again what contexts of live runs have to give way for the new KV
 
 First in the queue is the run with the least work left, within it the call with the longest
 path to the end. As order counts only for calls that still wait in the core, none is sent
@@ -53,15 +54,22 @@ TYPICAL_BATCH = 16, 16 * 16384
 """Where rates are taken that are needed as one number: a chunk behind a context; sequences and
 their tokens together."""
 PATH_BITS = 40
+OVERLAP_SHARE = 0.3
+"""Of the time that two runs of a worker could be served at once, what is reckoned with."""
+FORGOTTEN_WEIGHT = 2.0
+"""What is computed again also delays others. This and the share were chosen by trial, on
+recorded coding sessions and on generated reviews."""
 
 ALL_PREFILL = Wait("every worker has enough to prefill")
 
 
 class _Burden(NamedTuple):
-    """What is left of a run that lives on a worker, in seconds it takes from its neighbours."""
+    """A run that lives on a worker. ``seconds``: what is left of it, as its neighbours feel it;
+    ``tokens``: the context it will have."""
 
     seconds: float
     active: float
+    tokens: int
 
 
 class _Prefiller(NamedTuple):
@@ -167,7 +175,8 @@ class Clairvoyant:
             return NO_ROOM
         if all(self._backlog_s(each) > HOLD_S for each in able):
             return ALL_PREFILL
-        burden = self._burden(foresight)
+        seconds = foresight.after_prefill_s + foresight.after_decode_s * self._neighbour
+        burden = _Burden(seconds, foresight.active, foresight.largest_tokens)
         served = _Served(ask, foresight, output_tokens, blocks, cached(), burden)
         choice = self._best(known[0], served, able, roomy)
         self._settle(known[0], served, choice.decode)
@@ -187,8 +196,10 @@ class Clairvoyant:
                 key=lambda each: (each.ready_s + each.delayed_s, each.worker.name),
             )[:PREFILLERS_TRIED]
         ways: list[tuple[float, str, str, Worker, _Prefiller]] = []
+        own_tokens = served.ask.prompt_tokens + served.output_tokens
         for decode in roomy:
             here_s = self._decoding_s(served, decode) + self._future_s(run, served, decode)
+            here_s += self._forgotten_s(run, served, decode, own_tokens)
             local = self._prefiller(served, decode, prefill_s)
             ways.append((here_s + local.ready_s + local.delayed_s, decode.name, "", decode, local))
             backlog_s = self._backlog_s(decode)
@@ -198,6 +209,7 @@ class Clairvoyant:
                 # What waits here to be prefilled slows decoding when that begins.
                 ready_s = max(way.ready_s + self._moving_s(served, way.worker, decode), backlog_s)
                 total_s = here_s + ready_s + way.delayed_s
+                total_s += self._forgotten_s(run, served, way.worker, served.ask.prompt_tokens)
                 ways.append((total_s, decode.name, way.worker.name, decode, way))
         seconds, _, prefill, decode, way = min(ways, key=lambda each: each[:3])
         prompt_blocks = -(-served.ask.prompt_tokens // self._block_size)
@@ -287,19 +299,32 @@ class Clairvoyant:
         tokens = self._foreseen[known].output_tokens if known else call.output_tokens
         return tokens // 2 if call.phase is CallPhase.DECODING else tokens
 
-    def _burden(self, foresight: Foresight) -> _Burden:
-        seconds = foresight.after_prefill_s + foresight.after_decode_s * self._neighbour
-        return _Burden(seconds, foresight.active)
+    def _forgotten_s(self, run: int, served: _Served, worker: Worker, tokens: int) -> float:
+        """To compute again what a worker forgets if it is to hold so many tokens of the call.
+
+        An engine forgets what was used longest ago, needed or not.
+        """
+        homes = self._homes.get(worker.name, {})
+        needed = sum(other.tokens for number, other in homes.items() if number != run)
+        share = min(1.0, needed / (worker.facts.kv_blocks * self._block_size))
+        blocks = cached_blocks_of(served.ask, served.held, worker, self._block_size)
+        new_tokens = tokens - blocks * self._block_size
+        return FORGOTTEN_WEIGHT * share * new_tokens * self._token_s
 
     def _future_s(self, run: int, served: _Served, decode: Worker) -> float:
         """By how much the rest of this run and those that live on a worker delay each other."""
         if not served.foresight.continued:
             return 0.0
         own = served.burden
-        return 2.0 * sum(
-            min(other.seconds * own.active, own.seconds * other.active)
-            for number, other in self._homes.get(decode.name, {}).items()
-            if number != run
+        # Each of two runs waits for the other.
+        return (
+            2.0
+            * OVERLAP_SHARE
+            * sum(
+                min(other.seconds * own.active, own.seconds * other.active)
+                for number, other in self._homes.get(decode.name, {}).items()
+                if number != run
+            )
         )
 
     def _settle(self, run: int, served: _Served, worker: str) -> None:

@@ -27,6 +27,8 @@ class Foresight(NamedTuple):
     after_decode_s: float
     active: float
     continued: bool
+    largest_tokens: int
+    """Prompt and output of the largest call of the run from this one on."""
 
 
 class _Alone(NamedTuple):
@@ -57,6 +59,9 @@ def _of_run(run: Run, alone: list[_Alone]) -> list[Foresight]:
     paths_s = _paths_s(run, alone)
     pause_s = sum(call.think_s for call in run.calls)
     busy_s = total.prefill_s + total.decode_s
+    largest = [call.prompt_tokens + call.output_tokens for call in run.calls]
+    for index in range(len(largest) - 1, 0, -1):
+        largest[index - 1] = max(largest[index - 1], largest[index])
     foreseen: list[Foresight] = []
     for call, own, path_s, before in zip(run.calls, alone, paths_s, _ancestors(run), strict=True):
         earlier = [alone[index] for index in range(call.index) if before >> index & 1]
@@ -71,6 +76,7 @@ def _of_run(run: Run, alone: list[_Alone]) -> list[Foresight]:
                 after_decode_s=max(0.0, decode_s - own.decode_s),
                 active=busy_s / (busy_s + pause_s),
                 continued=bool(call.continued),
+                largest_tokens=largest[call.index],
             )
         )
     return foreseen

@@ -21,7 +21,7 @@ class Ask(msgspec.Struct, frozen=True, gc=False):
     turn: int = 0
     """Number of the call, plus the plans it has had: consecutive for consecutive calls."""
     last: str = ""
-    """Worker that decoded the run's call before this one; empty if unknown."""
+    """Worker that decoded the session's call before this one; empty if unknown."""
 
 
 def cached_blocks_of(ask: Ask, held: Mapping[str, int], worker: WorkerView, block_size: int) -> int:

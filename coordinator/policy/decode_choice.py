@@ -10,13 +10,14 @@
     the fewest open calls, then the fewest prompt tokens to compute, then the least KV taken:
     "least request" of HTTP load balancers, told what engines are short of.
 ``cache_aware``
-    the longest cached prefix; among equals, with ``sticky``, where the run's last call was;
-    then the least loaded. Only among workers in reach: those whose open calls stay within
-    ``affinity_load_max`` times the mean (or are few) and whose KV the call would fit into.
+    the longest cached prefix, if it is at least ``affinity_cached_min`` of the prompt; among
+    equals, with ``sticky``, where the session's last call was; then the least loaded. Only
+    among workers in reach: those whose open calls stay within
+    ``affinity_load_max`` times the mean (or are few) and whose KV has room for what they lack.
     So affinity never costs balance, as in consistent hashing with bounded loads (Mirrokni,
     Thorup, Zadimoghaddam, arXiv 1608.01350) and in the ``cache_aware`` policies of the SGLang
-    and vLLM routers, whose bounds on the imbalance (64 calls, factor 1.5) are far wider than
-    any that 8 to 32 calls per worker reach.
+    and vLLM routers. Their least share is taken over; their bounds on the imbalance (64 calls,
+    factor 1.5) are far wider than any that 8 to 32 calls per worker reach.
 ``cost``
     NVIDIA Dynamo's KV router: ``overlap_weight`` * (prefill blocks the worker would then have
     to compute) + (blocks it would then decode); the cheapest, or one drawn by a softmax over
@@ -106,12 +107,16 @@ def cache_aware(
     near = [
         worker
         for worker in roomy
-        if open_calls(worker) < calls_max and _taken(worker) + blocks <= worker.usable_blocks
+        if open_calls(worker) < calls_max
+        and _taken(worker) + blocks - held.get(worker.name, 0) <= worker.usable_blocks
     ]
 
+    blocks_min = placement.affinity_cached_min * ask.prompt_tokens / block_size
+
     def rank(worker: WorkerView) -> tuple[int, bool, tuple[int, int, float, str]]:
+        cached_blocks = held.get(worker.name, 0)
         strange = not placement.sticky or worker.name != ask.last
-        return -held.get(worker.name, 0), strange, _busy(worker)
+        return -cached_blocks if cached_blocks >= blocks_min else 0, strange, _busy(worker)
 
     return min(near, key=rank) if near else min(roomy, key=_busy)
 

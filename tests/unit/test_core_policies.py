@@ -52,6 +52,26 @@ def test_consecutive_calls_have_consecutive_turns_and_another_attempt_the_next_o
     assert planned == [names[number % 3] for number in range(4)]
 
 
+def test_a_session_is_an_agent_of_a_run_that_follows_itself() -> None:
+    made = bed(policy="cache_aware", sticky=True)
+    made.cluster("decode", "decode")
+
+    def goes_to(request: str, agent: str, parent: str) -> str:
+        context = CallContext("w", "1", agent, parent)
+        worker = made.plan(request, context=context, block_hashes=b"").decode.worker
+        finish(made, request)
+        return worker
+
+    made.plan("other", aggregated=True)
+    assert goes_to("a", "coder", "planner") == "decode-1"
+    finish(made, "other")
+    assert goes_to("b", "coder", "coder") == "decode-1"
+    # Another that works in parallel, the answer of one that was called, another agent.
+    assert goes_to("c", "coder", "") == "decode-0"
+    assert goes_to("d", "reviewer", "coder") == "decode-0"
+    assert goes_to("e", "reviewer", "reviewer") == "decode-0"
+
+
 def test_a_run_is_remembered_by_workflow_and_run() -> None:
     made = bed(policy="cache_aware", sticky=True)
     made.cluster("decode", "decode")

@@ -114,8 +114,17 @@ def test_the_least_loaded_prefill_worker_has_the_shortest_queue_whatever_it_hold
 
 def test_the_longest_cached_prefix_wins_over_load_within_reach() -> None:
     workers = Seen("a"), Seen("b", decodes=calls(7), kv_blocks_reserved=60)
-    assert chosen(*workers, held={"a": 3, "b": 4}, policy="cache_aware").decode == "b"
-    assert chosen(*workers, held={"a": 4, "b": 4}, policy="cache_aware").decode == "a"
+    assert chosen(*workers, held={"a": 10, "b": 11}, policy="cache_aware").decode == "b"
+    assert chosen(*workers, held={"a": 11, "b": 11}, policy="cache_aware").decode == "a"
+
+
+def test_a_small_part_that_is_cached_attracts_nobody() -> None:
+    workers = Seen("a"), Seen("b", decodes=calls(1))
+    # 6 of 20 blocks are three tenths.
+    assert chosen(*workers, held={"b": 6}, policy="cache_aware").decode == "b"
+    assert chosen(*workers, held={"b": 5}, policy="cache_aware").decode == "a"
+    less = {"policy": "cache_aware", "affinity_cached_min": 0.05}
+    assert chosen(*workers, held={"b": 1}, **less).decode == "b"
 
 
 def test_sticky_goes_back_to_the_last_worker_until_its_load_is_over_the_bound() -> None:
@@ -145,7 +154,7 @@ def test_a_longer_cached_prefix_elsewhere_wins_over_stickiness() -> None:
 
 
 def test_affinity_does_not_overfill_a_worker() -> None:
-    full = Seen("b", kv_blocks_reserved=100 - CALL_BLOCKS + 1, decodes=calls(1))
+    full = Seen("b", kv_blocks_reserved=100 - CALL_BLOCKS + 19 + 1, decodes=calls(1))
     free = Seen("a", decodes=calls(3))
     unreserved = {"policy": "cache_aware", "reserve": False, "held": {"b": 19}}
     assert chosen(free, full, **unreserved).decode == "a"
