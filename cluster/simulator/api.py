@@ -82,7 +82,10 @@ class Api:
         limits: Limits,
         client: Client,
         oracle: Oracle,
+        reliable: bool = False,
     ) -> None:
+        """``reliable``: no message is ever lost. Asking again would change nothing then, and
+        in a long queue be most of all that is said: it is not done."""
         self.name = name
         self.calls: dict[str, Call] = {}
         self.tombstones: OrderedDict[tuple[str, int], float] = OrderedDict()
@@ -95,6 +98,7 @@ class Api:
         self._limits = limits
         self._client = client
         self._oracle = oracle
+        self._repeat_s = limits.queue_s + CORE_AWAY_S if reliable else RESUBMIT_S
         self._connections: dict[Placed, Connection] = {}
         self._control = Control(
             events,
@@ -156,7 +160,7 @@ class Api:
     def _wait(self, call: Call) -> None:
         """It waits for a plan, and will ask for it again."""
         self._events.cancel(call.repeat)
-        call.repeat = self._events.after(RESUBMIT_S, self._repeat, call)
+        call.repeat = self._events.after(self._repeat_s, self._repeat, call)
 
     def _repeat(self, call: Call) -> None:
         if call.phase != "waiting" or call.request not in self.calls:
@@ -166,7 +170,7 @@ class Api:
             self._overdue(call, 503)
             return
         self._ask(call)
-        call.repeat = self._events.after(RESUBMIT_S, self._repeat, call)
+        call.repeat = self._events.after(self._repeat_s, self._repeat, call)
 
     def _overdue(self, call: Call, status: int) -> None:
         """The core should have ended it long ago."""

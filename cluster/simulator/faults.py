@@ -178,7 +178,8 @@ def run_fault_seed(seed: int) -> FaultReport:
     world.events.after(CHECK_S, _keep_checking, world)
     world.events.after(WATCH_S, _keep_watching, world)
     world.run()
-    settle(world)
+    limits, lease_s = setup.limits, setup.options.kv_lease_s
+    settle(world, limits.call_s + limits.queue_s + 2 * lease_s)
     world.oracle.served_well(world.recorder.calls, GOOD_S)
     result = world.result("faults")
     return FaultReport(

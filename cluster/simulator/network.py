@@ -6,8 +6,9 @@ a worker, goes over a connection, in order; one that breaks takes with it all th
 way on it, and both ends learn of that. Whoever is not there gets nothing.
 
 Without faults everything arrives in the order in which it was sent between the same two. With
-faults control messages are lost, doubled and delayed, connections break, and partitions cut
-processes off: control messages are lost then, and data waits until the partition is over.
+faults control messages are lost, doubled and delayed, data is delayed with all that follows
+on its connection, connections break, and partitions cut processes off: control messages are
+lost then, and data waits until the partition is over.
 """
 
 from __future__ import annotations
@@ -189,6 +190,8 @@ class Network:
             at_s = self._heals_s + self._message_s
         if self._jitter_s:
             at_s += self._rng.random() * self._jitter_s
+        if faults.delay and now_s < faults.until_s and self._rng.random() < faults.delay:
+            at_s += self._rng.random() * faults.delay_s
         if target == connection.api:
             connection.to_api_s = at_s = max(at_s, connection.to_api_s)
         else:

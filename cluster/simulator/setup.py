@@ -75,7 +75,8 @@ class Faults(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     duplication: Share = 0.0
     delay: Share = 0.0
     delay_s: Amount = 0.5
-    """Longest extra delay of a delayed message; what overtakes it arrives in another order."""
+    """Longest extra delay of a delayed message; what overtakes it arrives in another order.
+    Data between API processes and workers is delayed too, and stays in order."""
     crash_every_s: Amount = 0.0
     hang_every_s: Amount = 0.0
     hang_s: Amount = 8.0

@@ -7,7 +7,10 @@ depends on.
 
 from __future__ import annotations
 
+import gc
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from cluster.simulator.api import Api
 from cluster.simulator.brain import Brain, CoreFactory
@@ -32,6 +35,7 @@ NO_FAULTS = Faults(until_s=0.0)
 WARM_UP_S_MAX = 600.0
 """Longest time for the core to try all pairs of workers before the replay begins."""
 SETTLE_STEP_S = 1.0
+COLLECT_OBJECTS = 200_000
 
 
 class World:
@@ -97,6 +101,7 @@ class World:
                 setup.limits,
                 self.clients,
                 self.oracle,
+                reliable=faults == NO_FAULTS,
             )
             for number in range(setup.api_servers)
         ]
@@ -307,18 +312,32 @@ def simulate(
         limited=limited,
         progress=progress,
     )
-    world.start()
-    world.warm_up()
-    world.run(limit_s)
+    with _rare_collections():
+        world.start()
+        world.warm_up()
+        world.run(limit_s)
     if world.clients.done:
-        settle(world)
+        settle(world, setup.options.kv_lease_s / 2)
     return world.result(configuration)
 
 
-def settle(world: World) -> None:
-    """Wait until nothing is left of any call, and let the oracle look. OracleError if not."""
-    limits, lease_s = world.setup.limits, world.setup.options.kv_lease_s
-    longest_s = limits.call_s + 2 * lease_s + limits.queue_s
+@contextmanager
+def _rare_collections() -> Iterator[None]:
+    """Millions of small objects come and go here, hardly any of them in cycles."""
+    before = gc.get_threshold()
+    gc.set_threshold(COLLECT_OBJECTS, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
+def settle(world: World, longest_s: float) -> None:
+    """Wait until nothing is left of any call, and let the oracle look. OracleError if not.
+
+    ``longest_s``: how long that may take. Where no message is lost all is given back at once,
+    and no lease has to end for that.
+    """
     world.settle(longest_s)
     world.oracle.quiet(world.brain.core, world.workers(), world.apis)
 
