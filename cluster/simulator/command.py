@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -58,6 +59,8 @@ def simulate(request: Request, console: Console) -> int:
     path = request.resume or _new_file(scenario.name)
     results = Results(path, scenario, resume=request.resume is not None)
     processes = request.processes or usable_cores()
+    # Whoever asks politely gets the same clean end as Ctrl-C.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         outcomes = run(scenario, results, processes, console)
     except KeyboardInterrupt:
@@ -70,6 +73,7 @@ def simulate(request: Request, console: Console) -> int:
         )
         return INTERRUPTED
     finally:
+        signal.signal(signal.SIGTERM, before)
         results.close()
     _report(request, scenario, outcomes, console)
     console.print(f"\nreplay by replay: {path}", highlight=False, soft_wrap=True)

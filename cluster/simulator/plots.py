@@ -127,7 +127,7 @@ def _curve(ax: Axes, outcomes: Sequence[Outcome], without_pauses: bool) -> None:
 def _is_wide(ax: Axes) -> bool:
     """The slowest run takes so much longer than most that these could not be told apart."""
     every = sorted(time_s for line in ax.lines for time_s in line.get_xdata() if time_s > 0)
-    return bool(every) and every[-1] > 20 * every[len(every) // 2]
+    return bool(every) and every[-1] > 10 * every[len(every) // 2]
 
 
 def load_over_time(picture: Picture, title: str) -> Figure:

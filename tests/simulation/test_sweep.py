@@ -110,13 +110,19 @@ def gone(processes: list[psutil.Process], limit_s: float = 20.0) -> bool:
     return not alive
 
 
-def test_an_interrupt_leaves_what_is_finished_and_nothing_else(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_leaves_what_is_finished_and_nothing_else(
+    tmp_path: Path, number: signal.Signals
+) -> None:
     path, results = written(tmp_path), tmp_path / "results.jsonl"
     process = command(path, results, "--seeds", "5000", "--processes", "2")
     wait_for_lines(results, 4, process)
     children = psutil.Process(process.pid).children(recursive=True)
     assert len(children) >= 2
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
+    if number is signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does: to all of them
+    else:
+        process.send_signal(number)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130, said
     assert "Traceback" not in said
