@@ -80,7 +80,7 @@ class Automaton:
             found = dict(prior)
         for length in range(min(ORDER, len(path)) + 1):
             followers = self._contexts.get(path[len(path) - length :])
-            if followers is not None:
+            if followers is not None and followers.total:
                 found = _interpolated(followers, found, PRIOR_STRENGTH if prior else 0.0)
         return found
 
@@ -88,6 +88,16 @@ class Automaton:
         """How often the last agent of a path was seen to be followed, decayed."""
         followers = self._contexts.get(path[-1:])
         return followers.total if followers is not None else 0.0
+
+    def forget(self, symbols: set[int]) -> None:
+        """Drop all that was counted of these symbols."""
+        for path in [path for path in self._contexts if not symbols.isdisjoint(path)]:
+            del self._contexts[path]
+        for followers in self._contexts.values():
+            if not symbols.isdisjoint(followers.counts):
+                kept = followers.counts.items()
+                followers.counts = {at: count for at, count in kept if at not in symbols}
+                followers.total = sum(followers.counts.values())
 
     def counts(self) -> list[tuple[Path, dict[int, float]]]:
         """All that was counted, the least recently used path first."""

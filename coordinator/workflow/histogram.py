@@ -45,6 +45,16 @@ class Histogram:
         if self._weight > WEIGHT_MOST:
             self._rescale()
 
+    def correct(self, value: float, other: float) -> None:
+        """A value counted lately turned out to be another one."""
+        place = bin_of(value)
+        moved = min(self._weight, self._bins.get(place, 0.0))
+        if moved:
+            self._bins[place] -= moved
+            if not self._bins[place]:
+                del self._bins[place]
+            self._bins[bin_of(other)] = self._bins.get(bin_of(other), 0.0) + moved
+
     def quantile(self, share: float) -> float:
         """The value that this share of all is below; 0 if there are none."""
         return quantile_of(self._bins, self._total, share)
@@ -53,16 +63,13 @@ class Histogram:
         """Several of them, for ascending shares, in one pass."""
         return quantiles_of(self._bins, self._total, shares)
 
-    def share_below(self, value: float) -> float:
-        """The share of all that is below a value, a half if there are none."""
+    def shares_around(self, value: float) -> tuple[float, float]:
+        """The shares of all that are below a value's bin, and below its end; 0 to 1 if none."""
         if not self._total:
-            return 0.5
+            return 0.0, 1.0
         place = bin_of(value)
-        below = sum(weight for at, weight in self._bins.items() if at < place)
-        within = self._bins.get(place, 0.0)
-        least, most = edges_of(place)
-        part = (value - least) / (most - least) if most > least else 0.5
-        return (below + within * min(1.0, max(0.0, part))) / self._total
+        below = sum(weight for at, weight in self._bins.items() if at < place) / self._total
+        return below, below + self._bins.get(place, 0.0) / self._total
 
     def mean(self) -> float:
         """The mean, 0 if there are none; each value counted as the middle of its bin."""
