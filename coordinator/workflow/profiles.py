@@ -35,9 +35,10 @@ from coordinator.workflow.view import predicted, workflow_view
 class _Tenant:
     """One tenant's workflows and live runs, the least recently used first."""
 
-    __slots__ = ("profiles", "runs")
+    __slots__ = ("name", "profiles", "runs")
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self.name = name
         self.profiles: OrderedDict[str, Profile] = OrderedDict()
         self.runs: OrderedDict[tuple[str, str], LiveRun] = OrderedDict()
 
@@ -69,7 +70,7 @@ class Profiles:
         self._run_count = 0
         self._edge_count = 0
         self._deadlines: list[tuple[float, RunKey]] = []
-        self._next_number = 0
+        self._free_numbers: list[int] = []
         self._now_s = 0.0
 
     # --- what happened ----------------------------------------------------------------------
@@ -226,10 +227,12 @@ class Profiles:
         of the workflow are forgotten; a declared graph stays.
         """
         name, found = self._short(workflow), self._tenant(self._short(tenant))
-        graph = found.profiles[name].graph if name in found.profiles else None
-        profile = restored(record, Profile(self._next_number, self._limits))
+        profile = restored(record, self._new_profile(found, name))
+        graph = None
         if name in found.profiles:
+            graph = found.profiles[name].graph
             self._drop_profile(found, name)
+            profile.number = self._free_numbers[-1]
         self._add_profile(found, name, profile)
         if graph is not None:
             profile.declare(graph)
@@ -399,7 +402,7 @@ class Profiles:
         profile = run.profile
         for call in run.open_ends():
             if learn:
-                profile.ended_run(call.path)
+                profile.ended_run(call.path, run.final)
             self._release(call)
         for call_id, call in run.running.items():
             del self._calls[call_id]
@@ -421,7 +424,7 @@ class Profiles:
         if found is not None:
             self._tenants.move_to_end(name)
             return found
-        found = self._tenants[name] = _Tenant()
+        found = self._tenants[name] = _Tenant(name)
         if len(self._tenants) > self._limits.tenants:
             self._drop_tenant(next(iter(self._tenants)))
         return found
@@ -433,13 +436,19 @@ class Profiles:
     def _profile(self, tenant: _Tenant, workflow: str) -> Profile:
         found = tenant.profiles.get(workflow)
         if found is None:
-            found = Profile(self._next_number, self._limits)
+            found = self._new_profile(tenant, workflow)
             self._add_profile(tenant, workflow, found)
         tenant.profiles.move_to_end(workflow)
         return found
 
+    def _new_profile(self, tenant: _Tenant, workflow: str) -> Profile:
+        """An empty profile with the smallest number that nobody has."""
+        number = self._free_numbers[-1] if self._free_numbers else len(self.by_number)
+        return Profile(number, tenant.name, workflow, self._limits)
+
     def _add_profile(self, tenant: _Tenant, workflow: str, profile: Profile) -> None:
-        self._next_number = profile.number + 1
+        if profile.number in self._free_numbers[-1:]:
+            self._free_numbers.pop()
         tenant.profiles[workflow] = profile
         self.by_number[profile.number] = profile
         self._edge_count += profile.edges
@@ -463,6 +472,7 @@ class Profiles:
         profile = tenant.profiles.pop(workflow)
         self._edge_count -= profile.edges
         del self.by_number[profile.number]
+        self._free_numbers.append(profile.number)
 
     def _drop_tenant(self, name: str) -> None:
         tenant = self._tenants[name]
