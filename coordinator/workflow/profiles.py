@@ -105,8 +105,7 @@ class Profiles:
         live = LiveCall(symbol, path_after(before[0], symbol), now_s)
         live.prompt_tokens = prompt_tokens
         live.sketch = Sketch(prompt)
-        new_tokens = self._learn_start(run, before, live, prompt)
-        self.demand.prefill_tokens += new_tokens if uncached_tokens is None else uncached_tokens
+        self._learn_start(run, before, live, prompt, uncached_tokens)
         counts = profile.agent(symbol)
         live.bound_tokens = counts.output_tokens.upper(profile.everything.output_tokens)
         run.add(call, live)
@@ -250,9 +249,14 @@ class Profiles:
     # --- learning ----------------------------------------------------------------------------
 
     def _learn_start(
-        self, run: LiveRun, before: list[LiveCall], live: LiveCall, prompt: memoryview
-    ) -> float:
-        """Count what a call that starts says of those it follows; its new prompt tokens."""
+        self,
+        run: LiveRun,
+        before: list[LiveCall],
+        live: LiveCall,
+        prompt: memoryview,
+        uncached_tokens: int | None,
+    ) -> None:
+        """Count what a call that starts says of those it follows."""
         profile, setter = run.profile, before[0]
         first = setter.children is None
         edges = profile.edges
@@ -275,13 +279,15 @@ class Profiles:
         if origin == "own" and own is not None:
             shared_tokens = max(shared_tokens, self._with_answer(own, live, shared))
         new_tokens = float(max(0, live.prompt_tokens - shared_tokens))
+        if uncached_tokens is not None:
+            new_tokens = float(max(0, uncached_tokens))
         edge.new_tokens.add(new_tokens)
         profile.new_tokens.add(new_tokens)
         counts.prompt_tokens.add(live.prompt_tokens)
         profile.everything.prompt_tokens.add(live.prompt_tokens)
         profile.events += 1
+        self.demand.prefill_tokens += new_tokens
         self._edge_count += profile.edges - edges
-        return new_tokens
 
     def _followed(self, profile: Profile, call: LiveCall, agent: int, scored: bool) -> None:
         """``agent`` comes after ``call``."""

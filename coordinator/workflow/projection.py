@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coordinator.workflow.histogram import edges_of
-from coordinator.workflow.learned import AgentCounts
+from coordinator.workflow.learned import AgentCounts, EdgeCounts
 from coordinator.workflow.lengths import Lengths
 from coordinator.workflow.prediction import SHOWN_LEAST
 from coordinator.workflow.profile import END, OTHER, START, Profile
@@ -105,24 +105,38 @@ class Projection:
 
 
 class _Points:
-    """A distribution as weights of points; they add up to 1."""
+    """A distribution as weights of points in order; they add up to 1."""
 
     def __init__(self, lengths: Lengths, others: Lengths, guess_s: float) -> None:
         source = lengths if lengths.values.samples else others
         bins, total = source.values.weights()
-        if not total:
+        if total:
+            edges = np.array([edges_of(place) for place in sorted(bins)])
+            weights = np.array([bins[place] for place in sorted(bins)]) / total
+            parts = (np.arange(PIECES) + 0.5) / PIECES
+            width = edges[:, 1:] - edges[:, :1]
+            self.at_s = (edges[:, :1] + width * parts).ravel() * source.scale
+            self.weights: Floats = np.repeat(weights / PIECES, PIECES)
+        else:
             # Nothing is known: exponential, by its quantiles.
             shares = (np.arange(32) + 0.5) / 32
             self.at_s = -guess_s * np.log1p(-shares)
             self.weights = np.full(32, 1 / 32)
-            return
-        scale = source.scale
-        edges = np.array([edges_of(place) for place in sorted(bins)])
-        weights = np.array([bins[place] for place in sorted(bins)]) / total
-        parts = (np.arange(PIECES) + 0.5) / PIECES
-        width = edges[:, 1:] - edges[:, :1]
-        self.at_s = (edges[:, :1] + width * parts).ravel() * scale
-        self.weights = np.repeat(weights / PIECES, PIECES)
+        self.mean_s = max(1e-3, float(self.at_s @ self.weights))
+        self._below = np.concatenate([[0.0], np.cumsum(self.weights)])
+        self._time_below = np.concatenate([[0.0], np.cumsum(self.weights * self.at_s)])
+
+    def lasting(self, ages_s: Floats, step_s: float) -> tuple[Floats, Floats]:
+        """By age and step: the share that still lasts, and how long all did on average so far."""
+        steps_s = np.arange(STEPS + 1) * step_s
+        until = np.searchsorted(self.at_s, ages_s[:, None] + steps_s[None, :], side="right")
+        before = np.searchsorted(self.at_s, ages_s[:, None], side="left")
+        alive = np.maximum(1e-12, 1.0 - self._below[before])
+        still = np.maximum(0.0, 1.0 - self._below[until]) / alive
+        ended = (self._below[until] - self._below[before]) / alive
+        time_s = (self._time_below[until] - self._time_below[before]) / alive
+        lasted_s = time_s - ages_s[:, None] * ended + steps_s[None, :] * still
+        return still, lasted_s
 
     def beyond(self, ages_s: Floats, step_s: float) -> tuple[Floats, Floats]:
         """By age, the share that lasts longer, and on the grid how long that still lasts.
@@ -152,6 +166,7 @@ class _Chain:
         place_of = {symbol: at for at, symbol in enumerate(agents)}
         everything = profile.everything
         counts = [profile.agent(symbol) for symbol in agents]
+        counts[-1] = _others(profile, place_of)
         self.size = size
         self.prompt_tokens = _means(
             [(one.prompt_tokens, everything.prompt_tokens) for one in counts]
@@ -165,9 +180,7 @@ class _Chain:
         self.durations = [
             _Points(one.duration_s, everything.duration_s, CALL_GUESS_S) for one in counts
         ]
-        self.duration_s = np.array(
-            [max(1e-3, float(one.at_s @ one.weights)) for one in self.durations]
-        )
+        self.duration_s = np.array([one.mean_s for one in self.durations])
         self.final = np.array([_share(one.final_runs, one.resolved) for one in counts])
         self.ended = np.array(
             [
@@ -184,21 +197,34 @@ class _Chain:
         return np.minimum(rate * ages_s(), 2.0 * self.output_tokens[place])
 
 
+class _Pooled:
+    """Edges with the same ends: their sums, and the most frequent one."""
+
+    __slots__ = ("follows", "starts", "typical")
+
+    def __init__(self) -> None:
+        self.follows = self.starts = 0.0
+        self.typical = EdgeCounts()
+
+    def add(self, edge: EdgeCounts) -> None:
+        self.follows += edge.follows
+        self.starts += edge.starts
+        if edge.starts > self.typical.starts:
+            self.typical = edge
+
+
 class _Edge:
     """``calls`` of ``target`` follow a call of ``source``, with probability ``share`` any."""
 
     __slots__ = ("calls", "gap", "new_squares", "new_tokens", "share", "source", "target")
 
     def __init__(
-        self, profile: Profile, source: int, target: int, symbols: tuple[int, int], calls: float,
-        share: float,
-    ) -> None:  # fmt: skip
-        counts = profile.known_edge(*symbols)
-        assert counts is not None, symbols
-        self.source, self.target = source, target
-        self.calls, self.share = calls, share
-        self.gap = _Points(counts.gap_s, profile.gap_s, GAP_GUESS_S)
-        pair = [(counts.new_tokens, profile.new_tokens)]
+        self, profile: Profile, ends: tuple[int, int], pooled: _Pooled, calls: float, share: float
+    ) -> None:
+        self.source, self.target = ends
+        self.calls, self.share = calls, min(1.0, share)
+        self.gap = _Points(pooled.typical.gap_s, profile.gap_s, GAP_GUESS_S)
+        pair = [(pooled.typical.new_tokens, profile.new_tokens)]
         self.new_tokens = float(_means(pair)[0])
         self.new_squares = float(_squares(pair)[0])
 
@@ -217,12 +243,12 @@ class _Grid:
         self._lower = np.minimum(places.astype(np.int64), STEPS - 1)
         self._part = places - self._lower
         self._columns = 3 * chain.size + 2
-        self._running = [one.beyond(ages_s(), step_s)[1] for one in chain.durations]
-        fresh = np.zeros(1)
+        ages, fresh = ages_s(), np.zeros(1)
+        self._running = [one.beyond(ages, step_s)[1] for one in chain.durations]
         self._last = [one.beyond(fresh, step_s)[1][0] for one in chain.durations]
-        self._gap = [edge.gap.beyond(ages_s(), step_s) for edge in chain.edges]
+        self._gap = [edge.gap.beyond(ages, step_s) for edge in chain.edges]
         self._fresh_gap = [edge.gap.beyond(fresh, step_s)[1][0] for edge in chain.edges]
-        self._alone = [self._own_demand(place, self._last[place]) for place in range(chain.size)]
+        self._alone = [self._own_demand(place) for place in range(chain.size)]
         self.after = self._solved()
         self.during = np.stack(
             [
@@ -236,9 +262,9 @@ class _Grid:
     def running(self, place: int) -> tuple[Floats, Floats]:
         """By age and horizon, what an agent's running call leads to, and whether it still runs."""
         chain, kernel = self.chain, self._running[place]
-        still = 1.0 - np.minimum(1.0, np.cumsum(kernel, axis=1))
+        still, lasted_s = chain.durations[place].lasting(ages_s(), self.step_s)
         table = (1 - chain.final[place]) * self._folded(kernel, self.after[:, place])
-        answered = self._at(_summed(still, self.step_s)) / chain.duration_s[place]
+        answered = self._at(lasted_s) / chain.duration_s[place]
         table[:, :, chain.size + place] += answered * chain.output_tokens[place]
         table[:, :, 3 * chain.size + 1] += answered * chain.output_squares[place]
         return table, self._at(still)
@@ -260,7 +286,8 @@ class _Grid:
             weights = edge.calls * survive / np.maximum(alive, 1e-9)
             kernel = kernel * weights[:, None]
             table += self._folded(kernel, self.during[:, edge.target])
-            arrived = self._at(np.cumsum(kernel, axis=1))
+            still, _ = edge.gap.lasting(ages_s(), self.step_s)
+            arrived = self._at(1.0 - still) * weights[:, None]
             table[:, :, edge.target] += arrived * edge.new_tokens
             table[:, :, 3 * chain.size] += arrived * edge.new_squares
         return table, np.zeros((AGES, len(self._lower)))
@@ -290,14 +317,14 @@ class _Grid:
         lower = rows[:, self._lower]
         return np.asarray(lower * (1 - self._part) + rows[:, self._lower + 1] * self._part)
 
-    def _own_demand(self, place: int, kernel: Floats) -> Floats:
+    def _own_demand(self, place: int) -> Floats:
         """What a call that starts needs itself: its answer, and room for its prompt."""
         chain = self.chain
         table = np.zeros((STEPS + 1, self._columns))
-        still = 1.0 - np.minimum(1.0, np.cumsum(kernel))
-        answered = _summed(still[None, :], self.step_s)[0] / chain.duration_s[place]
+        still, lasted_s = chain.durations[place].lasting(np.zeros(1), self.step_s)
+        answered = lasted_s[0] / chain.duration_s[place]
         table[:, chain.size + place] = answered * chain.output_tokens[place]
-        table[:, 2 * chain.size + place] = still * chain.prompt_tokens[place]
+        table[:, 2 * chain.size + place] = still[0] * chain.prompt_tokens[place]
         table[:, 3 * chain.size + 1] = answered * chain.output_squares[place]
         return table
 
@@ -312,7 +339,7 @@ class _Grid:
             both = np.convolve(gap, self._last[edge.target])[: STEPS + 1]
             delayed[:, edge.source, edge.target] += calls * (1 - chain.final[edge.target]) * both
             needed[:, edge.source] += calls * (_toeplitz(gap) @ self._alone[edge.target])
-            arrived = calls * np.cumsum(gap)
+            arrived = calls * (1.0 - edge.gap.lasting(np.zeros(1), self.step_s)[0][0])
             needed[:, edge.source, edge.target] += arrived * edge.new_tokens
             needed[:, edge.source, 3 * size] += arrived * edge.new_squares
         at_once = delayed[0].sum(axis=1, keepdims=True)
@@ -347,24 +374,40 @@ def _projected(profile: Profile) -> list[int]:
     return [symbol for _, symbol in by_calls[: AGENTS_MOST - 1]] + [OTHER]
 
 
+def _others(profile: Profile, place_of: dict[int, int]) -> AgentCounts:
+    """The agents that are not projected, as one; their lengths are those of all agents."""
+    found = AgentCounts()
+    for symbol, counts in profile.agents.items():
+        if symbol == OTHER or (symbol not in place_of and symbol not in (START, END)):
+            found.resolved += counts.resolved
+            found.ended_runs += counts.ended_runs
+            found.final_runs += counts.final_runs
+    return found
+
+
 def _edges(profile: Profile, place_of: dict[int, int]) -> list[_Edge]:
-    found: list[tuple[float, int, int, float, float]] = []
-    for symbol in place_of:
-        counts = profile.agent(symbol)
-        going_on = counts.resolved - counts.final_runs
-        if going_on <= 0:
-            continue
-        for target, edge in counts.followers.items():
-            share = min(1.0, edge.follows / going_on)
-            if share >= SHOWN_LEAST:
-                found.append((-edge.starts, symbol, target, edge.starts / going_on, share))
-    found.sort()
+    """What follows what, by place: agents that are not projected are one, at the last place.
+
+    Of edges with the same ends the most frequent one stands for all in gaps and lengths. Rare
+    edges go to the others, so that no calls are lost.
+    """
     other = place_of[OTHER]
+    going_on = np.zeros(len(place_of))
+    pooled: dict[tuple[int, int], _Pooled] = {}
+    for symbol, counts in profile.agents.items():
+        place = place_of.get(symbol, other)
+        alive = counts.resolved - counts.final_runs
+        if symbol in (START, END) or alive <= 0:
+            continue
+        going_on[place] += alive
+        for target, edge in counts.followers.items():
+            rare = edge.follows < SHOWN_LEAST * alive
+            ends = (place, other if rare else place_of.get(target, other))
+            pooled.setdefault(ends, _Pooled()).add(edge)
+    most = sorted(pooled.items(), key=lambda item: (-item[1].starts, item[0]))[:EDGES_MOST]
     return [
-        _Edge(
-            profile, place_of[symbol], place_of.get(target, other), (symbol, target), calls, share
-        )
-        for _, symbol, target, calls, share in found[:EDGES_MOST]
+        _Edge(profile, ends, one, one.starts / going_on[ends[0]], one.follows / going_on[ends[0]])
+        for ends, one in most
     ]
 
 
@@ -372,14 +415,15 @@ def _starts(profile: Profile, place_of: dict[int, int]) -> list[tuple[int, float
     """With what runs begin: place of the agent, calls, new tokens and their square."""
     root: AgentCounts = profile.agents[START]
     other = place_of[OTHER]
-    found: list[tuple[int, float, float, float]] = []
-    for target, edge in root.followers.items():
-        calls = _share(edge.starts, root.resolved)
-        if calls >= SHOWN_LEAST:
-            pair = [(edge.new_tokens, profile.new_tokens)]
-            place = place_of.get(target, other)
-            found.append((place, calls, float(_means(pair)[0]), float(_squares(pair)[0])))
-    return found
+    return [
+        (
+            place_of.get(target, other),
+            edge.starts / max(1.0, root.resolved),
+            float(_means([(edge.new_tokens, profile.new_tokens)])[0]),
+            float(_squares([(edge.new_tokens, profile.new_tokens)])[0]),
+        )
+        for target, edge in root.followers.items()
+    ]
 
 
 def _share(part: float, whole: float) -> float:
