@@ -122,25 +122,37 @@ def middle_of(place: int) -> float:
 
 def quantile_of(bins: dict[int, float], total: float, share: float) -> float:
     """The value that a share of all weights is below; 0 if there are none."""
+    if share > 0.5:
+        return _from_above(bins, total, share)
     return quantiles_of(bins, total, (share,))[0]
 
 
 def quantiles_of(bins: dict[int, float], total: float, shares: tuple[float, ...]) -> list[float]:
     """The values that ascending shares of all weights are below; zeros if there are none."""
+    if not bins:
+        return [0.0] * len(shares)
     found: list[float] = []
-    below = 0.0
-    least = most = 0.0
-    places = iter(sorted(bins))
-    weight = 0.0
+    places = sorted(bins)
+    at, below, weight = 0, 0.0, bins[places[0]]
     for share in shares:
         wanted = min(1.0, max(0.0, share)) * total
-        while below + weight < wanted or not weight:
-            place = next(places, None)
-            if place is None:
-                break
+        while below + weight < wanted and at + 1 < len(places):
             below += weight
-            weight = bins[place]
-            least, most = edges_of(place)
-        part = (wanted - below) / weight if weight else 0.0
-        found.append(least + (most - least) * min(1.0, max(0.0, part)))
+            at += 1
+            weight = bins[places[at]]
+        least, most = edges_of(places[at])
+        found.append(least + (most - least) * min(1.0, max(0.0, (wanted - below) / weight)))
     return found
+
+
+def _from_above(bins: dict[int, float], total: float, share: float) -> float:
+    """The same for a large share: what is above it is in few bins."""
+    wanted = (1.0 - min(1.0, share)) * total
+    above = 0.0
+    for place in sorted(bins, reverse=True):
+        weight = bins[place]
+        if above + weight >= wanted:
+            least, most = edges_of(place)
+            return most - (most - least) * min(1.0, max(0.0, (wanted - above) / weight))
+        above += weight
+    return edges_of(min(bins))[0] if bins else 0.0

@@ -9,7 +9,7 @@ What was seen rarely leans on what is known of all agents of the workflow.
 
 from __future__ import annotations
 
-from coordinator.workflow.histogram import Histogram, quantiles_of
+from coordinator.workflow.histogram import Histogram, quantile_of, quantiles_of
 from coordinator.workflow.prediction import Spread
 
 HALF_LIFE = 300.0
@@ -43,9 +43,11 @@ class Lengths:
 
     def upper(self, others: Lengths | None = None) -> float:
         """What one value in twenty is meant to exceed; 0 if nothing is known."""
+        if others is None or self.values.samples >= LEANING_SAMPLES:
+            return self.values.quantile(1.0 - self.exceeded) * self.scale
         bins, total = self._leaning(others)
-        level = self.exceeded if self.values.samples else (others or self).exceeded
-        return quantiles_of(bins, total, (1.0 - level,))[0] * self.scale
+        level = self.exceeded if self.values.samples else others.exceeded
+        return quantile_of(bins, total, 1.0 - level) * self.scale
 
     def add(self, value: float, bound: float | None = None) -> None:
         """Count a value, and whether it exceeded the bound that was given for it, if any."""

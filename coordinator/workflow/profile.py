@@ -14,7 +14,7 @@ from coordinator.workflow.graph import Graph, start_of, ways
 from coordinator.workflow.learned import AgentCounts, EdgeCounts
 from coordinator.workflow.lengths import Lengths
 from coordinator.workflow.limits import WorkflowLimits
-from coordinator.workflow.scores import Scores
+from coordinator.workflow.scores import FADING, Scores
 
 START, END, OTHER = 0, 1, 2
 NAMES = ("(start)", "(end)", "(other)")
@@ -28,13 +28,20 @@ IDLE_SAMPLES = 50.0
 class Profile:
     """One workflow of one tenant."""
 
-    def __init__(self, number: int, tenant: str, workflow: str, limits: WorkflowLimits) -> None:
+    def __init__(
+        self,
+        number: int,
+        tenant: str,
+        workflow: str,
+        limits: WorkflowLimits,
+        score_fading: float = FADING,
+    ) -> None:
         """``number``: what it is called in arrays."""
         self.number = number
         self.tenant = tenant
         self.workflow = workflow
         self.graph: Graph | None = None
-        self.scores = Scores()
+        self.scores = Scores(fading=score_fading)
         self.automaton = Automaton(limits.contexts_per_workflow)
         self.everything = AgentCounts()
         """Of all agents together: what is believed of one that was seen rarely."""

@@ -27,6 +27,7 @@ from coordinator.workflow.prediction import (
 from coordinator.workflow.profile import START, Profile
 from coordinator.workflow.record import ProfileRecord, recorded, restored
 from coordinator.workflow.runs import NOBODY, LiveCall, LiveRun, path_after
+from coordinator.workflow.scores import FADING, Scores
 from coordinator.workflow.sharing import Sketch, hashes_of
 from coordinator.workflow.units import IDLE, RUNNING, Units
 from coordinator.workflow.view import predicted, workflow_view
@@ -58,8 +59,14 @@ class Demand:
 class Profiles:
     """Everything about workflows that the coordinator knows."""
 
-    def __init__(self, limits: WorkflowLimits, block_tokens: int = 16) -> None:
-        """``block_tokens``: what one block hash stands for; may be set again at any time."""
+    def __init__(
+        self, limits: WorkflowLimits, block_tokens: int = 16, score_fading: float = FADING
+    ) -> None:
+        """``block_tokens``: what one block hash stands for; may be set again at any time.
+
+        ``score_fading``: what scores keep of their weight at the next value, see ``Scores``.
+        """
+        self._score_fading = score_fading
         self.block_tokens = block_tokens
         self.units = Units()
         self.demand = Demand()
@@ -245,6 +252,11 @@ class Profiles:
     def live_calls(self) -> int:
         """How many calls run."""
         return len(self._calls)
+
+    def reset_scores(self) -> None:
+        """Forget how good predictions were, as at the beginning of an examination."""
+        for profile in self.by_number.values():
+            profile.scores = Scores(fading=self._score_fading)
 
     # --- learning ----------------------------------------------------------------------------
 
@@ -450,7 +462,7 @@ class Profiles:
     def _new_profile(self, tenant: _Tenant, workflow: str) -> Profile:
         """An empty profile with the smallest number that nobody has."""
         number = self._free_numbers[-1] if self._free_numbers else len(self.by_number)
-        return Profile(number, tenant.name, workflow, self._limits)
+        return Profile(number, tenant.name, workflow, self._limits, self._score_fading)
 
     def _add_profile(self, tenant: _Tenant, workflow: str, profile: Profile) -> None:
         if profile.number in self._free_numbers[-1:]:

@@ -119,7 +119,10 @@ def restored(record: ProfileRecord, empty: Profile) -> Profile:
     empty.automaton.restore([(tuple(one.path), one.counts) for one in record.contexts])
     _fill(record.gap, empty.gap_s)
     _fill(record.new, empty.new_tokens)
-    empty.scores = msgspec.structs.replace(record.scores, gaps=list(record.scores.gaps))
+    fading = empty.scores.fading
+    empty.scores = msgspec.structs.replace(
+        record.scores, gaps=list(record.scores.gaps), fading=fading
+    )
     empty.runs_started, empty.runs_ended = record.runs_started, record.runs_ended
     return empty
 
@@ -133,9 +136,9 @@ def _check(record: ProfileRecord) -> None:
     for context in record.contexts:
         if any(symbol >= symbols for symbol in (*context.path, *context.counts)):
             raise ValueError(f"contexts: an agent beyond the {symbols} that have names")
-    scores = msgspec.structs.astuple(record.scores)
+    sums = [value for value in msgspec.structs.astuple(record.scores) if isinstance(value, float)]
     if len(record.scores.gaps) != GAP_BINS or not all(
-        isfinite(value) and value >= 0 for value in (*scores[:-1], *record.scores.gaps)
+        isfinite(value) and value >= 0 for value in (*sums, *record.scores.gaps)
     ):
         raise ValueError("scores: numbers from 0 are expected, and ten gaps")
     if any(len(edge.kept) != len(ORIGINS) for edge in record.edges):

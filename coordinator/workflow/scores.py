@@ -24,7 +24,10 @@ IMPROBABLE = 1e-4
 
 
 class Scores(msgspec.Struct):
-    """Sums that fade; see the properties for what they say. Encoded with the profile."""
+    """Sums that fade; see the properties for what they say. Encoded with the profile.
+
+    ``fading``: what a sum keeps of its weight at the next value; 1 to keep all of it.
+    """
 
     next_count: float = 0.0
     next_right: float = 0.0
@@ -35,22 +38,23 @@ class Scores(msgspec.Struct):
     length_bounds: float = 0.0
     length_longest: float = 0.0
     gaps: list[float] = msgspec.field(default_factory=lambda: [0.0] * GAP_BINS)
+    fading: float = FADING
 
     def next_agent(self, probabilities: dict[int, float], symbol: int) -> None:
         """``symbol`` came when these were the probabilities."""
         best = max(probabilities, key=probabilities.__getitem__, default=-1)
-        self.next_count = self.next_count * FADING + 1.0
-        self.next_right = self.next_right * FADING + (1.0 if best == symbol else 0.0)
-        self.next_claimed = self.next_claimed * FADING + probabilities.get(best, 0.0)
+        self.next_count = self.next_count * self.fading + 1.0
+        self.next_right = self.next_right * self.fading + (1.0 if best == symbol else 0.0)
+        self.next_claimed = self.next_claimed * self.fading + probabilities.get(best, 0.0)
         loss = -log(max(IMPROBABLE, probabilities.get(symbol, 0.0)))
-        self.next_loss = self.next_loss * FADING + loss
+        self.next_loss = self.next_loss * self.fading + loss
 
     def length(self, tokens: float, bound: float, longest: float) -> None:
         """An answer had so many tokens when ``longest`` was the longest so far."""
-        self.length_count = self.length_count * FADING + 1.0
-        self.length_within = self.length_within * FADING + (1.0 if tokens <= bound else 0.0)
-        self.length_bounds = self.length_bounds * FADING + bound
-        self.length_longest = self.length_longest * FADING + longest
+        self.length_count = self.length_count * self.fading + 1.0
+        self.length_within = self.length_within * self.fading + (1.0 if tokens <= bound else 0.0)
+        self.length_bounds = self.length_bounds * self.fading + bound
+        self.length_longest = self.length_longest * self.fading + longest
 
     def gap(self, below: float, up_to: float) -> None:
         """A gap came that these shares of all were thought to be below, and up to.
@@ -58,11 +62,17 @@ class Scores(msgspec.Struct):
         What is known no finer is spread evenly between them, as for counts (Czado, Gneiting
         and Held, *Predictive Model Assessment for Count Data*, Biometrics 65, 2009).
         """
-        width = max(up_to - below, 1e-9)
-        for place in range(GAP_BINS):
+        fading, gaps = self.fading, self.gaps
+        if fading < 1.0:
+            gaps = self.gaps = [weight * fading for weight in gaps]
+        first, last = int(below * GAP_BINS), int(up_to * GAP_BINS)
+        if first >= last or first >= GAP_BINS - 1:
+            gaps[min(first, GAP_BINS - 1)] += 1.0
+            return
+        scale = 1.0 / (up_to - below)
+        for place in range(first, min(last, GAP_BINS - 1) + 1):
             least, most = place / GAP_BINS, (place + 1) / GAP_BINS
-            part = max(0.0, min(most, below + width) - max(least, below)) / width
-            self.gaps[place] = self.gaps[place] * FADING + part
+            gaps[place] += max(0.0, min(most, up_to) - max(least, below)) * scale
 
     @property
     def top1(self) -> float:
