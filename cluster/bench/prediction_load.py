@@ -21,8 +21,8 @@ from cluster.workload.lineage import linked
 from cluster.workload.measure import cached
 
 LIFETIMES = 10.0
-HALF_LEAST_S = 1800.0
-"""A half of repeated runs lasts at least this, and so many mean durations of a run."""
+HALF_LEAST_S, HALF_MOST_S = 1800.0, 40_000.0
+"""A half of repeated runs lasts so many mean durations of a run, but within these bounds."""
 NUMBERED = re.compile(r"([A-Za-z]+)-\d+(-\d+)*")
 
 
@@ -79,7 +79,7 @@ def repeated(
     rng.shuffle(runs)
     middle = (len(runs) + 1) // 2
     duration_s = mean_duration_s(workload)
-    half_s = half_s or max(HALF_LEAST_S, LIFETIMES * duration_s)
+    half_s = half_s or min(HALF_MOST_S, max(HALF_LEAST_S, LIFETIMES * duration_s))
     rate = concurrency / duration_s
     arriving: list[Run] = []
     now_s = rng.expovariate(rate)

@@ -17,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 
 ORDER = 4
-COUNT_MOST = 256.0
+COUNT_MOST = 128.0
 COUNT_LEAST = 0.2
 """Followers of less than this are forgotten when counts are halved."""
 PRIOR_STRENGTH = 8.0

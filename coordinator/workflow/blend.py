@@ -32,6 +32,8 @@ MODEL, CALIBRATED, TYPICAL, RECENT, STEADY, LONG, LAST = range(7)
 """Who is asked: the model of all runs; the same times what it was too low by lately; the median
 of what came lately; means that fade within a minute, five and thirty; and the last value."""
 ASKED = 7
+_REACTIVE = (0.0,) * LAST + (1.0,)
+"""The weights before anything is known, and where nothing is better than the last value."""
 FADING_S = {RECENT: 60.0, STEADY: 300.0, LONG: 1800.0}
 
 
@@ -73,7 +75,7 @@ class Blend:
     def __init__(self) -> None:
         self._regrets = [0.0] * ASKED
         self._variation = [1e-12] * ASKED
-        self.weights = [1.0 / ASKED] * ASKED
+        self.weights = list(_REACTIVE)
         self._model_ratios = Histogram(HALF_LIFE)
         self._ratios = Histogram(HALF_LIFE)
         self._values = Histogram(HALF_LIFE)
@@ -92,10 +94,7 @@ class Blend:
         for who in FADING_S:
             found[who] = self._means.get(who, last)
         found[LAST] = last
-        if self._count:
-            likely = sum(w * value for w, value in zip(self.weights, found, strict=True))
-        else:
-            likely = model
+        likely = sum(weight * value for weight, value in zip(self.weights, found, strict=True))
         low, high = likely * self._low, likely * self._high
         if self._ratios.samples < SAMPLES_LEAST:
             low = min(low, likely - 2 * spread)
@@ -123,7 +122,7 @@ class Blend:
             for regret, variation in zip(self._regrets, self._variation, strict=True)
         ]
         total = sum(shares)
-        self.weights = [share / total if total else 1.0 / ASKED for share in shares]
+        self.weights = [share / total for share in shares] if total else list(_REACTIVE)
         self._values.add(came)
         self._typical = self._values.quantile(0.5)
         if said.asked[MODEL] > 0:

@@ -7,18 +7,15 @@ number of units in array operations, not in steps of a program.
 
 from __future__ import annotations
 
-from typing import TypeAlias
-
 import numpy as np
 from numpy.typing import NDArray
 
+from coordinator.workflow.chain import AGES, YOUNGEST_S, Floats
 from coordinator.workflow.limits import WorkflowLimits
 from coordinator.workflow.profile import OTHER, START, Profile
 from coordinator.workflow.profiles import Profiles
-from coordinator.workflow.projection import AGES, HORIZONS_S, YOUNGEST_S, Projection
+from coordinator.workflow.projection import HORIZONS_S, Projection
 from coordinator.workflow.units import IDLE, RUNNING
-
-Floats: TypeAlias = NDArray[np.float64]
 
 STALE_EVENTS = 64
 """A projection is made anew after so many events of its workflow, and when they have grown by

@@ -8,7 +8,7 @@ from coordinator.workflow.prediction import Kept, Origin
 from coordinator.workflow.sharing import Sketch
 
 ORIGINS: tuple[Origin, ...] = ("own", "previous", "first", "static")
-COUNT_MOST = 256.0
+COUNT_MOST = 128.0
 """Followers of an agent at which counts are halved, so that what is new soon outweighs them."""
 NUMBERS_HALF_LIFE = 100.0
 """Numbers (of calls at once, of visits in a run) after which one weighs half."""
@@ -62,8 +62,8 @@ class AgentCounts:
 
     ``resolved``: how many of its calls were followed, or ended their run (``ended_runs``), of
     these ``final_runs`` by saying so. ``visits``: its calls
-    in one run. ``longest``: its longest answer, in tokens. ``static``: its last prompt in
-    another run, and ``static_blocks`` how much of such a prompt is in the next run's as well.
+    in one run. ``longest``: its longest answer, in tokens. ``static``: its first prompt in the
+    last run that had one.
     """
 
     __slots__ = (
@@ -76,7 +76,6 @@ class AgentCounts:
         "prompt_tokens",
         "resolved",
         "static",
-        "static_blocks",
         "visits",
     )
 
@@ -91,7 +90,6 @@ class AgentCounts:
         self.final_runs = 0.0
         self.longest = 0.0
         self.static: Sketch | None = None
-        self.static_blocks = 0.0
 
     def resolve(self, ended_run: bool, final: bool = False) -> None:
         """One of its calls was followed, or ended its run, maybe by saying so (``final``)."""

@@ -14,17 +14,17 @@ from collections import OrderedDict
 from hashlib import blake2b
 
 from coordinator.workflow.graph import Graph
-from coordinator.workflow.learned import ORIGINS, AgentCounts
+from coordinator.workflow.learned import AgentCounts
+from coordinator.workflow.learning import learn_end, learn_start, shared_with
 from coordinator.workflow.limits import WorkflowLimits
 from coordinator.workflow.prediction import (
     UNKNOWN,
-    Origin,
     Prediction,
     RunKey,
     Spread,
     WorkflowView,
 )
-from coordinator.workflow.profile import START, Profile
+from coordinator.workflow.profile import Profile
 from coordinator.workflow.record import ProfileRecord, recorded, restored
 from coordinator.workflow.runs import NOBODY, LiveCall, LiveRun, path_after
 from coordinator.workflow.scores import FADING, Scores
@@ -112,7 +112,17 @@ class Profiles:
         live = LiveCall(symbol, path_after(before[0], symbol), now_s)
         live.prompt_tokens = prompt_tokens
         live.sketch = Sketch(prompt)
-        self._learn_start(run, before, live, prompt, uncached_tokens)
+        edges = profile.edges
+        shared = shared_with(run, before[0], live, prompt, self.block_tokens)
+        new_tokens = live.prompt_tokens - shared.tokens
+        if uncached_tokens is not None:
+            new_tokens = uncached_tokens
+        new_tokens = max(0, new_tokens)
+        learn_start(profile, before, live, shared, new_tokens)
+        for earlier in before:
+            self._release(earlier)
+        self._edge_count += profile.edges - edges
+        self.demand.prefill_tokens += new_tokens
         counts = profile.agent(symbol)
         live.bound_tokens = counts.output_tokens.upper(profile.everything.output_tokens)
         run.add(call, live)
@@ -142,7 +152,7 @@ class Profiles:
         profile.events += 1
         self.demand.decode_tokens += live.output_tokens
         if completed:
-            self._learn_end(profile, live, now_s)
+            learn_end(profile, live)
         tokens = live.prompt_tokens + live.output_tokens
         if live.unit != NOBODY:
             self.units.set(live.unit, profile.number, live.agent, IDLE, now_s, tokens)
@@ -257,115 +267,6 @@ class Profiles:
         """Forget how good predictions were, as at the beginning of an examination."""
         for profile in self.by_number.values():
             profile.scores = Scores(fading=self._score_fading)
-
-    # --- learning ----------------------------------------------------------------------------
-
-    def _learn_start(
-        self,
-        run: LiveRun,
-        before: list[LiveCall],
-        live: LiveCall,
-        prompt: memoryview,
-        uncached_tokens: int | None,
-    ) -> None:
-        """Count what a call that starts says of those it follows."""
-        profile, setter = run.profile, before[0]
-        first = setter.children is None
-        edges = profile.edges
-        edge = profile.edge(setter.agent, live.agent)
-        for call in before:
-            self._followed(profile, call, live.agent, scored=call is setter)
-        edge.starts += 1.0
-        if first and setter.agent != START:
-            gap_s = max(0.0, live.started_s - setter.ended_s) if setter.ended_s >= 0 else 0.0
-            gaps = edge.gap_s if edge.gap_s.values.samples else profile.gap_s
-            profile.scores.gap(*gaps.shares_around(gap_s))
-            edge.gap_s.add(gap_s)
-            profile.gap_s.add(gap_s)
-        counts = profile.agent(live.agent)
-        own = setter if setter.agent == live.agent else run.latest.get(live.agent)
-        origin, earlier, shared = self._origin(run, counts, setter, own, prompt)
-        if origin is not None and earlier is not None:
-            edge.keep(origin, shared / max(1, earlier.blocks))
-        shared_tokens = shared * self.block_tokens
-        if origin == "own" and own is not None:
-            shared_tokens = max(shared_tokens, self._with_answer(own, live, shared))
-        new_tokens = float(max(0, live.prompt_tokens - shared_tokens))
-        if uncached_tokens is not None:
-            new_tokens = float(max(0, uncached_tokens))
-        edge.new_tokens.add(new_tokens)
-        profile.new_tokens.add(new_tokens)
-        counts.prompt_tokens.add(live.prompt_tokens)
-        profile.everything.prompt_tokens.add(live.prompt_tokens)
-        profile.events += 1
-        self.demand.prefill_tokens += new_tokens
-        self._edge_count += profile.edges - edges
-
-    def _followed(self, profile: Profile, call: LiveCall, agent: int, scored: bool) -> None:
-        """``agent`` comes after ``call``."""
-        edge = profile.edge(call.agent, agent)
-        if call.children is None:
-            profile.followed(call.path, agent, scored and call.agent != START)
-            call.children = {}
-            profile.agent(call.agent).resolve(ended_run=False)
-            self._release(call)
-        elif agent not in call.children:
-            profile.followed(call.path, agent, scored=False)
-        width = call.children.get(agent, 0) + 1
-        call.children[agent] = width
-        if width == 1:
-            edge.follows += 1.0
-            edge.widths.add(1)
-        else:
-            edge.widths.correct(width - 1, width)
-
-    def _learn_end(self, profile: Profile, live: LiveCall, now_s: float) -> None:
-        counts, everything = profile.agent(live.agent), profile.everything
-        tokens = float(live.output_tokens)
-        if live.bound_tokens:
-            profile.scores.length(tokens, live.bound_tokens, counts.longest or everything.longest)
-        for one in (counts, everything):
-            one.longest = max(one.longest, tokens)
-            one.duration_s.add(now_s - live.started_s)
-        counts.output_tokens.add(tokens, live.bound_tokens or None)
-        everything.output_tokens.add(tokens, live.bound_tokens or None)
-
-    def _origin(
-        self,
-        run: LiveRun,
-        counts: AgentCounts,
-        setter: LiveCall,
-        own: LiveCall | None,
-        prompt: memoryview,
-    ) -> tuple[Origin | None, Sketch | None, int]:
-        """Of which earlier call most is in a prompt, and how many blocks."""
-        first = run.first
-        candidates = (
-            own.sketch if own is not None else None,
-            setter.sketch if setter is not own else None,
-            first.sketch if first is not None and first is not own else None,
-            counts.static if own is None else None,
-        )
-        if own is None:
-            counts.static = Sketch(prompt)
-        best: tuple[Origin | None, Sketch | None, int] = (None, None, 0)
-        for origin, sketch in zip(ORIGINS, candidates, strict=True):
-            if sketch is not None and sketch.blocks > best[2]:
-                shared = sketch.shared_blocks(prompt)
-                if shared > best[2]:
-                    best = (origin, sketch, shared)
-        return best
-
-    def _with_answer(self, own: LiveCall, live: LiveCall, shared_blocks: int) -> int:
-        """Tokens of an agent's prompt that its earlier call left behind, with its answer.
-
-        Engines keep answers as they keep prompts, but their hashes are not known here: a prompt
-        that goes on from all of the earlier one has the answer in it if it has room for it.
-        """
-        answered = own.prompt_tokens + own.output_tokens
-        whole = own.sketch is not None and shared_blocks == own.sketch.blocks
-        fits = own.ended_s >= 0 and answered <= live.prompt_tokens
-        return answered if whole and fits else 0
 
     # --- runs --------------------------------------------------------------------------------
 
