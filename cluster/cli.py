@@ -238,11 +238,13 @@ def demo(model: ModelOption = None, json_path: JsonPath = None) -> None:
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="overhead, transfer, core, idle or simulator.")],
+    name: Annotated[
+        str, typer.Argument(help="overhead, transfer, core, idle, simulator or predict.")
+    ],
     json_path: JsonPath = None,
     model: ModelOption = None,
 ) -> None:
-    """Measure; further --name VALUE options go to the benchmark."""
+    """Measure; further words and --name VALUE options go to the benchmark."""
     from cluster.bench.command import run_bench
 
     raise typer.Exit(run_bench(name, json_path, model, context.args))

@@ -1,7 +1,8 @@
 """``pythia bench NAME``: finds the benchmark and gives it the options it knows.
 
 A benchmark is a module of this package with ``main(json_path, **options) -> int``; its
-options are that function's parameters or, if it takes any, the fields of its ``Setup``.
+options are that function's parameters or, if it takes any, the fields of its ``Setup``. If it
+has a parameter ``words``, that is a list of all that is no option.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ import msgspec
 
 from cluster.schema import ConfigError
 
-NAMES = ("overhead", "transfer", "core", "idle", "simulator")
+NAMES = ("overhead", "transfer", "core", "idle", "simulator", "predict")
+
+WORDS = "words"
+"""The parameter of a benchmark that takes what is no option."""
 
 
 def run_bench(name: str, json_path: Path | None, model: str | None, arguments: list[str]) -> int:
@@ -54,6 +58,9 @@ def _parsed(name: str, arguments: list[str], known: dict[str, Any]) -> dict[str,
     options: dict[str, Any] = {}
     words = iter(arguments)
     for word in words:
+        if WORDS in known and not word.startswith("--"):
+            options.setdefault(WORDS, []).append(word)
+            continue
         flag, has_value, text = word.partition("=")
         option = flag.removeprefix("--").replace("-", "_")
         if not flag.startswith("--") or option not in known:
