@@ -72,7 +72,10 @@ class Message(msgspec.Struct, frozen=True, gc=False, tag=True, omit_defaults=Tru
 class CallContext(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """Who speaks: the workflow, run and agent that a call belongs to.
 
-    A hint: it may make serving faster or slower, never wrong.
+    A hint: it may make serving faster or slower, never wrong. ``parent``: the agent, or the
+    thread, whose call led to this one. ``final``: the run ends with this call. ``thread``: one
+    agent's chain of calls, to tell agents of one name apart that run side by side.
+    ``tenant``: whose KV it is, as a digest of the request's cache salt.
     """
 
     workflow: str = ""
@@ -80,6 +83,8 @@ class CallContext(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     agent: str = ""
     parent: str = ""
     final: bool = False
+    thread: str = ""
+    tenant: str = ""
 
 
 class EngineFacts(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
