@@ -1,0 +1,1 @@
+"""What is known of workflows: declared graphs, learned profiles, forecasts of demand. Pure."""
