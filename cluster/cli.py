@@ -178,7 +178,7 @@ def coordinator(
     """Run the coordinator of a cluster: the core and its API processes."""
     from cluster import reaper
     from cluster.config import coordinator_config, load
-    from cluster.launch import with_free_ports
+    from cluster.launch import run_directory, with_free_ports, with_store
     from cluster.model import resolve
     from cluster.template import api_starter
     from coordinator import server
@@ -188,7 +188,7 @@ def coordinator(
         config = msgspec.structs.replace(
             config, api=msgspec.structs.replace(config.api, servers=api_servers)
         )
-    config = with_free_ports(config)
+    config = with_store(with_free_ports(config), run_directory(config.name))
     reaper.protect_group()  # API processes would outlive a coordinator that is killed
     starting = coordinator_config(config, resolve(config.model))
     raise typer.Exit(server.main(starting, api_starter()))
@@ -294,11 +294,13 @@ def _exit_code(error: Exception) -> int | None:
     from cluster.model_shape import ModelShapeError
     from cluster.schema import ConfigError
     from cluster.status import Unreachable
+    from coordinator.store import StoreError
 
     if isinstance(error, ConfigError | PreflightError):
         return REFUSED
     failures = LaunchError | ModelError | ModelShapeError | CalibrationError | ChildError
-    return FAILED if isinstance(error, failures | Unreachable) else None
+    failures |= StoreError | Unreachable
+    return FAILED if isinstance(error, failures) else None
 
 
 def _cluster(file: Path | None, model: str | None, gpus: int | None = None) -> ClusterConfig:

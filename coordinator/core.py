@@ -7,10 +7,12 @@ inputs give equal outputs.
 
 Here is membership: who the workers and API processes are, which of them still live, and
 who may speak for whom. The calls themselves are in ``calls``, the warm-up of worker
-pairs in ``pairs``, choices in ``policy``. A shell handles the messages that have already
-arrived before it ticks, or a pause of its own would look like the silence of all others.
+pairs in ``pairs``, what is known of workflows in ``workflow``, choices in ``policy``. A
+shell handles the messages that have already arrived before it ticks, or a pause of its own
+would look like the silence of all others.
 
 Soft state only: after a restart peers are told ``Unknown`` and introduce themselves again.
+Except for workflows: what is declared of them is answered when the shell has written it down.
 """
 
 from __future__ import annotations
@@ -30,19 +32,26 @@ from coordinator.protocol import (
     ApiBeat,
     ApiToCore,
     Beat,
+    CancelRun,
     Checked,
+    DeclareWorkflow,
+    DropWorkflow,
     Failed,
     Finished,
     Hello,
+    ImportWorkflow,
     Inspect,
     Leaving,
+    ListWorkflows,
     Prefilled,
     Probed,
     ProbeFinished,
     Ready,
     Refused,
+    ShowWorkflow,
     Snapshot,
     Started,
+    StartRun,
     Submit,
     ToCore,
     Unknown,
@@ -51,7 +60,15 @@ from coordinator.protocol import (
     WorkerToCore,
 )
 from coordinator.state import Api, Peer, Send, State, Worker, WorkerPhase
-from coordinator.view import call_status, link_status, worker_status
+from coordinator.view import call_status, link_status, run_status, worker_status
+from coordinator.workflow.desk import Desk
+from coordinator.workflow.graph import Graph, GraphError
+from coordinator.workflow.keeping import Kept, Save
+from coordinator.workflow.limits import WorkflowLimits
+from coordinator.workflow.prediction import RunKey
+from coordinator.workflow.registry import Registry
+from coordinator.workflow.roster import RunEnd
+from coordinator.workflow.tracker import REFUSALS, Tracker
 
 __all__ = ["Core", "Peer", "Send"]
 
@@ -60,6 +77,7 @@ SUSPECT_BEATS = 2
 
 LIVE_CALLS_SHOWN = 256
 LINKS_SHOWN = 1024
+RUNS_SHOWN = 64
 
 PROBE_BITS = 20
 """Room for the probes of one core between those of two cores."""
@@ -76,8 +94,11 @@ class Core:
         model: str = "",
         model_fingerprint: str = "",
         vllm_version: str = "",
+        workflow_limits: WorkflowLimits | None = None,
+        keeps: bool = False,
     ) -> None:
-        """``model*`` and ``vllm_version``: what workers must have; if empty the first sets it."""
+        """``model*`` and ``vllm_version``: what workers must have; if empty the first sets it.
+        ``keeps``: the shell writes down what ``take_saves`` gives, and says so."""
         self.core_id = core_id
         self.model = model
         self._model_fingerprint = model_fingerprint
@@ -88,7 +109,13 @@ class Core:
         self._state = State(limits)
         self._index = KvIndex()
         self._pairs = Pairs(self._state, zlib.crc32(core_id.encode()) << PROBE_BITS)
-        self._calls = Calls(self._state, self._index, placement)
+        workflow_limits = workflow_limits or WorkflowLimits()
+        self._registry = Registry(workflow_limits, keeps)
+        self._tracker = Tracker(self._state, workflow_limits, self._registry)
+        self._calls = Calls(self._state, self._index, placement, self._tracker)
+        self._desk = Desk(
+            self._state, workflow_limits, self._registry, self._tracker, self._calls.stop
+        )
         self._latest: OrderedDict[str, str] = OrderedDict()
         """The last registered incarnation per worker name."""
         self._retired: OrderedDict[tuple[str, str], str] = OrderedDict()
@@ -108,6 +135,16 @@ class Core:
                 self._from_worker(peer, message, now_s)
             case Inspect():
                 self._state.send(peer, self.snapshot(message.token, now_s))
+            case (
+                DeclareWorkflow()
+                | DropWorkflow()
+                | ListWorkflows()
+                | ShowWorkflow()
+                | ImportWorkflow()
+                | StartRun()
+                | CancelRun()
+            ):
+                self._desk.asked(peer, message, now_s)
             case _:
                 self._from_api(peer, message, now_s)
         self._calls.dispatch(now_s)
@@ -125,8 +162,35 @@ class Core:
                 self._worker_due(self._state.workers[names[0]], now_s)
             elif kind == "api":
                 self._api_due(self._state.apis[names[0]], now_s)
+            elif kind == "run":
+                self._run_due(RunKey(*names), now_s)
             else:
                 self._pairs.due((names[0], names[1]), now_s)
+        self._calls.dispatch(now_s)
+        return self._state.take_outbox()
+
+    def fix_workflow(self, name: str, graph: Graph) -> None:
+        """A workflow of the cluster's file. GraphError if it makes no sense."""
+        self._registry.fix(name, graph)
+
+    def restore(self, kept: Kept) -> list[str]:
+        """What an earlier core has had written down, before anything else is handled. Says what
+        of it is of no use any more."""
+        problems = []
+        for graph in kept.graphs:
+            try:
+                self._registry.restore(graph)
+            except GraphError as error:
+                problems.append(f"workflow {graph.name!r}: {error}")
+        return problems
+
+    def take_saves(self) -> list[Save]:
+        """What the shell is to write down now, in order, all or nothing."""
+        return self._registry.take()
+
+    def saved(self, count: int, error: str, now_s: float) -> list[Send]:
+        """The ``count`` oldest records that were taken are on disk; or are not: why."""
+        self._registry.written(count, error)
         self._calls.dispatch(now_s)
         return self._state.take_outbox()
 
@@ -147,6 +211,7 @@ class Core:
         newest = itertools.islice(reversed(state.calls.values()), LIVE_CALLS_SHOWN)
         live = [call_status(call, now_s) for call in newest]
         pairs = itertools.islice(self._pairs.in_order(), LINKS_SHOWN)
+        runs = itertools.islice(self._tracker.runs.newest(), RUNS_SHOWN)
         return Snapshot(
             token=token,
             core=self.core_id,
@@ -158,13 +223,17 @@ class Core:
             queue_limit=self._limits.queue_calls,
             active=len(state.calls) - len(self._calls.queue),
             calls=[ended.row for ended in self._calls.recent.values()] + live[::-1],
-            counters=dict(state.counters),
+            counters=state.counters | self._tracker.counters(),
             links=[link_status(pair) for pair in pairs],
+            runs=[run_status(run, now_s) for run in runs],
+            runs_live=len(self._tracker.runs),
         )
 
     def check(self) -> None:
         """Assert every invariant; for tests and for chasing bugs."""
         check_all(self._state, self._calls, self._pairs, self._index)
+        self._tracker.check()
+        self._registry.check()
         assert len(self._latest) <= 4 * self._limits.workers
         assert len(self._retired) <= 4 * self._limits.workers
 
@@ -391,6 +460,11 @@ class Core:
         self._calls.api_lost(api, now_s)
         del self._state.apis[api.name]
         self._state.counters["apis_lost"] += 1
+
+    def _run_due(self, key: RunKey, now_s: float) -> None:
+        status, reason = REFUSALS[RunEnd.DEADLINE]
+        for call in self._tracker.due(key, now_s):
+            self._calls.stop(call, status, reason, now_s)
 
     def _api_lost_s(self, api: Api) -> float:
         return api.last_heard_s + self._silence_s(self._limits.beats_missed)

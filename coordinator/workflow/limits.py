@@ -41,6 +41,13 @@ class WorkflowLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     edges_per_workflow: Positive = 2048
     """Pairs of agents whose gaps and lengths are counted."""
 
+    ended_runs: Positive = 4096
+    """Ended runs that are remembered, of all tenants."""
+    declared: Positive = 1024
+    """Workflows that may be declared."""
+    graph_bytes: Positive = 4 << 20
+    """Longest declared graph, as JSON."""
+
     idle_least_s: Seconds = 60.0
     """A run that is silent for less has not ended, whatever was learned."""
     idle_most_s: Seconds = 3600.0

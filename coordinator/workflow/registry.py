@@ -1,0 +1,144 @@
+"""Declared workflows, by name, and what is to be written down before it counts.
+
+A declaration takes effect, and is answered, when it is on disk: until then everything stays as
+it was. Records are handed out in order (``take``) and come back as written or not (``written``).
+Without a store they are as good as written at once. Those of the cluster's file are there from
+the start, are not written down, and can't be changed.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+import msgspec
+
+from coordinator.workflow.graph import Graph, GraphError, checked, name_problem, ways
+from coordinator.workflow.keeping import DropGraph, KeepGraph, Save
+from coordinator.workflow.limits import WorkflowLimits
+
+UNWRITTEN_MAX = 1024
+
+Then = Callable[[str], None]
+"""Called with why it could not be written; empty if it was."""
+
+_decode_graph = msgspec.json.Decoder(Graph).decode
+_BAD_JSON = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+
+
+class Declared(msgspec.Struct, frozen=True):
+    """A declared workflow. ``fixed``: by the cluster's file; ``last``: agents nothing follows."""
+
+    graph: Graph
+    fixed: bool = False
+    last: frozenset[str] = frozenset()
+
+
+class Busy(Exception):
+    """Too much waits to be written."""
+
+
+class _Change(msgspec.Struct, frozen=True):
+    save: Save
+    declared: Declared | None
+    then: Then
+
+
+class Registry:
+    """Declared workflows. ``keeps``: whether there is a store."""
+
+    def __init__(self, limits: WorkflowLimits, keeps: bool = False) -> None:
+        self._limits = limits
+        self._keeps = keeps
+        self.declared: dict[str, Declared] = {}
+        self._unwritten: deque[_Change] = deque()
+        self._saves: list[Save] = []
+
+    def fix(self, name: str, graph: Graph) -> None:
+        """A workflow of the cluster's file. GraphError if it makes no sense."""
+        self.declared[name] = _declared(self._checked(name, graph), fixed=True)
+
+    def restore(self, kept: KeepGraph) -> None:
+        """A workflow that was written down. GraphError if it makes no sense any more."""
+        known = self.declared.get(kept.name)
+        if known is None or not known.fixed:
+            self.declared[kept.name] = _declared(self.read(kept.name, kept.graph))
+
+    def read(self, name: str, graph: bytes) -> Graph:
+        """A graph as JSON, checked; GraphError with all that is wrong with it."""
+        return self._checked(name, parsed(graph, self._limits))
+
+    def will_be(self, name: str) -> Declared | None:
+        """What is declared under a name once everything is written."""
+        for change in reversed(self._unwritten):
+            if getattr(change.save, "name", None) == name:
+                return change.declared
+        return self.declared.get(name)
+
+    def declare(self, name: str, graph: Graph, then: Then) -> None:
+        """Declare a checked graph, as soon as that is written. Busy if too much waits."""
+        as_json = msgspec.json.encode(graph)
+        self._change(KeepGraph(name, as_json), _declared(graph), then)
+
+    def drop(self, name: str, tenant: str, then: Then) -> None:
+        """Declare nothing under this name, as soon as that is written, and what ``tenant`` taught
+        of it. Busy if too much waits."""
+        self._change(DropGraph(name, tenant), None, then)
+
+    def take(self) -> list[Save]:
+        """What is to be written now, in order."""
+        saves, self._saves = self._saves, []
+        return saves
+
+    def written(self, count: int, error: str) -> None:
+        """The oldest ``count`` records that were taken are on disk, or can't be: why."""
+        for _ in range(min(count, len(self._unwritten) - len(self._saves))):
+            self._settle(self._unwritten.popleft(), error)
+
+    def _change(self, save: Save, declared: Declared | None, then: Then) -> None:
+        change = _Change(save, declared, then)
+        if not self._keeps:
+            self._settle(change, "")
+            return
+        if len(self._unwritten) >= UNWRITTEN_MAX:
+            raise Busy
+        self._unwritten.append(change)
+        self._saves.append(save)
+
+    def _settle(self, change: _Change, error: str) -> None:
+        if not error:
+            match change.save:
+                case KeepGraph(name):
+                    assert change.declared is not None
+                    self.declared[name] = change.declared
+                case DropGraph(name):
+                    self.declared.pop(name, None)
+                case _:
+                    raise AssertionError(change.save)
+        change.then(error)
+
+    def _checked(self, name: str, graph: Graph) -> Graph:
+        wrong = name_problem(name, self._limits)
+        if wrong or "/" in name:
+            raise GraphError([f"name: {wrong or 'it has a slash'}"])
+        return checked(graph, self._limits)
+
+    def check(self) -> None:
+        """Assert that all is within bounds; for tests."""
+        assert len(self._saves) <= len(self._unwritten) <= UNWRITTEN_MAX
+        assert self._keeps or not self._unwritten
+
+
+def _declared(graph: Graph, fixed: bool = False) -> Declared:
+    followed = ways(graph)
+    return Declared(graph, fixed, frozenset(agent for agent in followed if not followed[agent]))
+
+
+def parsed(graph: bytes, limits: WorkflowLimits) -> Graph:
+    """A graph as JSON, not checked yet. GraphError if it is none or too long."""
+    if len(graph) > limits.graph_bytes:
+        raise GraphError([f"the graph is longer than {limits.graph_bytes} bytes"])
+    try:
+        return _decode_graph(graph)
+    except _BAD_JSON as error:
+        raise GraphError([str(error)]) from error
