@@ -34,12 +34,14 @@ class WorkflowLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Live runs of one tenant."""
     runs: Positive = 100_000
     """Live runs of all tenants."""
-    calls_per_run: Positive = 256
+    calls_per_run: Positive = 64
     """Calls of one run that are going on or may still be followed."""
     contexts_per_workflow: Positive = 4096
     """Paths of agents whose followers are counted."""
-    edges_per_workflow: Positive = 2048
+    edges_per_workflow: Positive = 1024
     """Pairs of agents whose gaps and lengths are counted."""
+    edges: Positive = 50_000
+    """The same of all workflows; beyond it workflows nobody uses are forgotten."""
 
     ended_runs: Positive = 4096
     """Ended runs that are remembered, of all tenants."""

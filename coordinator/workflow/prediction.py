@@ -22,6 +22,11 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
+from coordinator.workflow.scores import ScoreView
+
+SHOWN_LEAST = 0.05
+"""Next agents that are less probable are neither shown nor projected."""
+
 
 class RunKey(NamedTuple):
     """Who a call belongs to. An empty ``run`` is a run of this one call."""
@@ -87,8 +92,8 @@ class Prediction(msgspec.Struct, frozen=True, gc=False):
 
     ``known``: false if too little was seen, or if predictions of this workflow have been
     wrong: then act as if there was no prediction. ``trust``: share of recent next agents that
-    were predicted right. ``calls_left``: expected, after the running ones. ``after``: the
-    agent, running or ended, whose call sets the next one off.
+    were predicted right. ``after``: the agent, running or ended, whose call sets the next one
+    off. ``calls_left``, ``output_tokens_left``: expected of all calls that have not started.
     """
 
     known: bool
@@ -97,7 +102,62 @@ class Prediction(msgspec.Struct, frozen=True, gc=False):
     next: list[NextCall]
     end_probability: float
     calls_left: float
+    output_tokens_left: float
 
 
-UNKNOWN = Prediction(False, 0.0, "", [], 0.0, 0.0)
+UNKNOWN = Prediction(False, 0.0, "", [], 0.0, 0.0, 0.0)
 """Of a run or workflow nobody has seen."""
+
+
+class Number(msgspec.Struct, frozen=True, gc=False):
+    """How often a number occurred, as a share of all."""
+
+    value: int
+    share: float
+
+
+class EdgeView(msgspec.Struct, frozen=True, gc=False):
+    """What follows an agent: see ``NextCall``. ``calls``: how many at once, by how often.
+
+    ``declared``: a graph says so. The probability is that of the agent alone, whatever came
+    before it, and of the run going on or not.
+    """
+
+    source: str
+    target: str
+    probability: float
+    declared: bool
+    calls: list[Number]
+    gap_s: Spread
+    new_tokens: Spread
+    kept: list[Kept]
+
+
+class AgentView(msgspec.Struct, frozen=True, gc=False):
+    """One agent. ``visits``: how many calls it makes in a run, by how often."""
+
+    name: str
+    declared: bool
+    calls: float
+    visits: list[Number]
+    end_probability: float
+    prompt_tokens: Spread
+    output_tokens: Spread
+    duration_s: Spread
+
+
+class WorkflowView(msgspec.Struct, frozen=True, gc=False):
+    """A workflow, for people. Edges of less than ``SHOWN_LEAST`` that nobody declared are not.
+
+    ``start``: with what runs begin, as edges from ``(start)``. ``idle_s``: a run has ended when
+    it is silent for longer.
+    """
+
+    name: str
+    declared: bool
+    runs_started: int
+    runs_ended: int
+    idle_s: float
+    agents: list[AgentView]
+    edges: list[EdgeView]
+    scores: ScoreView

@@ -1,0 +1,486 @@
+"""All that is known of all workflows: live runs, and what was learned of those that ended.
+
+Told when calls start and end; says what a run does next, and how long answers get. Pure: time
+is an argument, and what happens out of order, twice, or never ends is bounded and ignored.
+A clock that goes backwards stands still here.
+
+Tenants learn apart: nobody sees another's workflows, not even in a prediction.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import OrderedDict
+from hashlib import blake2b
+
+from coordinator.workflow.graph import Graph
+from coordinator.workflow.learned import ORIGINS, AgentCounts
+from coordinator.workflow.limits import WorkflowLimits
+from coordinator.workflow.prediction import (
+    UNKNOWN,
+    Origin,
+    Prediction,
+    RunKey,
+    Spread,
+    WorkflowView,
+)
+from coordinator.workflow.profile import START, Profile
+from coordinator.workflow.record import ProfileRecord, recorded, restored
+from coordinator.workflow.runs import NOBODY, LiveCall, LiveRun, path_after
+from coordinator.workflow.sharing import Sketch, hashes_of
+from coordinator.workflow.units import IDLE, RUNNING, Units
+from coordinator.workflow.view import predicted, workflow_view
+
+
+class _Tenant:
+    """One tenant's workflows and live runs, the least recently used first."""
+
+    __slots__ = ("profiles", "runs")
+
+    def __init__(self) -> None:
+        self.profiles: OrderedDict[str, Profile] = OrderedDict()
+        self.runs: OrderedDict[tuple[str, str], LiveRun] = OrderedDict()
+
+
+class Demand:
+    """What happened since the beginning, in tokens; forecasts are judged by it."""
+
+    __slots__ = ("arrivals", "decode_tokens", "prefill_tokens")
+
+    def __init__(self) -> None:
+        self.prefill_tokens = 0.0
+        self.decode_tokens = 0.0
+        self.arrivals: dict[int, int] = {}
+        """Runs that began, by workflow's number, since somebody took them out."""
+
+
+class Profiles:
+    """Everything about workflows that the coordinator knows."""
+
+    def __init__(self, limits: WorkflowLimits, block_tokens: int = 16) -> None:
+        """``block_tokens``: what one block hash stands for; may be set again at any time."""
+        self.block_tokens = block_tokens
+        self.units = Units()
+        self.demand = Demand()
+        self.by_number: dict[int, Profile] = {}
+        self._limits = limits
+        self._tenants: OrderedDict[str, _Tenant] = OrderedDict()
+        self._calls: dict[str, tuple[LiveRun, LiveCall]] = {}
+        self._run_count = 0
+        self._edge_count = 0
+        self._deadlines: list[tuple[float, RunKey]] = []
+        self._next_number = 0
+        self._now_s = 0.0
+
+    # --- what happened ----------------------------------------------------------------------
+
+    def observe_start(
+        self,
+        key: RunKey,
+        call: str,
+        agent: str,
+        prompt_tokens: int,
+        block_hashes: bytes,
+        now_s: float,
+        parent: str = "",
+        final: bool = False,
+        uncached_tokens: int | None = None,
+    ) -> None:
+        """A call was submitted. ``call`` is its id, unique among those that run.
+
+        ``uncached_tokens``: what of its prompt has to be computed, if that is known better
+        than from the run's earlier prompts. ``final``: nothing comes after it. A call that
+        runs already is ignored.
+        """
+        if call in self._calls:
+            return
+        now_s = self._clock(now_s)
+        run = self._run(key, call, now_s)
+        profile = run.profile
+        symbol = profile.symbol(agent)
+        prompt = hashes_of(block_hashes)
+        named = profile.known_symbol(parent) if parent else NOBODY
+        before = run.followed_by(symbol, prompt, named)
+        live = LiveCall(symbol, path_after(before[0], symbol), now_s)
+        live.prompt_tokens = prompt_tokens
+        live.sketch = Sketch(prompt)
+        new_tokens = self._learn_start(run, before, live, prompt)
+        self.demand.prefill_tokens += new_tokens if uncached_tokens is None else uncached_tokens
+        counts = profile.agent(symbol)
+        live.bound_tokens = counts.output_tokens.upper(profile.everything.output_tokens)
+        run.add(call, live)
+        run.final = run.final or final
+        run.last_s = now_s
+        self._calls[call] = (run, live)
+        live.unit = self.units.take()
+        self.units.set(live.unit, profile.number, symbol, RUNNING, now_s, prompt_tokens)
+        for shed in run.shed(self._limits.calls_per_run):
+            self._release(shed)
+
+    def observe_end(
+        self, call: str, output_tokens: int, now_s: float, completed: bool = True
+    ) -> None:
+        """A call ended; unknown ones are ignored.
+
+        ``completed``: its answer came to its end, so that its length is worth learning.
+        """
+        found = self._calls.pop(call, None)
+        if found is None:
+            return
+        now_s = self._clock(now_s)
+        run, _ = found
+        live = run.end(call, now_s)
+        live.output_tokens = max(0, output_tokens)
+        profile = run.profile
+        profile.events += 1
+        self.demand.decode_tokens += live.output_tokens
+        if completed:
+            self._learn_end(profile, live, now_s)
+        tokens = live.prompt_tokens + live.output_tokens
+        if live.unit != NOBODY:
+            self.units.set(live.unit, profile.number, live.agent, IDLE, now_s, tokens)
+        run.last_s = now_s
+        if run.final and not run.running:
+            self._end(run, learn=True)
+
+    def end_run(self, key: RunKey, now_s: float, completed: bool = True) -> None:
+        """A run is over. ``completed``: it came to its own end, it was not cancelled."""
+        self._clock(now_s)
+        tenant = self._tenants.get(self._short(key.tenant))
+        if tenant is not None:
+            run = tenant.runs.get((self._short(key.workflow), self._short(key.run)))
+            if run is not None:
+                self._end(run, learn=completed)
+
+    def expire(self, now_s: float) -> int:
+        """End the runs that were silent for longer than their workflow's are; how many."""
+        now_s = self._clock(now_s)
+        ended = 0
+        while self._deadlines and self._deadlines[0][0] <= now_s:
+            deadline_s, key = heapq.heappop(self._deadlines)
+            tenant = self._tenants.get(key.tenant)
+            run = tenant.runs.get((key.workflow, key.run)) if tenant is not None else None
+            if run is None or run.deadline_s != deadline_s:
+                continue
+            due_s = run.last_s + self._silence_s(run)
+            if due_s <= now_s:
+                self._end(run, learn=not run.running)
+                ended += 1
+            else:
+                self._set_deadline(run, due_s)
+        return ended
+
+    # --- what is known -----------------------------------------------------------------------
+
+    def predict(self, key: RunKey, now_s: float) -> Prediction:
+        """What a run does next; ``UNKNOWN`` if nobody has seen it."""
+        self._clock(now_s)
+        tenant = self._tenants.get(self._short(key.tenant))
+        if tenant is None:
+            return UNKNOWN
+        run = tenant.runs.get((self._short(key.workflow), self._short(key.run)))
+        return predicted(run) if run is not None else UNKNOWN
+
+    def output_tokens(self, key: RunKey, agent: str) -> Spread:
+        """How long an answer of an agent gets."""
+        profile = self._known(key.tenant, key.workflow)
+        if profile is None:
+            return AgentCounts().output_tokens.spread()
+        counts = profile.agent(profile.known_symbol(agent))
+        return counts.output_tokens.spread(profile.everything.output_tokens)
+
+    def workflows(self, tenant: str) -> list[str]:
+        """The names of a tenant's workflows, in order."""
+        found = self._tenants.get(self._short(tenant))
+        return sorted(found.profiles) if found is not None else []
+
+    def view(self, tenant: str, workflow: str) -> WorkflowView | None:
+        """All that is known of a workflow, for people; None if nobody has seen it."""
+        profile = self._known(tenant, workflow)
+        return workflow_view(workflow, profile) if profile is not None else None
+
+    def declare(self, tenant: str, workflow: str, graph: Graph | None) -> None:
+        """Take a checked graph as a workflow's prior; None gives it up, what was learned stays."""
+        if graph is None:
+            profile = self._known(tenant, workflow)
+            if profile is not None:
+                profile.declare(None)
+            return
+        self._profile(self._tenant(self._short(tenant)), self._short(workflow)).declare(graph)
+
+    def forget(self, tenant: str, workflow: str) -> None:
+        """Drop a workflow, all that was learned of it, and its live runs."""
+        found = self._tenants.get(self._short(tenant))
+        if found is not None and self._short(workflow) in found.profiles:
+            self._drop_profile(found, self._short(workflow))
+
+    def exported(self, tenant: str, workflow: str) -> ProfileRecord | None:
+        """All that was learned of a workflow, to be kept somewhere; None if nothing was."""
+        profile = self._known(tenant, workflow)
+        return recorded(profile) if profile is not None else None
+
+    def restore(self, tenant: str, workflow: str, record: ProfileRecord) -> None:
+        """Take over what ``exported`` gave, in place of what was learned since.
+
+        ValueError for a record of an unknown version or one that contradicts itself. Live runs
+        of the workflow are forgotten; a declared graph stays.
+        """
+        name, found = self._short(workflow), self._tenant(self._short(tenant))
+        graph = found.profiles[name].graph if name in found.profiles else None
+        profile = restored(record, Profile(self._next_number, self._limits))
+        if name in found.profiles:
+            self._drop_profile(found, name)
+        self._add_profile(found, name, profile)
+        if graph is not None:
+            profile.declare(graph)
+
+    @property
+    def live_runs(self) -> int:
+        """How many runs are alive."""
+        return self._run_count
+
+    @property
+    def live_calls(self) -> int:
+        """How many calls run."""
+        return len(self._calls)
+
+    # --- learning ----------------------------------------------------------------------------
+
+    def _learn_start(
+        self, run: LiveRun, before: list[LiveCall], live: LiveCall, prompt: memoryview
+    ) -> float:
+        """Count what a call that starts says of those it follows; its new prompt tokens."""
+        profile, setter = run.profile, before[0]
+        first = setter.children is None
+        edges = profile.edges
+        edge = profile.edge(setter.agent, live.agent)
+        for call in before:
+            self._followed(profile, call, live.agent, scored=call is setter)
+        edge.starts += 1.0
+        if first and setter.agent != START:
+            gap_s = max(0.0, live.started_s - setter.ended_s) if setter.ended_s >= 0 else 0.0
+            gaps = edge.gap_s if edge.gap_s.values.samples else profile.gap_s
+            profile.scores.gap(*gaps.shares_around(gap_s))
+            edge.gap_s.add(gap_s)
+            profile.gap_s.add(gap_s)
+        counts = profile.agent(live.agent)
+        own = setter if setter.agent == live.agent else run.latest.get(live.agent)
+        origin, earlier, shared = self._origin(run, counts, setter, own, prompt)
+        if origin is not None and earlier is not None:
+            edge.keep(origin, shared / max(1, earlier.blocks))
+        shared_tokens = shared * self.block_tokens
+        if origin == "own" and own is not None:
+            shared_tokens = max(shared_tokens, self._with_answer(own, live, shared))
+        new_tokens = float(max(0, live.prompt_tokens - shared_tokens))
+        edge.new_tokens.add(new_tokens)
+        profile.new_tokens.add(new_tokens)
+        counts.prompt_tokens.add(live.prompt_tokens)
+        profile.everything.prompt_tokens.add(live.prompt_tokens)
+        profile.events += 1
+        self._edge_count += profile.edges - edges
+        return new_tokens
+
+    def _followed(self, profile: Profile, call: LiveCall, agent: int, scored: bool) -> None:
+        """``agent`` comes after ``call``."""
+        edge = profile.edge(call.agent, agent)
+        if call.children is None:
+            profile.followed(call.path, agent, scored and call.agent != START)
+            call.children = {}
+            profile.agent(call.agent).resolve(ended_run=False)
+            self._release(call)
+        elif agent not in call.children:
+            profile.followed(call.path, agent, scored=False)
+        width = call.children.get(agent, 0) + 1
+        call.children[agent] = width
+        if width == 1:
+            edge.follows += 1.0
+            edge.widths.add(1)
+        else:
+            edge.widths.correct(width - 1, width)
+
+    def _learn_end(self, profile: Profile, live: LiveCall, now_s: float) -> None:
+        counts, everything = profile.agent(live.agent), profile.everything
+        tokens = float(live.output_tokens)
+        if live.bound_tokens:
+            profile.scores.length(tokens, live.bound_tokens, counts.longest or everything.longest)
+        for one in (counts, everything):
+            one.longest = max(one.longest, tokens)
+            one.duration_s.add(now_s - live.started_s)
+        counts.output_tokens.add(tokens, live.bound_tokens or None)
+        everything.output_tokens.add(tokens, live.bound_tokens or None)
+
+    def _origin(
+        self,
+        run: LiveRun,
+        counts: AgentCounts,
+        setter: LiveCall,
+        own: LiveCall | None,
+        prompt: memoryview,
+    ) -> tuple[Origin | None, Sketch | None, int]:
+        """Of which earlier call most is in a prompt, and how many blocks."""
+        first = run.first
+        candidates = (
+            own.sketch if own is not None else None,
+            setter.sketch if setter is not own else None,
+            first.sketch if first is not None and first is not own else None,
+            counts.static if own is None else None,
+        )
+        if own is None:
+            counts.static = Sketch(prompt)
+        best: tuple[Origin | None, Sketch | None, int] = (None, None, 0)
+        for origin, sketch in zip(ORIGINS, candidates, strict=True):
+            if sketch is not None and sketch.blocks > best[2]:
+                shared = sketch.shared_blocks(prompt)
+                if shared > best[2]:
+                    best = (origin, sketch, shared)
+        return best
+
+    def _with_answer(self, own: LiveCall, live: LiveCall, shared_blocks: int) -> int:
+        """Tokens of an agent's prompt that its earlier call left behind, with its answer.
+
+        Engines keep answers as they keep prompts, but their hashes are not known here: a prompt
+        that goes on from all of the earlier one has the answer in it if it has room for it.
+        """
+        answered = own.prompt_tokens + own.output_tokens
+        whole = own.sketch is not None and shared_blocks == own.sketch.blocks
+        fits = own.ended_s >= 0 and answered <= live.prompt_tokens
+        return answered if whole and fits else 0
+
+    # --- runs --------------------------------------------------------------------------------
+
+    def _run(self, key: RunKey, call: str, now_s: float) -> LiveRun:
+        """The live run that a call belongs to, new or not."""
+        tenant_name, workflow = self._short(key.tenant), self._short(key.workflow)
+        name = self._short(key.run) if key.run else f"\0{self._short(call)}"
+        tenant = self._tenant(tenant_name)
+        run = tenant.runs.get((workflow, name))
+        if run is not None:
+            tenant.runs.move_to_end((workflow, name))
+            tenant.profiles.move_to_end(workflow)
+            return run
+        while len(tenant.runs) >= self._limits.runs_per_tenant:
+            self._end(next(iter(tenant.runs.values())), learn=False)
+        if self._run_count >= self._limits.runs:
+            self._end(self._oldest_run(tenant), learn=False)
+        profile = self._profile(tenant, workflow)
+        run = LiveRun(RunKey(tenant_name, workflow, name), profile, now_s)
+        run.final = not key.run
+        tenant.runs[workflow, name] = run
+        self._run_count += 1
+        profile.runs_started += 1
+        arrivals = self.demand.arrivals
+        arrivals[profile.number] = arrivals.get(profile.number, 0) + 1
+        self._set_deadline(run, now_s + self._silence_s(run))
+        return run
+
+    def _oldest_run(self, tenant: _Tenant) -> LiveRun:
+        """The run to give up when there are too many: this tenant's oldest, if it has any."""
+        if not tenant.runs:
+            tenant = next(other for other in self._tenants.values() if other.runs)
+        return next(iter(tenant.runs.values()))
+
+    def _silence_s(self, run: LiveRun) -> float:
+        return self._limits.idle_most_s if run.running else run.profile.idle_s()
+
+    def _set_deadline(self, run: LiveRun, deadline_s: float) -> None:
+        run.deadline_s = deadline_s
+        heapq.heappush(self._deadlines, (deadline_s, run.key))
+        if len(self._deadlines) > 2 * self._run_count + 1024:
+            # Runs that ended leave their deadlines behind.
+            runs = [run for tenant in self._tenants.values() for run in tenant.runs.values()]
+            self._deadlines = [(run.deadline_s, run.key) for run in runs]
+            heapq.heapify(self._deadlines)
+
+    def _end(self, run: LiveRun, learn: bool) -> None:
+        """A run is over. ``learn``: it came to its own end."""
+        tenant = self._tenants[run.key.tenant]
+        del tenant.runs[run.key.workflow, run.key.run]
+        self._run_count -= 1
+        profile = run.profile
+        for call in run.open_ends():
+            if learn:
+                profile.ended_run(call.path)
+            self._release(call)
+        for call_id, call in run.running.items():
+            del self._calls[call_id]
+            self._release(call)
+        if learn:
+            profile.runs_ended += 1
+            for agent, visits in run.visits.items():
+                profile.agent(agent).visits.add(visits)
+
+    def _release(self, call: LiveCall) -> None:
+        if call.unit != NOBODY:
+            self.units.give_back(call.unit)
+            call.unit = NOBODY
+
+    # --- tenants and workflows -----------------------------------------------------------------
+
+    def _tenant(self, name: str) -> _Tenant:
+        found = self._tenants.get(name)
+        if found is not None:
+            self._tenants.move_to_end(name)
+            return found
+        found = self._tenants[name] = _Tenant()
+        if len(self._tenants) > self._limits.tenants:
+            self._drop_tenant(next(iter(self._tenants)))
+        return found
+
+    def _known(self, tenant: str, workflow: str) -> Profile | None:
+        found = self._tenants.get(self._short(tenant))
+        return found.profiles.get(self._short(workflow)) if found is not None else None
+
+    def _profile(self, tenant: _Tenant, workflow: str) -> Profile:
+        found = tenant.profiles.get(workflow)
+        if found is None:
+            found = Profile(self._next_number, self._limits)
+            self._add_profile(tenant, workflow, found)
+        tenant.profiles.move_to_end(workflow)
+        return found
+
+    def _add_profile(self, tenant: _Tenant, workflow: str, profile: Profile) -> None:
+        self._next_number = profile.number + 1
+        tenant.profiles[workflow] = profile
+        self.by_number[profile.number] = profile
+        self._edge_count += profile.edges
+        while self._edge_count > self._limits.edges:
+            owner = next(other for other in self._tenants.values() if other.profiles)
+            if owner is tenant and len(tenant.profiles) == 1:
+                break
+            self._drop_profile(owner, self._least_used(owner, workflow))
+        if len(tenant.profiles) > self._limits.workflows_per_tenant:
+            self._drop_profile(tenant, self._least_used(tenant, workflow))
+
+    def _least_used(self, tenant: _Tenant, but: str) -> str:
+        """The workflow to forget: one that was not declared and has not been used for longest."""
+        others = [name for name in tenant.profiles if name != but]
+        learned = (name for name in others if tenant.profiles[name].graph is None)
+        return next(learned, others[0] if others else but)
+
+    def _drop_profile(self, tenant: _Tenant, workflow: str) -> None:
+        for run in [run for run in tenant.runs.values() if run.key.workflow == workflow]:
+            self._end(run, learn=False)
+        profile = tenant.profiles.pop(workflow)
+        self._edge_count -= profile.edges
+        del self.by_number[profile.number]
+
+    def _drop_tenant(self, name: str) -> None:
+        tenant = self._tenants[name]
+        for workflow in list(tenant.profiles):
+            self._drop_profile(tenant, workflow)
+        del self._tenants[name]
+
+    # --- bounds ----------------------------------------------------------------------------------
+
+    def _clock(self, now_s: float) -> float:
+        self._now_s = max(self._now_s, now_s)
+        return self._now_s
+
+    def _short(self, name: str) -> str:
+        """A name of bounded length; long ones become their hash."""
+        if len(name) <= self._limits.name_bytes // 4:
+            return name
+        encoded = name.encode("utf-8", "surrogatepass")
+        if len(encoded) <= self._limits.name_bytes:
+            return name
+        return f"\0{blake2b(encoded, digest_size=16).hexdigest()}"
