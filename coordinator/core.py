@@ -64,6 +64,7 @@ from coordinator.view import call_status, link_status, run_status, worker_status
 from coordinator.workflow.desk import Desk
 from coordinator.workflow.graph import Graph, GraphError
 from coordinator.workflow.keeping import Kept, Save
+from coordinator.workflow.learner import Learner
 from coordinator.workflow.limits import WorkflowLimits
 from coordinator.workflow.prediction import RunKey
 from coordinator.workflow.registry import Registry
@@ -96,9 +97,11 @@ class Core:
         vllm_version: str = "",
         workflow_limits: WorkflowLimits | None = None,
         keeps: bool = False,
+        epoch_s: float = 0.0,
     ) -> None:
         """``model*`` and ``vllm_version``: what workers must have; if empty the first sets it.
-        ``keeps``: the shell writes down what ``take_saves`` gives, and says so."""
+        ``keeps``: the shell writes down what it can take, and says so; ``epoch_s``: what to add
+        to its times for them to go on from those of an earlier core."""
         self.core_id = core_id
         self.model = model
         self._model_fingerprint = model_fingerprint
@@ -110,11 +113,17 @@ class Core:
         self._index = KvIndex()
         self._pairs = Pairs(self._state, zlib.crc32(core_id.encode()) << PROBE_BITS)
         workflow_limits = workflow_limits or WorkflowLimits()
-        self._registry = Registry(workflow_limits, keeps)
-        self._tracker = Tracker(self._state, workflow_limits, self._registry)
+        self._learner = Learner(workflow_limits, keeps, epoch_s)
+        self._registry = Registry(workflow_limits, self._learner, keeps)
+        self._tracker = Tracker(self._state, workflow_limits, self._registry, self._learner)
         self._calls = Calls(self._state, self._index, placement, self._tracker)
         self._desk = Desk(
-            self._state, workflow_limits, self._registry, self._tracker, self._calls.stop
+            self._state,
+            workflow_limits,
+            self._registry,
+            self._tracker,
+            self._learner,
+            self._calls.stop,
         )
         self._latest: OrderedDict[str, str] = OrderedDict()
         """The last registered incarnation per worker name."""
@@ -154,6 +163,7 @@ class Core:
         """Time passed: everything due by ``now_s`` happens."""
         if self._started_s is None:
             self._started_s = now_s
+        self._learner.expire(now_s)
         while (key := self._state.deadlines.pop(now_s)) is not None:
             kind, *names = key
             if kind == "call":
@@ -173,7 +183,7 @@ class Core:
         """A workflow of the cluster's file. GraphError if it makes no sense."""
         self._registry.fix(name, graph)
 
-    def restore(self, kept: Kept) -> list[str]:
+    def restore(self, kept: Kept, now_s: float) -> list[str]:
         """What an earlier core has had written down, before anything else is handled. Says what
         of it is of no use any more."""
         problems = []
@@ -182,11 +192,20 @@ class Core:
                 self._registry.restore(graph)
             except GraphError as error:
                 problems.append(f"workflow {graph.name!r}: {error}")
-        return problems
+        return problems + self._learner.restore(kept, now_s)
 
     def take_saves(self) -> list[Save]:
         """What the shell is to write down now, in order, all or nothing."""
         return self._registry.take()
+
+    def take_learned(self, everything: bool = False) -> list[Save]:
+        """What was learned since the last time, to be written down within a second; nobody waits
+        for it. ``everything``: at the end, so that the next core has nothing to do over."""
+        return self._learner.take_all() if everything else self._learner.take()
+
+    def learned_lost(self) -> None:
+        """What ``take_learned`` gave last could not be written down."""
+        self._learner.lost()
 
     def saved(self, count: int, error: str, now_s: float) -> list[Send]:
         """The ``count`` oldest records that were taken are on disk; or are not: why."""
@@ -292,7 +311,7 @@ class Core:
         self.model = self.model or facts.model
         self._model_fingerprint = self._model_fingerprint or facts.model_fingerprint
         self._vllm_version = self._vllm_version or facts.vllm_version
-        state.block_size = facts.block_size
+        state.block_size = self._learner.profiles.block_tokens = facts.block_size
         worker = Worker(
             ready=message,
             peer=peer,

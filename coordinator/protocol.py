@@ -320,7 +320,7 @@ class DeclareWorkflow(Message, frozen=True, gc=False, tag=True):
 
 
 class DropWorkflow(Message, frozen=True, gc=False, tag=True):
-    """A declared workflow is none any more; what ``tenant`` taught of it is forgotten, too."""
+    """A workflow is not declared any more, and what ``tenant`` taught of it is forgotten."""
 
     token: int
     name: str

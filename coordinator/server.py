@@ -39,6 +39,8 @@ from coordinator.workflow.limits import WorkflowLimits
 logger = logging.getLogger("pythia.coordinator")
 
 TICK_S_MAX = 0.5
+LEARNED_S = 0.4
+"""How often what was learned is written down, give or take a tick."""
 TICK_S_MIN = 0.01
 MESSAGES_PER_TICK_MAX = 10_000
 API_STOP_S = 15.0
@@ -125,14 +127,17 @@ class CoreServer:
             model=config.model,
             workflow_limits=config.workflow_limits,
             keeps=bool(config.store),
+            epoch_s=time.time() - time.monotonic(),
         )
         for name, graph in config.workflows.items():
             self.core.fix_workflow(name, graph)
         self.store = Store(Path(config.store)) if config.store else None
         if self.store is not None:
-            for problem in self.core.restore(self.store.kept()):
+            for problem in self.core.restore(self.store.kept(), time.monotonic()):
                 logger.error("%s: not taken over: %s", config.store, problem)
         self._loop = asyncio.get_running_loop()
+        self._learning_kept = True
+        self._learned_s = time.monotonic()
         self.garbage = GarbageCounter("a peer on the control socket")
         self.socket = make_socket(context, zmq.ROUTER)
         self.socket.raw.setsockopt(zmq.ROUTER_HANDOVER, 1)
@@ -152,22 +157,38 @@ class CoreServer:
         """Let go of the socket and, when all is written, of the store."""
         self.socket.close()
         if self.store is not None:
+            self.store.write(self.core.take_learned(everything=True), lambda failure: None)
             self.store.close()
 
     def _keep(self) -> None:
-        """Have written down what the core wants to be kept."""
+        """Have written down what the core wants to be kept: at once what somebody waits for, what
+        was learned twice a second."""
+        if self.store is None:
+            return
         saves = self.core.take_saves()
-        if saves and self.store is not None:
+        if saves:
             count = len(saves)
-            self.store.write(saves, lambda failure: self._kept(count, failure))
+            self.store.write(saves, lambda failure: self._post(self._tell, count, failure))
+        now_s = time.monotonic()
+        if self._learning_kept and now_s - self._learned_s >= LEARNED_S:
+            self._learned_s = now_s
+            learned = self.core.take_learned()
+            if learned:
+                self._learning_kept = False
+                self.store.write(learned, lambda failure: self._post(self._learned, failure))
 
-    def _kept(self, count: int, failure: Exception | None) -> None:
-        """On the store's thread: it is on disk, or it is not."""
+    def _post(self, callback: Callable[..., None], *arguments: object) -> None:
+        """On the store's thread: have something done on the core's."""
+        with suppress(RuntimeError):  # The loop is closed: nobody is there any more.
+            self._loop.call_soon_threadsafe(callback, *arguments)
+
+    def _learned(self, failure: Exception | None) -> None:
+        self._learning_kept = True
+        if failure is not None:
+            self.core.learned_lost()
+
+    def _tell(self, count: int, failure: Exception | None) -> None:
         error = f"it could not be written: {failure}" if failure is not None else ""
-        with suppress(RuntimeError):  # The loop is closed: nobody is there to be answered.
-            self._loop.call_soon_threadsafe(self._tell, count, error)
-
-    def _tell(self, count: int, error: str) -> None:
         self._send(self.core.saved(count, error, time.monotonic()))
 
     def _wait_s(self) -> float:

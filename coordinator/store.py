@@ -15,9 +15,12 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from coordinator.workflow.journal import decode_events, encode_events
 from coordinator.workflow.keeping import (
+    DropEvents,
     DropGraph,
     DropProfile,
+    KeepEvents,
     KeepGraph,
     KeepProfile,
     Kept,
@@ -37,7 +40,8 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
     (
         "CREATE TABLE graphs (name TEXT PRIMARY KEY, graph BLOB NOT NULL) WITHOUT ROWID",
         "CREATE TABLE profiles (tenant TEXT, workflow TEXT, profile BLOB NOT NULL,"
-        " PRIMARY KEY (tenant, workflow)) WITHOUT ROWID",
+        " position INTEGER NOT NULL, PRIMARY KEY (tenant, workflow)) WITHOUT ROWID",
+        "CREATE TABLE events (position INTEGER PRIMARY KEY, events BLOB NOT NULL)",
     ),
 )
 """How to get from each version of the schema to the next. Never changed, only added to."""
@@ -67,10 +71,13 @@ class Store:
     def kept(self) -> Kept:
         """All that is there. To be called before anything is written."""
         graphs = self._database.execute("SELECT name, graph FROM graphs ORDER BY name")
-        profiles = self._database.execute("SELECT tenant, workflow, profile FROM profiles")
+        columns = "tenant, workflow, profile, position"
+        profiles = self._database.execute(f"SELECT {columns} FROM profiles ORDER BY 1, 2")
+        events = self._database.execute("SELECT position, events FROM events ORDER BY position")
         return Kept(
             [KeepGraph(*row) for row in graphs.fetchall()],
             [KeepProfile(*row) for row in profiles.fetchall()],
+            [KeepEvents(position, decode_events(blob)) for position, blob in events.fetchall()],
         )
 
     def write(self, saves: Sequence[Save], done: Done) -> None:
@@ -103,8 +110,7 @@ class Store:
                 self._database.execute("BEGIN IMMEDIATE")
                 for saves, _ in batches:
                     for save in saves:
-                        for statement, row in _statements(save):
-                            self._database.execute(statement, row)
+                        self._database.execute(*_statement(save))
         except (sqlite3.Error, ValueError) as error:
             logger.error("%s: nothing could be written: %s", self.path, error)
             failure = error
@@ -145,15 +151,19 @@ def _migrate(database: sqlite3.Connection, path: Path) -> None:
         database.execute("BEGIN EXCLUSIVE")
 
 
-def _statements(save: Save) -> list[tuple[str, tuple[str | bytes, ...]]]:
-    forget = "DELETE FROM profiles WHERE tenant = ? AND workflow = ?"
+def _statement(save: Save) -> tuple[str, tuple[str | bytes | int, ...]]:
     match save:
         case KeepGraph(name, graph):
-            return [("INSERT OR REPLACE INTO graphs VALUES (?, ?)", (name, graph))]
-        case DropGraph(name, tenant):
-            return [("DELETE FROM graphs WHERE name = ?", (name,)), (forget, (tenant, name))]
-        case KeepProfile(tenant, workflow, profile):
-            row = (tenant, workflow, profile)
-            return [("INSERT OR REPLACE INTO profiles VALUES (?, ?, ?)", row)]
+            return "INSERT OR REPLACE INTO graphs VALUES (?, ?)", (name, graph)
+        case DropGraph(name):
+            return "DELETE FROM graphs WHERE name = ?", (name,)
+        case KeepProfile(tenant, workflow, profile, position):
+            row = (tenant, workflow, profile, position)
+            return "INSERT OR REPLACE INTO profiles VALUES (?, ?, ?, ?)", row
         case DropProfile(tenant, workflow):
-            return [(forget, (tenant, workflow))]
+            statement = "DELETE FROM profiles WHERE tenant = ? AND workflow = ?"
+            return statement, (tenant, workflow)
+        case KeepEvents(position, events):
+            return "INSERT OR REPLACE INTO events VALUES (?, ?)", (position, encode_events(events))
+        case DropEvents(position):
+            return "DELETE FROM events WHERE position <= ?", (position,)

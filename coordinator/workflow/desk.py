@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import islice
+from typing import Literal
 
 import msgspec
 
@@ -26,10 +27,12 @@ from coordinator.protocol import (
 )
 from coordinator.state import CallKey, Peer, State
 from coordinator.view import run_status
-from coordinator.workflow.graph import Graph, GraphError
+from coordinator.workflow.graph import Graph, GraphError, name_problem
+from coordinator.workflow.learner import Learner
 from coordinator.workflow.limits import WorkflowLimits
-from coordinator.workflow.prediction import RunKey
-from coordinator.workflow.registry import Busy, Declared, Registry
+from coordinator.workflow.prediction import RunKey, WorkflowView
+from coordinator.workflow.record import ProfileRecord
+from coordinator.workflow.registry import BAD_JSON, Busy, Declared, Registry, Then
 from coordinator.workflow.tracker import CANCELLED_STATUS, Tracker
 
 RUNS_SHOWN = 100
@@ -40,23 +43,38 @@ StopCall = Callable[[CallKey, int, str, float], None]
 
 
 class WorkflowRow(msgspec.Struct, frozen=True):
-    """One line of the list of workflows. ``fixed``: declared by the cluster's file."""
+    """One line of the list of workflows. ``fixed``: declared by the cluster's file; ``agents``:
+    declared ones; ``learned``: whether anything is."""
 
     name: str
     declared: bool
-    fixed: bool = False
-    agents: int = 0
-    runs_live: int = 0
+    fixed: bool
+    agents: int
+    learned: bool
+    runs_live: int
 
 
 class Shown(msgspec.Struct, frozen=True):
-    """What is known of a workflow."""
+    """What is known of a workflow: declared, learned, and its live runs."""
 
     name: str
     declared: Graph | None
     fixed: bool
+    learned: WorkflowView | None
     runs_live: int
     runs: list[RunStatus]
+
+
+class Exported(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A workflow as it can be taken to another cluster."""
+
+    name: str
+    declared: Graph | None = None
+    learned: ProfileRecord | None = None
+    format: Literal[1] = 1
+
+
+_decode_exported = msgspec.json.Decoder(Exported).decode
 
 
 class Desk:
@@ -68,9 +86,11 @@ class Desk:
         limits: WorkflowLimits,
         registry: Registry,
         tracker: Tracker,
+        learner: Learner,
         stop_call: StopCall,
     ) -> None:
         self._state = state
+        self._learner = learner
         self._limits = limits
         self._registry = registry
         self._tracker = tracker
@@ -113,61 +133,96 @@ class Desk:
             problem = f"{self._limits.declared} workflows are declared already"
             self._refuse(peer, token, 422, [problem])
             return
-
-        def then(error: str) -> None:
-            if error:
-                self._refuse(peer, token, 503, [error])
-            else:
-                self._answer(peer, token, 201 if known is None else 200, {"name": name})
-
-        self._registry.declare(name, graph, then)
+        status = 201 if known is None else 200
+        self._registry.declare(name, graph, self._then(peer, token, status, {"name": name}))
 
     def _drop(self, peer: Peer, message: DropWorkflow) -> None:
         token, name = message.token, message.name
         known = self._registry.will_be(name)
-        if known is None:
+        learned = self._learner.profiles.knows(message.tenant, name)
+        if known is None and not learned:
             self._refuse(peer, token, 404, [_unknown(name)])
             return
-        if known.fixed:
+        if known is not None and known.fixed:
             self._refuse(peer, token, 409, [_fixed(name)])
             return
-
-        def then(error: str) -> None:
-            if error:
-                self._refuse(peer, token, 503, [error])
-            else:
-                self._answer(peer, token, 200, {"name": name, "deleted": True})
-
-        self._registry.drop(name, message.tenant, then)
+        if known is not None:
+            self._registry.drop(name, _nothing)
+        forgotten = self._learner.replaced((message.tenant, name), None)
+        self._registry.keep(
+            forgotten, self._then(peer, token, 200, {"name": name, "deleted": True})
+        )
 
     # --- looking --------------------------------------------------------------------------
 
     def _rows(self, tenant: str) -> list[WorkflowRow]:
         live = self._tracker.runs.workflows_of(tenant)
         declared = self._registry.declared
+        learned = set(self._learner.profiles.workflows(tenant))
         return [
-            _row(name, declared.get(name), live.get(name, 0))
-            for name in sorted(declared.keys() | live.keys())
+            _row(name, declared.get(name), name in learned, live.get(name, 0))
+            for name in sorted(declared.keys() | live.keys() | learned)
+            if name
         ]
 
     def _show(self, peer: Peer, message: ShowWorkflow, now_s: float) -> None:
+        if message.learned:
+            self._export(peer, message)
+            return
         declared = self._registry.declared.get(message.name)
+        learned = self._learner.profiles.view(message.tenant, message.name)
         runs = self._tracker.runs.of_workflow(message.tenant, message.name)
-        if declared is None and not runs:
+        if declared is None and learned is None and not runs:
             self._refuse(peer, message.token, 404, [_unknown(message.name)])
             return
         shown = Shown(
             name=message.name,
             declared=declared.graph if declared else None,
             fixed=declared.fixed if declared else False,
+            learned=learned,
             runs_live=len(runs),
             runs=[run_status(run, now_s) for run in islice(reversed(runs.values()), RUNS_SHOWN)],
         )
         self._answer(peer, message.token, 200, shown)
 
+    def _export(self, peer: Peer, message: ShowWorkflow) -> None:
+        declared = self._registry.declared.get(message.name)
+        learned = self._learner.profiles.exported(message.tenant, message.name)
+        if declared is None and learned is None:
+            self._refuse(peer, message.token, 404, [_unknown(message.name)])
+            return
+        exported = Exported(message.name, declared.graph if declared else None, learned)
+        self._answer(peer, message.token, 200, exported)
+
     def _import(self, peer: Peer, message: ImportWorkflow) -> None:
-        """What a ``Shown`` says is declared and learned."""
-        raise NotImplementedError
+        """Take over what was exported; what is not in it stays as it is."""
+        token, name = message.token, message.name
+        if len(message.record) > self._limits.record_bytes:
+            problem = f"it is longer than {self._limits.record_bytes} bytes"
+            self._refuse(peer, token, 422, [problem])
+            return
+        try:
+            exported = _decode_exported(message.record)
+        except BAD_JSON as error:
+            self._refuse(peer, token, 422, [f"it is no exported workflow: {error}"])
+            return
+        graph = exported.declared
+        if graph is not None:
+            graph = self._registry.checked(name, graph)
+        elif exported.learned is None or name_problem(name, self._limits):
+            self._refuse(peer, token, 422, ["nothing is declared or learned, or there is no name"])
+            return
+        if exported.learned is not None:
+            try:
+                learned = self._learner.replaced((message.tenant, name), exported.learned)
+            except ValueError as error:
+                self._refuse(peer, token, 422, [f"learned: {error}"])
+                return
+            last = graph is None
+            then = self._then(peer, token, 200, {"name": name}) if last else _nothing
+            self._registry.keep(learned, then)
+        if graph is not None:
+            self._declare(peer, token, name, graph)
 
     # --- runs -----------------------------------------------------------------------------
 
@@ -212,6 +267,17 @@ class Desk:
 
     # --- answering ------------------------------------------------------------------------
 
+    def _then(self, peer: Peer, token: int, status: int, body: object) -> Then:
+        """What to answer when something is written, or can't be."""
+
+        def then(error: str) -> None:
+            if error:
+                self._refuse(peer, token, 503, [error])
+            else:
+                self._answer(peer, token, status, body)
+
+        return then
+
     def _answer(self, peer: Peer, token: int, status: int, body: object) -> None:
         self._state.send(peer, WorkflowAnswer(token, status, msgspec.json.encode(body)))
 
@@ -219,10 +285,14 @@ class Desk:
         self._state.send(peer, WorkflowAnswer(token, status, problems=problems))
 
 
-def _row(name: str, declared: Declared | None, runs_live: int) -> WorkflowRow:
-    if declared is None:
-        return WorkflowRow(name, False, runs_live=runs_live)
-    return WorkflowRow(name, True, declared.fixed, len(declared.graph.agents), runs_live)
+def _nothing(error: str) -> None:
+    """Another record, written later, is answered."""
+
+
+def _row(name: str, declared: Declared | None, learned: bool, runs_live: int) -> WorkflowRow:
+    agents = len(declared.graph.agents) if declared else 0
+    fixed = declared is not None and declared.fixed
+    return WorkflowRow(name, declared is not None, fixed, agents, learned, runs_live)
 
 
 def _text_problems(what: str, text: str, longest: int) -> list[str]:

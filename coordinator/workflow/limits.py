@@ -49,6 +49,10 @@ class WorkflowLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Workflows that may be declared."""
     graph_bytes: Positive = 4 << 20
     """Longest declared graph, as JSON."""
+    record_bytes: Positive = 16 << 20
+    """Longest workflow that may be imported, as JSON."""
+    journal_events: Positive = 20_000
+    """Events that may be kept before the profiles that contain them are."""
 
     idle_least_s: Seconds = 60.0
     """A run that is silent for less has not ended, whatever was learned."""

@@ -14,7 +14,8 @@ from collections.abc import Callable
 import msgspec
 
 from coordinator.workflow.graph import Graph, GraphError, checked, name_problem, ways
-from coordinator.workflow.keeping import DropGraph, KeepGraph, Save
+from coordinator.workflow.keeping import DropGraph, KeepGraph, KeepProfile, Save
+from coordinator.workflow.learner import Learner
 from coordinator.workflow.limits import WorkflowLimits
 
 UNWRITTEN_MAX = 1024
@@ -23,7 +24,8 @@ Then = Callable[[str], None]
 """Called with why it could not be written; empty if it was."""
 
 _decode_graph = msgspec.json.Decoder(Graph).decode
-_BAD_JSON = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+BAD_JSON = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What decoding raises that is not what it should be."""
 
 
 class Declared(msgspec.Struct, frozen=True):
@@ -39,7 +41,7 @@ class Busy(Exception):
 
 
 class _Change(msgspec.Struct, frozen=True):
-    save: Save
+    save: KeepGraph | DropGraph | KeepProfile
     declared: Declared | None
     then: Then
 
@@ -47,8 +49,9 @@ class _Change(msgspec.Struct, frozen=True):
 class Registry:
     """Declared workflows. ``keeps``: whether there is a store."""
 
-    def __init__(self, limits: WorkflowLimits, keeps: bool = False) -> None:
+    def __init__(self, limits: WorkflowLimits, learner: Learner, keeps: bool = False) -> None:
         self._limits = limits
+        self._learner = learner
         self._keeps = keeps
         self.declared: dict[str, Declared] = {}
         self._unwritten: deque[_Change] = deque()
@@ -56,22 +59,22 @@ class Registry:
 
     def fix(self, name: str, graph: Graph) -> None:
         """A workflow of the cluster's file. GraphError if it makes no sense."""
-        self.declared[name] = _declared(self._checked(name, graph), fixed=True)
+        self._declare(name, _declared(self.checked(name, graph), fixed=True))
 
     def restore(self, kept: KeepGraph) -> None:
         """A workflow that was written down. GraphError if it makes no sense any more."""
         known = self.declared.get(kept.name)
         if known is None or not known.fixed:
-            self.declared[kept.name] = _declared(self.read(kept.name, kept.graph))
+            self._declare(kept.name, _declared(self.read(kept.name, kept.graph)))
 
     def read(self, name: str, graph: bytes) -> Graph:
         """A graph as JSON, checked; GraphError with all that is wrong with it."""
-        return self._checked(name, parsed(graph, self._limits))
+        return self.checked(name, parsed(graph, self._limits))
 
     def will_be(self, name: str) -> Declared | None:
         """What is declared under a name once everything is written."""
         for change in reversed(self._unwritten):
-            if getattr(change.save, "name", None) == name:
+            if isinstance(change.save, KeepGraph | DropGraph) and change.save.name == name:
                 return change.declared
         return self.declared.get(name)
 
@@ -80,10 +83,13 @@ class Registry:
         as_json = msgspec.json.encode(graph)
         self._change(KeepGraph(name, as_json), _declared(graph), then)
 
-    def drop(self, name: str, tenant: str, then: Then) -> None:
-        """Declare nothing under this name, as soon as that is written, and what ``tenant`` taught
-        of it. Busy if too much waits."""
-        self._change(DropGraph(name, tenant), None, then)
+    def drop(self, name: str, then: Then) -> None:
+        """Declare nothing under this name, as soon as that is written. Busy if too much waits."""
+        self._change(DropGraph(name), None, then)
+
+    def keep(self, save: KeepProfile, then: Then) -> None:
+        """Have something else written, in its turn. Busy if too much waits."""
+        self._change(save, None, then)
 
     def take(self) -> list[Save]:
         """What is to be written now, in order."""
@@ -95,7 +101,9 @@ class Registry:
         for _ in range(min(count, len(self._unwritten) - len(self._saves))):
             self._settle(self._unwritten.popleft(), error)
 
-    def _change(self, save: Save, declared: Declared | None, then: Then) -> None:
+    def _change(
+        self, save: KeepGraph | DropGraph | KeepProfile, declared: Declared | None, then: Then
+    ) -> None:
         change = _Change(save, declared, then)
         if not self._keeps:
             self._settle(change, "")
@@ -110,14 +118,20 @@ class Registry:
             match change.save:
                 case KeepGraph(name):
                     assert change.declared is not None
-                    self.declared[name] = change.declared
+                    self._declare(name, change.declared)
                 case DropGraph(name):
-                    self.declared.pop(name, None)
-                case _:
-                    raise AssertionError(change.save)
+                    del self.declared[name]
+                    self._learner.declare(name, None)
+                case KeepProfile():
+                    pass  # It counts already; what was learned is not worth to wait for.
         change.then(error)
 
-    def _checked(self, name: str, graph: Graph) -> Graph:
+    def _declare(self, name: str, declared: Declared) -> None:
+        self.declared[name] = declared
+        self._learner.declare(name, declared.graph)
+
+    def checked(self, name: str, graph: Graph) -> Graph:
+        """The graph, if it may be declared under this name; GraphError otherwise."""
         wrong = name_problem(name, self._limits)
         if wrong or "/" in name:
             raise GraphError([f"name: {wrong or 'it has a slash'}"])
@@ -140,5 +154,5 @@ def parsed(graph: bytes, limits: WorkflowLimits) -> Graph:
         raise GraphError([f"the graph is longer than {limits.graph_bytes} bytes"])
     try:
         return _decode_graph(graph)
-    except _BAD_JSON as error:
+    except BAD_JSON as error:
         raise GraphError([str(error)]) from error

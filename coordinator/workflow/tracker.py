@@ -9,6 +9,7 @@ import msgspec
 
 from coordinator.protocol import CallContext, Finished, Submit
 from coordinator.state import Call, CallKey, CallPhase, State
+from coordinator.workflow.learner import Learner
 from coordinator.workflow.limits import WorkflowLimits
 from coordinator.workflow.prediction import RunKey
 from coordinator.workflow.registry import Registry
@@ -26,10 +27,13 @@ REFUSALS = {
 class Tracker:
     """The runs of all workflows, moved on by calls."""
 
-    def __init__(self, state: State, limits: WorkflowLimits, registry: Registry) -> None:
+    def __init__(
+        self, state: State, limits: WorkflowLimits, registry: Registry, learner: Learner
+    ) -> None:
         self._state = state
         self._limits = limits
         self._registry = registry
+        self._learner = learner
         self.runs = Runs(limits)
 
     # --- of calls, in this order ------------------------------------------------------
@@ -55,24 +59,41 @@ class Tracker:
 
     def opened(self, call: Call, now_s: float) -> None:
         """A call waits for its first plan."""
-        context = call.submit.context
+        submit = call.submit
+        context = submit.context
         key = self._key(context)
-        if key is None:
-            return
-        call.run = self.runs.opened(key, call.key, context.thread, context.agent, now_s)
-        if call.run is not None:
-            self._set_due(call.run)
+        parent = context.parent
+        if key is not None:
+            call.run = run = self.runs.opened(key, call.key, context.thread, context.agent, now_s)
+            if run is not None:
+                parent = run.agents.get(parent, parent)
+                self._set_due(run)
+        self._learner.began(
+            key or RunKey(context.tenant, context.workflow, ""),
+            _name(call),
+            context.agent,
+            submit.prompt_tokens,
+            submit.block_hashes,
+            now_s,
+            parent,
+            context.final,
+            _is_noted(context),
+        )
 
     def closed(self, call: Call, finished: Finished | None, now_s: float) -> None:
         """A call has ended, by whatever way."""
-        run = call.run
-        if run is None:
-            return
         context = call.submit.context
         done = call.phase is CallPhase.FINISHED
+        tokens = max(0, finished.output_tokens) if finished is not None else call.generated_tokens
+        run = call.run
+        workflow = run.key[:2] if run is not None else (context.tenant, context.workflow)
+        self._learner.ended(workflow, _name(call), tokens, done, now_s, _is_noted(context))
+        if run is None:
+            return
         declared = self._registry.declared.get(context.workflow)
         last = done and declared is not None and context.agent in declared.last
-        self.runs.closed(run, call.key, done and context.final, last, now_s)
+        if self.runs.closed(run, call.key, done and context.final, last, now_s):
+            self._learner.run_over(run.key, True, now_s)
         self._set_due(run)
 
     # --- of runs -----------------------------------------------------------------------
@@ -94,9 +115,15 @@ class Tracker:
         run = self.runs.live[key]
         if run.deadline_s is not None and now_s >= run.deadline_s:
             return self._end(run, RunEnd.DEADLINE, now_s)
-        if not run.open:
-            self.runs.end(run, RunEnd.IDLE, now_s)
-        self._set_due(run)
+        if run.open:
+            self._set_due(run)
+            return []
+        limit_s = self._learner.profiles.idle_s(key.tenant, key.workflow)
+        silent_s = now_s - run.heard_s
+        if silent_s >= limit_s:
+            return self._end(run, RunEnd.IDLE, now_s)
+        # Asked again before that: more may be known of its workflow by then.
+        self._set_due(run, min(limit_s, 2.0 * silent_s))
         return []
 
     def counters(self) -> dict[str, int]:
@@ -115,7 +142,7 @@ class Tracker:
                 assert call.key in call.run.open
         for key, run in self.runs.live.items():
             due_s = self._state.deadlines.get(("run", *key))
-            assert due_s == self.runs.due_s(run, self._limits.idle_most_s), key
+            assert (due_s is None) == (self.runs.due_s(run, 0.0) is None), key
 
     def _key(self, context: CallContext) -> RunKey | None:
         """The run that a call belongs to; None for a call that is a run of its own."""
@@ -129,15 +156,28 @@ class Tracker:
     def _end(self, run: Run, why: RunEnd, now_s: float) -> list[CallKey]:
         calls = sorted(run.open)
         self.runs.end(run, why, now_s)
+        self._learner.run_over(run.key, why is RunEnd.IDLE, now_s)
         self._state.deadlines.drop(("run", *run.key))
         return calls
 
-    def _set_due(self, run: Run) -> None:
+    def _set_due(self, run: Run, silent_s: float = 0.0) -> None:
+        """``silent_s``: how long it may be silent until it is looked at. What was learned is asked
+        only then, not for every call."""
         key = ("run", *run.key)
         due_s = None
         if self.runs.live.get(run.key) is run:
-            due_s = self.runs.due_s(run, self._limits.idle_most_s)
+            due_s = self.runs.due_s(run, silent_s or self._limits.idle_least_s)
         if due_s is None:
             self._state.deadlines.drop(key)
         else:
             self._state.deadlines.set(key, due_s)
+
+
+def _name(call: Call) -> str:
+    """A call as one text, unique among the live ones."""
+    return "\0".join(call.key)
+
+
+def _is_noted(context: CallContext) -> bool:
+    """Whether it says anything of itself, so that it is worth to be written down."""
+    return bool(context.agent or context.workflow or context.run)

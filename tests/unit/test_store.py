@@ -20,9 +20,12 @@ import zmq
 from coordinator import protocol
 from coordinator.protocol import DeclareWorkflow, DropWorkflow, WorkflowAnswer, encode
 from coordinator.store import MIGRATIONS, Store, StoreError
+from coordinator.workflow.journal import RunOver
 from coordinator.workflow.keeping import (
+    DropEvents,
     DropGraph,
     DropProfile,
+    KeepEvents,
     KeepGraph,
     KeepProfile,
     Kept,
@@ -82,9 +85,12 @@ def test_what_is_dropped_is_gone_and_only_that(store: Store, path: Path) -> None
     mine, other = KeepProfile("t", "a", b"1"), KeepProfile("u", "a", b"2")
     more = KeepProfile("t", "b", b"3")
     write(store, KeepGraph("a", GRAPH), KeepGraph("b", GRAPH), mine, other, more)
-    write(store, DropGraph("a", "t"), DropProfile("t", "b"))
+    events = [RunOver("t", "a", f"r{number}", 1.0) for number in range(4)]
+    write(store, KeepEvents(2, events[:2]), KeepEvents(4, events[2:]))
+    write(store, DropGraph("a"), DropProfile("t", "a"), DropProfile("t", "b"), DropEvents(2))
     store.close()
-    assert kept(path) == Kept([KeepGraph("b", GRAPH)], [other])
+    left = [KeepEvents(4, events[2:])]
+    assert kept(path) == Kept([KeepGraph("b", GRAPH)], [other], left)
 
 
 def test_only_its_owner_may_read_the_file(store: Store, path: Path) -> None:
