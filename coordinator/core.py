@@ -194,6 +194,11 @@ class Core:
                 problems.append(f"workflow {graph.name!r}: {error}")
         return problems + self._learner.restore(kept, now_s)
 
+    def learn(self) -> None:
+        """Learn from the calls that were handled. A shell does that when nobody waits for it;
+        ``tick`` does it, too."""
+        self._learner.learn()
+
     def take_saves(self) -> list[Save]:
         """What the shell is to write down now, in order, all or nothing."""
         return self._registry.take()

@@ -98,6 +98,7 @@ class Desk:
 
     def asked(self, peer: Peer, message: AboutWorkflows, now_s: float) -> None:
         """Somebody asks; the answer goes to whom it came from, now or when it is written."""
+        self._learner.learn()
         try:
             self._asked(peer, message, now_s)
         except GraphError as error:

@@ -3,9 +3,13 @@
 Its clock goes on over restarts: ``epoch_s`` is what the wall clock showed, in seconds, when the
 core's showed 0. Calls that name neither workflow nor run nor agent are
 learned as one workflow without a name, so that demand is known, and not written down.
+
+Learning waits until the calls in question have been answered (``learn``).
 """
 
 from __future__ import annotations
+
+from collections import deque
 
 import msgspec
 
@@ -26,6 +30,7 @@ from coordinator.workflow.record import ProfileRecord
 
 HASHES_BYTES_MAX = 32 * 1024
 """Of one event that is written down; enough for 64k tokens in blocks of 16."""
+WAITING_MAX = 256
 EVENTS_UNTAKEN_MAX = 100_000
 SWEEP_ROUNDS = 60
 """In how many turns all profiles are written, at least one in each."""
@@ -52,6 +57,8 @@ class Learner:
         self._primed: set[Workflow] = set()
         """Workflows that have their declared graph."""
         self._position = 0
+        self._waiting: deque[tuple[Event, bool]] = deque()
+        """What has happened and is not learned from yet, and whether it is written down."""
         self._untaken: list[Event] = []
         self._changed: dict[Workflow, None] = {}
         """Workflows with events that their kept profile does not contain."""
@@ -65,56 +72,42 @@ class Learner:
 
     # --- what happens ------------------------------------------------------------------------
 
-    def began(
-        self,
-        key: RunKey,
-        call: str,
-        agent: str,
-        prompt_tokens: int,
-        block_hashes: bytes,
-        now_s: float,
-        parent: str,
-        final: bool,
-        noted: bool,
-    ) -> None:
-        """A call was submitted. ``noted``: it is worth to be written down."""
-        at_s = now_s + self._epoch_s
-        workflow = key[:2]
-        if workflow not in self._primed:
-            self._prime(workflow)
-        self.profiles.observe_start(
-            key, call, agent, prompt_tokens, block_hashes, at_s, parent, final
-        )
-        if self._keeps and noted:
-            hashes = block_hashes[:HASHES_BYTES_MAX]
-            event = Began(*key, call, agent, prompt_tokens, hashes, at_s, parent, final)
-            self._note(event, workflow)
+    def began(self, event: Began, noted: bool) -> None:
+        """A call was submitted, at a time of the core's. ``noted``: worth to be written down."""
+        self._wait(event, noted)
 
-    def ended(
-        self,
-        workflow: Workflow,
-        call: str,
-        output_tokens: int,
-        completed: bool,
-        now_s: float,
-        noted: bool,
-    ) -> None:
+    def ended(self, event: Over, noted: bool) -> None:
         """A call ended. ``noted``: as when it began."""
-        at_s = now_s + self._epoch_s
-        self.profiles.observe_end(call, output_tokens, at_s, completed)
-        if self._keeps and noted:
-            self._note(Over(*workflow, call, output_tokens, at_s, completed), workflow)
+        self._wait(event, noted)
 
     def run_over(self, key: RunKey, completed: bool, now_s: float) -> None:
         """A run is over."""
-        at_s = now_s + self._epoch_s
-        self.profiles.end_run(key, at_s, completed)
-        if self._keeps:
-            self._note(RunOver(*key, at_s, completed), key[:2])
+        self._wait(RunOver(*key, now_s + self._epoch_s, completed), True)
+
+    def at_s(self, now_s: float) -> float:
+        """A time of the core's as one of events."""
+        return now_s + self._epoch_s
+
+    def learn(self) -> None:
+        """Learn from what has happened so far. Whoever asked for a plan has it by now."""
+        while self._waiting:
+            event, noted = self._waiting.popleft()
+            workflow = event.tenant, event.workflow
+            if isinstance(event, Began) and workflow not in self._primed:
+                self._prime(workflow)
+            self._observe(event)
+            if noted and self._keeps:
+                self._note(event, workflow)
 
     def expire(self, now_s: float) -> None:
         """Runs that are silent for too long are over."""
+        self.learn()
         self.profiles.expire(now_s + self._epoch_s)
+
+    def _wait(self, event: Event, noted: bool) -> None:
+        self._waiting.append((event, noted))
+        if len(self._waiting) >= WAITING_MAX:
+            self.learn()
 
     # --- what is declared and taken over -------------------------------------------------------
 
@@ -132,6 +125,7 @@ class Learner:
     def replaced(self, workflow: Workflow, record: ProfileRecord | None) -> KeepProfile:
         """Take a record over in place of what was learned, or forget that. ValueError if it
         cannot be true. Returns what is to be written down."""
+        self.learn()
         if record is None:
             self.profiles.forget(*workflow)
             self._primed.discard(workflow)
@@ -159,7 +153,8 @@ class Learner:
                 number += 1
                 workflow = event.tenant, event.workflow
                 if number > positions.get(workflow, 0) and event.at_s <= at_most_s:
-                    self._again(event)
+                    self.profiles.expire(event.at_s)
+                    self._observe(event)
                     self._changed[workflow] = None
             self._position = batch.position
         self._position = max([self._position, *positions.values()])
@@ -172,6 +167,7 @@ class Learner:
         profiles in place of events."""
         if not self._keeps:
             return []
+        self.learn()
         saves: list[Save] = []
         if self._untaken:
             saves.append(KeepEvents(self._position, self._untaken))
@@ -227,14 +223,15 @@ class Learner:
     def _note(self, event: Event, workflow: Workflow) -> None:
         self._position += 1
         self._changed[workflow] = None
+        if isinstance(event, Began) and len(event.block_hashes) > HASHES_BYTES_MAX:
+            hashes = event.block_hashes[:HASHES_BYTES_MAX]
+            event = msgspec.structs.replace(event, block_hashes=hashes)
         self._untaken.append(event)
         if len(self._untaken) > EVENTS_UNTAKEN_MAX:
             del self._untaken[: EVENTS_UNTAKEN_MAX // 2]
             self.events_lost += EVENTS_UNTAKEN_MAX // 2
 
-    def _again(self, event: Event) -> None:
-        """Learn from a kept event."""
-        self.profiles.expire(event.at_s)
+    def _observe(self, event: Event) -> None:
         match event:
             case Began():
                 self.profiles.observe_start(

@@ -9,6 +9,7 @@ import msgspec
 
 from coordinator.protocol import CallContext, Finished, Submit
 from coordinator.state import Call, CallKey, CallPhase, State
+from coordinator.workflow.journal import Began, Over
 from coordinator.workflow.learner import Learner
 from coordinator.workflow.limits import WorkflowLimits
 from coordinator.workflow.prediction import RunKey
@@ -68,17 +69,20 @@ class Tracker:
             if run is not None:
                 parent = run.agents.get(parent, parent)
                 self._set_due(run)
-        self._learner.began(
-            key or RunKey(context.tenant, context.workflow, ""),
+        tenant, workflow, name = key or (context.tenant, context.workflow, "")
+        began = Began(
+            tenant,
+            workflow,
+            name,
             _name(call),
             context.agent,
             submit.prompt_tokens,
             submit.block_hashes,
-            now_s,
+            self._learner.at_s(now_s),
             parent,
             context.final,
-            _is_noted(context),
         )
+        self._learner.began(began, _is_noted(context))
 
     def closed(self, call: Call, finished: Finished | None, now_s: float) -> None:
         """A call has ended, by whatever way."""
@@ -86,8 +90,9 @@ class Tracker:
         done = call.phase is CallPhase.FINISHED
         tokens = max(0, finished.output_tokens) if finished is not None else call.generated_tokens
         run = call.run
-        workflow = run.key[:2] if run is not None else (context.tenant, context.workflow)
-        self._learner.ended(workflow, _name(call), tokens, done, now_s, _is_noted(context))
+        at_s = self._learner.at_s(now_s)
+        over = Over(context.tenant, context.workflow, _name(call), tokens, at_s, done)
+        self._learner.ended(over, _is_noted(context))
         if run is None:
             return
         declared = self._registry.declared.get(context.workflow)
