@@ -10,16 +10,16 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable
 from functools import cache
-from typing import Annotated
+from typing import Annotated, Protocol
 
 import msgspec
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from coordinator.api.client import ClusterClient
 from coordinator.api.errors import error_body
 from coordinator.api.exchange import Failure
 from coordinator.api.identity import TEXT_MAX, bounded, tenant_of
+from coordinator.api.questions import Questions
 from coordinator.link import BAD_FRAME
 from coordinator.protocol import (
     AboutWorkflows,
@@ -120,14 +120,20 @@ def _declared(body: bytes, limits: WorkflowLimits) -> Graph:
     return checked(parsed(body, limits), limits)
 
 
-def _client(request: Request) -> ClusterClient:
-    client = request.app.state.engine_client
-    assert isinstance(client, ClusterClient)
-    return client
+class Cluster(Protocol):
+    """What is needed of the cluster."""
+
+    questions: Questions
+    workflow_limits: WorkflowLimits
+
+
+def _cluster(request: Request) -> Cluster:
+    cluster: Cluster = request.app.state.engine_client.cluster
+    return cluster
 
 
 def _limits(request: Request) -> WorkflowLimits:
-    return _client(request).cluster.workflow_limits
+    return _cluster(request).workflow_limits
 
 
 def _tenant(request: Request) -> str:
@@ -136,7 +142,7 @@ def _tenant(request: Request) -> str:
 
 async def _ask(request: Request, question: Callable[[int], AboutWorkflows]) -> Response:
     try:
-        answer = await _client(request).cluster.questions.ask(question)
+        answer = await _cluster(request).questions.ask(question)
     except TimeoutError:
         return _refusal(request, 503, ["the coordinator's core does not answer"])
     return _response(request, answer)
