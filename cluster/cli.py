@@ -274,6 +274,79 @@ def calibrate(
     raise typer.Exit(run(worker, Plan(repeats, longest, most), out, json_path, hardware))
 
 
+workflows = typer.Typer(no_args_is_help=True, help="Show workflows, take them to another cluster.")
+app.add_typer(workflows, name="workflows")
+CoordinatorOption = Annotated[
+    str | None,
+    typer.Option("--coordinator", metavar="tcp://HOST:PORT", help="Else the one that is up here."),
+]
+SaltOption = Annotated[
+    str, typer.Option("--cache-salt", help="Of the tenant in question; else of none.")
+]
+
+
+@workflows.command(name="list")
+def list_workflows(coordinator: CoordinatorOption = None, cache_salt: SaltOption = "") -> None:
+    """All that are declared or learned."""
+    from cluster import workflow_command as command
+    from coordinator.tenant import tenant_of
+
+    address = coordinator or _running_address()
+    raise typer.Exit(command.list_workflows(address, tenant_of(cache_salt), Console()))
+
+
+@workflows.command()
+def show(
+    name: str,
+    coordinator: CoordinatorOption = None,
+    cache_salt: SaltOption = "",
+    picture: Annotated[
+        list[Path] | None,
+        typer.Option("--picture", metavar="PATH", help="Draw it: .svg, .png, .pdf or .dot."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all that is known.")] = False,
+) -> None:
+    """Who follows whom, how probably, after what time, and how long answers get."""
+    from cluster import workflow_command as command
+    from coordinator.tenant import tenant_of
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=PLAIN_COLUMNS)
+    address, tenant = coordinator or _running_address(), tenant_of(cache_salt)
+    raise typer.Exit(command.show(address, name, tenant, picture or [], as_json, console))
+
+
+@workflows.command()
+def export(
+    name: str,
+    path: Annotated[Path | None, typer.Argument(metavar="PATH", help="Else print it.")] = None,
+    coordinator: CoordinatorOption = None,
+    cache_salt: SaltOption = "",
+) -> None:
+    """Write what is declared and learned as JSON."""
+    from cluster import workflow_command as command
+    from coordinator.tenant import tenant_of
+
+    address, tenant = coordinator or _running_address(), tenant_of(cache_salt)
+    raise typer.Exit(command.export(address, name, tenant, path, Console()))
+
+
+@workflows.command(name="import")
+def import_workflow(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="What 'export' wrote.")],
+    name: Annotated[str, typer.Option(help="Another name than its own.")] = "",
+    coordinator: CoordinatorOption = None,
+    cache_salt: SaltOption = "",
+) -> None:
+    """Take over what 'export' wrote."""
+    from cluster import workflow_command as command
+    from coordinator.tenant import tenant_of
+
+    address, tenant = coordinator or _running_address(), tenant_of(cache_salt)
+    raise typer.Exit(command.import_(address, path, name, tenant, Console()))
+
+
 @app.command(name="model")
 def prepare_model(
     name: Annotated[str, typer.Argument(help="smollm2-135m-instruct or tiny-llama.")],
@@ -294,12 +367,14 @@ def _exit_code(error: Exception) -> int | None:
     from cluster.model_shape import ModelShapeError
     from cluster.schema import ConfigError
     from cluster.status import Unreachable
+    from cluster.workflow_command import WorkflowRefused
+    from cluster.workflow_picture import NoPicture
     from coordinator.store import StoreError
 
     if isinstance(error, ConfigError | PreflightError):
         return REFUSED
     failures = LaunchError | ModelError | ModelShapeError | CalibrationError | ChildError
-    failures |= StoreError | Unreachable
+    failures |= StoreError | Unreachable | WorkflowRefused | NoPicture
     return FAILED if isinstance(error, failures) else None
 
 

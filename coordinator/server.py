@@ -43,6 +43,8 @@ LEARNED_S = 0.4
 """How often what was learned is written down, give or take a tick."""
 TICK_S_MIN = 0.01
 MESSAGES_PER_TICK_MAX = 10_000
+MESSAGES_PER_KEEP = 128
+"""After how many messages in a row what they change is looked at, to be written down."""
 API_STOP_S = 15.0
 API_RESTARTS_MAX = 10
 NOT_ACCEPTING = 2**31 - 1
@@ -198,11 +200,13 @@ class CoreServer:
         return min(max(wait_s, TICK_S_MIN), TICK_S_MAX)
 
     def _receive_waiting(self) -> None:
-        for _ in range(MESSAGES_PER_TICK_MAX):
+        for number in range(MESSAGES_PER_TICK_MAX):
             frames = self.socket.receive_now()
             if frames is None:
                 return
             self._on_frames(frames)
+            if number % MESSAGES_PER_KEEP == MESSAGES_PER_KEEP - 1:
+                self._keep()
 
     def _on_frames(self, frames: list[zmq.Frame]) -> None:
         if len(frames) != 2:

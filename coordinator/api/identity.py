@@ -31,10 +31,10 @@ from coordinator.api.aliases import ALIAS_HEADERS, ALIASES
 from coordinator.api.claims import Claim, Hints, Said, fields_of, flag, text
 from coordinator.link import BAD_FRAME
 from coordinator.protocol import CallContext
+from coordinator.tenant import tenant_of
 
 TEXT_MAX = 256
 DIGEST_CHARACTERS = 16
-TENANT_BYTES = 8
 HEADERS = {
     "workflow": "x-workflow",
     "run": "x-workflow-run",
@@ -80,13 +80,6 @@ def who_speaks(headers: Mapping[str, str], body: bytes) -> tuple[CallContext, by
     would make vLLM refuse the request."""
     said = _said(headers, body)
     return _context(said), _served(body, said.hints)
-
-
-def tenant_of(cache_salt: str) -> str:
-    """What stands for a salt in places that other people can see; empty for none."""
-    if not cache_salt:
-        return ""
-    return blake2b(cache_salt.encode(errors="replace"), digest_size=TENANT_BYTES).hexdigest()
 
 
 def bounded(value: str) -> str:

@@ -18,7 +18,7 @@ from fastapi.responses import JSONResponse
 
 from coordinator.api.errors import error_body
 from coordinator.api.exchange import Failure
-from coordinator.api.identity import TEXT_MAX, bounded, tenant_of
+from coordinator.api.identity import TEXT_MAX, bounded
 from coordinator.api.questions import Questions
 from coordinator.link import BAD_FRAME
 from coordinator.protocol import (
@@ -31,6 +31,7 @@ from coordinator.protocol import (
     StartRun,
     WorkflowAnswer,
 )
+from coordinator.tenant import tenant_of
 from coordinator.workflow.graph import Graph, GraphError, checked, graph_schema
 from coordinator.workflow.limits import WorkflowLimits
 from coordinator.workflow.registry import parsed

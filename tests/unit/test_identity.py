@@ -14,10 +14,10 @@ from coordinator.api.identity import (
     KNOWN_HEADERS,
     TEXT_MAX,
     call_context,
-    tenant_of,
     who_speaks,
 )
 from coordinator.protocol import CallContext, Submit, encode
+from coordinator.tenant import tenant_of
 
 HEADERS = {
     "X-Workflow": "h-team",

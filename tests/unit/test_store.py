@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -18,7 +19,17 @@ import pytest
 import zmq
 
 from coordinator import protocol
-from coordinator.protocol import DeclareWorkflow, DropWorkflow, WorkflowAnswer, encode
+from coordinator.protocol import (
+    CallContext,
+    DeclareWorkflow,
+    DropWorkflow,
+    Finished,
+    Hello,
+    ShowWorkflow,
+    Submit,
+    WorkflowAnswer,
+    encode,
+)
 from coordinator.store import MIGRATIONS, Store, StoreError
 from coordinator.workflow.journal import RunOver
 from coordinator.workflow.keeping import (
@@ -182,8 +193,16 @@ def test_a_full_disk_is_told_and_the_next_write_succeeds(path: Path) -> None:
 CORE = """
 import asyncio, sys, zmq
 from coordinator.server import CoordinatorConfig, CoreServer
+from coordinator.workflow.limits import WorkflowLimits
 async def main():
-    config = CoordinatorConfig("tcp://127.0.0.1:*", "127.0.0.1", 0, "model", store=sys.argv[1])
+    config = CoordinatorConfig(
+        "tcp://127.0.0.1:*",
+        "127.0.0.1",
+        0,
+        "model",
+        store=sys.argv[1],
+        workflow_limits=WorkflowLimits(journal_events=400),
+    )
     server = CoreServer(zmq.Context(), config)
     print(server.address, flush=True)
     await server.run()
@@ -201,12 +220,18 @@ class CoreProcess:
         self.socket = context.socket(zmq.DEALER)
         self.socket.connect(self.process.stdout.readline().strip())
 
+    def send(self, *messages: protocol.Message) -> None:
+        for message in messages:
+            self.socket.send(encode(message))
+
     def answers(self, timeout_s: float) -> Iterator[WorkflowAnswer]:
         """Answers as they come, until time is up."""
         end_s = time.monotonic() + timeout_s
         while (left_s := end_s - time.monotonic()) > 0:
             if self.socket.poll(int(left_s * 1000)):
-                yield protocol.decode_workflow_answer(self.socket.recv())
+                message = protocol.decode_core_to_api(memoryview(self.socket.recv()))
+                if isinstance(message, WorkflowAnswer):
+                    yield message
 
     def kill(self) -> None:
         os.kill(self.process.pid, signal.SIGKILL)
@@ -262,3 +287,47 @@ def test_no_acknowledged_declaration_is_lost_by_kill_9(
             assert found.get(name) in {graph_or_none} | open_.get(name, set()), name
         expected = {name: found.get(name) for name in expected.keys() | found.keys()}
         assert answered, "the core was killed before it answered anything"
+
+
+def runs_learned(core: CoreProcess, timeout_s: float = WAIT_S) -> int:
+    """How many runs of the team the core has learned from; what was said before is known then."""
+    core.send(ShowWorkflow(0, "team"))
+    for answer in core.answers(timeout_s):
+        if answer.status == 404:
+            return 0
+        ended: int = json.loads(answer.body)["learned"]["runs_ended"]
+        return ended
+    raise TimeoutError("the core does not answer")
+
+
+def run_team(core: CoreProcess, run: str) -> None:
+    """A run of two calls, as an API process tells of it."""
+    for agent in ("planner", "writer"):
+        context = CallContext("team", run, agent, final=agent == "writer")
+        request = f"{run}-{agent}"
+        core.send(Submit("api", request, 1, 100, 50, bytes(48), context=context))
+        core.send(Finished("api", request, 1, "stop", 40))
+
+
+def test_at_most_the_last_second_of_learning_is_lost_by_kill_9(
+    path: Path, context: zmq.Context[Any]
+) -> None:
+    rng, at_least = random.Random(3), 0
+    for round_ in range(4):
+        core = CoreProcess(context, path)
+        core.send(Hello("api"))
+        found = runs_learned(core)
+        assert found >= at_least, f"round {round_}"
+        seen = [(time.monotonic(), found)]
+        until_s = seen[0][0] + rng.uniform(1.2, 2.0)
+        number = 0
+        while time.monotonic() < until_s:
+            for _ in range(10):
+                number += 1
+                run_team(core, f"{round_}-{number}")
+            seen.append((time.monotonic(), runs_learned(core)))
+        assert seen[-1][1] == found + number
+        killed_s = time.monotonic()
+        core.kill()
+        at_least = max(ended for at_s, ended in seen if at_s <= killed_s - 1.0)
+        assert at_least > found or round_ == 0

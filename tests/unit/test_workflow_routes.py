@@ -14,12 +14,12 @@ from fastapi import FastAPI
 
 from coordinator import protocol
 from coordinator.api.front import Front
-from coordinator.api.identity import tenant_of
 from coordinator.api.questions import Questions
 from coordinator.api.workflows import router
 from coordinator.core import Core
 from coordinator.limits import Limits, Placement
 from coordinator.protocol import CallContext, Hello, Message, Rejected, Submit, WorkflowAnswer
+from coordinator.tenant import tenant_of
 from coordinator.workflow.limits import WorkflowLimits
 
 TEAM: dict[str, Any] = {
