@@ -56,9 +56,10 @@ def timeline(workload: Workload) -> Iterator[Event]:
             call = run.calls[due.call]
             tokens = uncached[run.id, call.index]
             yield Event(due.at_s, False, run, call, tokens)
-            heapq.heappush(running, (due.at_s + _duration_s(call, tokens), due.run, due.call))
+            heapq.heappush(running, (due.at_s + call_s(call, tokens), due.run, due.call))
 
 
-def _duration_s(call: Call, uncached_tokens: int) -> float:
+def call_s(call: Call, uncached_tokens: int) -> float:
+    """How long a call takes."""
     prefill_s = uncached_tokens / PREFILL_TOKENS_PER_S
     return OVERHEAD_S + prefill_s + call.output_tokens / ASSUMED_TOKENS_PER_S

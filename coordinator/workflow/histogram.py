@@ -77,6 +77,13 @@ class Histogram:
             return 0.0
         return sum(weight * middle_of(at) for at, weight in self._bins.items()) / self._total
 
+    def mean_square(self) -> float:
+        """The mean of the squares, in the same way."""
+        if not self._total:
+            return 0.0
+        squares = (weight * middle_of(at) ** 2 for at, weight in self._bins.items())
+        return sum(squares) / self._total
+
     def weights(self) -> tuple[dict[int, float], float]:
         """The bins and their sum, both in units of a new value's weight."""
         scale = 1.0 / self._weight

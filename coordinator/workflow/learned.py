@@ -60,7 +60,8 @@ class EdgeCounts:
 class AgentCounts:
     """An agent: how long its prompts, answers and calls are, and what follows it.
 
-    ``resolved``: how many of its calls were followed, or ended their run. ``visits``: its calls
+    ``resolved``: how many of its calls were followed, or ended their run (``ended_runs``), of
+    these ``final_runs`` by saying so. ``visits``: its calls
     in one run. ``longest``: its longest answer, in tokens. ``static``: its last prompt in
     another run, and ``static_blocks`` how much of such a prompt is in the next run's as well.
     """
@@ -68,6 +69,7 @@ class AgentCounts:
     __slots__ = (
         "duration_s",
         "ended_runs",
+        "final_runs",
         "followers",
         "longest",
         "output_tokens",
@@ -86,17 +88,20 @@ class AgentCounts:
         self.followers: dict[int, EdgeCounts] = {}
         self.resolved = 0.0
         self.ended_runs = 0.0
+        self.final_runs = 0.0
         self.longest = 0.0
         self.static: Sketch | None = None
         self.static_blocks = 0.0
 
-    def resolve(self, ended_run: bool) -> None:
-        """One of its calls was followed, or ended its run."""
+    def resolve(self, ended_run: bool, final: bool = False) -> None:
+        """One of its calls was followed, or ended its run, maybe by saying so (``final``)."""
         self.resolved += 1.0
         self.ended_runs += 1.0 if ended_run else 0.0
+        self.final_runs += 1.0 if final else 0.0
         if self.resolved >= COUNT_MOST:
             self.resolved *= 0.5
             self.ended_runs *= 0.5
+            self.final_runs *= 0.5
             for edge in self.followers.values():
                 edge.halve()
 

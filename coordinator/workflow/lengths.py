@@ -34,18 +34,18 @@ GUESS_S = Spread(p05=0.0, p50=5.0, p95=600.0, mean=60.0, upper=1800.0, samples=0
 class Lengths:
     """A distribution with its bound. ``scale``: what is counted as 1."""
 
-    __slots__ = ("_scale", "exceeded", "values")
+    __slots__ = ("exceeded", "scale", "values")
 
     def __init__(self, scale: float = 1.0) -> None:
         self.values = Histogram(HALF_LIFE)
         self.exceeded = EXCEEDED
-        self._scale = scale
+        self.scale = scale
 
     def upper(self, others: Lengths | None = None) -> float:
         """What one value in twenty is meant to exceed; 0 if nothing is known."""
         bins, total = self._leaning(others)
         level = self.exceeded if self.values.samples else (others or self).exceeded
-        return quantiles_of(bins, total, (1.0 - level,))[0] * self._scale
+        return quantiles_of(bins, total, (1.0 - level,))[0] * self.scale
 
     def add(self, value: float, bound: float | None = None) -> None:
         """Count a value, and whether it exceeded the bound that was given for it, if any."""
@@ -53,7 +53,7 @@ class Lengths:
             missed = 1.0 if value > bound else 0.0
             level = self.exceeded + STEP * (EXCEEDED - missed)
             self.exceeded = min(LEVEL_MOST, max(LEVEL_LEAST, level))
-        self.values.add(value / self._scale)
+        self.values.add(value / self.scale)
 
     def spread(self, others: Lengths | None = None, guess: Spread = GUESS) -> Spread:
         """The distribution in a few numbers."""
@@ -65,7 +65,7 @@ class Lengths:
         low, middle, *high = quantiles_of(bins, total, shares)
         p95, upper = high if level <= EXCEEDED else (high[1], high[0])
         mean = self.values.mean() if self.values.samples or others is None else others.values.mean()
-        scale = self._scale
+        scale = self.scale
         return Spread(
             low * scale, middle * scale, p95 * scale, mean * scale, upper * scale,
             self.values.samples,
@@ -73,15 +73,19 @@ class Lengths:
 
     def mean(self) -> float:
         """The mean, 0 if nothing is known."""
-        return self.values.mean() * self._scale
+        return self.values.mean() * self.scale
+
+    def mean_square(self) -> float:
+        """The mean of the squares, 0 if nothing is known."""
+        return self.values.mean_square() * self.scale**2
 
     def quantile(self, share: float) -> float:
         """The value that this share of all is below; 0 if nothing is known."""
-        return self.values.quantile(share) * self._scale
+        return self.values.quantile(share) * self.scale
 
     def shares_around(self, value: float) -> tuple[float, float]:
         """The shares of all that are below what is counted as equal to a value, and up to it."""
-        return self.values.shares_around(value / self._scale)
+        return self.values.shares_around(value / self.scale)
 
     def _leaning(self, others: Lengths | None) -> tuple[dict[int, float], float]:
         own, total = self.values.weights()

@@ -74,7 +74,8 @@ class NextCall(msgspec.Struct, frozen=True, gc=False):
     """An agent that may be called next.
 
     ``calls``: how many at once if it is. ``gap_s``: from the end of the call that sets it off.
-    ``new_tokens``: what of its prompt is in no earlier prompt or output.
+    ``new_tokens``: what of its prompt has to be computed, because it was in no earlier prompt or
+    answer, or is in no cache any more.
     """
 
     agent: str

@@ -28,9 +28,11 @@ IDLE_SAMPLES = 50.0
 class Profile:
     """One workflow of one tenant."""
 
-    def __init__(self, number: int, limits: WorkflowLimits) -> None:
+    def __init__(self, number: int, tenant: str, workflow: str, limits: WorkflowLimits) -> None:
         """``number``: what it is called in arrays."""
         self.number = number
+        self.tenant = tenant
+        self.workflow = workflow
         self.graph: Graph | None = None
         self.scores = Scores()
         self.automaton = Automaton(limits.contexts_per_workflow)
@@ -172,10 +174,10 @@ class Profile:
             self.scores.next_agent(self.next_agents(path), symbol)
         self.automaton.observe(path, symbol)
 
-    def ended_run(self, path: Path) -> None:
-        """Nothing came after ``path``."""
+    def ended_run(self, path: Path, final: bool) -> None:
+        """Nothing came after ``path``. ``final``: the run's client said so."""
         self.automaton.observe(path, END)
-        self.agent(path[-1]).resolve(ended_run=True)
+        self.agent(path[-1]).resolve(ended_run=True, final=final)
 
     def next_agents(self, path: Path) -> dict[int, float]:
         """How probable each next agent is, given that there is one."""

@@ -35,9 +35,10 @@ from coordinator.workflow.view import predicted, workflow_view
 class _Tenant:
     """One tenant's workflows and live runs, the least recently used first."""
 
-    __slots__ = ("profiles", "runs")
+    __slots__ = ("name", "profiles", "runs")
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self.name = name
         self.profiles: OrderedDict[str, Profile] = OrderedDict()
         self.runs: OrderedDict[tuple[str, str], LiveRun] = OrderedDict()
 
@@ -69,7 +70,7 @@ class Profiles:
         self._run_count = 0
         self._edge_count = 0
         self._deadlines: list[tuple[float, RunKey]] = []
-        self._next_number = 0
+        self._free_numbers: list[int] = []
         self._now_s = 0.0
 
     # --- what happened ----------------------------------------------------------------------
@@ -104,8 +105,7 @@ class Profiles:
         live = LiveCall(symbol, path_after(before[0], symbol), now_s)
         live.prompt_tokens = prompt_tokens
         live.sketch = Sketch(prompt)
-        new_tokens = self._learn_start(run, before, live, prompt)
-        self.demand.prefill_tokens += new_tokens if uncached_tokens is None else uncached_tokens
+        self._learn_start(run, before, live, prompt, uncached_tokens)
         counts = profile.agent(symbol)
         live.bound_tokens = counts.output_tokens.upper(profile.everything.output_tokens)
         run.add(call, live)
@@ -235,10 +235,12 @@ class Profiles:
         of the workflow are forgotten; a declared graph stays.
         """
         name, found = self._short(workflow), self._tenant(self._short(tenant))
-        graph = found.profiles[name].graph if name in found.profiles else None
-        profile = restored(record, Profile(self._next_number, self._limits))
+        profile = restored(record, self._new_profile(found, name))
+        graph = None
         if name in found.profiles:
+            graph = found.profiles[name].graph
             self._drop_profile(found, name)
+            profile.number = self._free_numbers[-1]
         self._add_profile(found, name, profile)
         if graph is not None:
             profile.declare(graph)
@@ -256,9 +258,14 @@ class Profiles:
     # --- learning ----------------------------------------------------------------------------
 
     def _learn_start(
-        self, run: LiveRun, before: list[LiveCall], live: LiveCall, prompt: memoryview
-    ) -> float:
-        """Count what a call that starts says of those it follows; its new prompt tokens."""
+        self,
+        run: LiveRun,
+        before: list[LiveCall],
+        live: LiveCall,
+        prompt: memoryview,
+        uncached_tokens: int | None,
+    ) -> None:
+        """Count what a call that starts says of those it follows."""
         profile, setter = run.profile, before[0]
         first = setter.children is None
         edges = profile.edges
@@ -281,13 +288,15 @@ class Profiles:
         if origin == "own" and own is not None:
             shared_tokens = max(shared_tokens, self._with_answer(own, live, shared))
         new_tokens = float(max(0, live.prompt_tokens - shared_tokens))
+        if uncached_tokens is not None:
+            new_tokens = float(max(0, uncached_tokens))
         edge.new_tokens.add(new_tokens)
         profile.new_tokens.add(new_tokens)
         counts.prompt_tokens.add(live.prompt_tokens)
         profile.everything.prompt_tokens.add(live.prompt_tokens)
         profile.events += 1
+        self.demand.prefill_tokens += new_tokens
         self._edge_count += profile.edges - edges
-        return new_tokens
 
     def _followed(self, profile: Profile, call: LiveCall, agent: int, scored: bool) -> None:
         """``agent`` comes after ``call``."""
@@ -408,7 +417,7 @@ class Profiles:
         profile = run.profile
         for call in run.open_ends():
             if learn:
-                profile.ended_run(call.path)
+                profile.ended_run(call.path, run.final)
             self._release(call)
         for call_id, call in run.running.items():
             del self._calls[call_id]
@@ -430,7 +439,7 @@ class Profiles:
         if found is not None:
             self._tenants.move_to_end(name)
             return found
-        found = self._tenants[name] = _Tenant()
+        found = self._tenants[name] = _Tenant(name)
         if len(self._tenants) > self._limits.tenants:
             self._drop_tenant(next(iter(self._tenants)))
         return found
@@ -442,13 +451,19 @@ class Profiles:
     def _profile(self, tenant: _Tenant, workflow: str) -> Profile:
         found = tenant.profiles.get(workflow)
         if found is None:
-            found = Profile(self._next_number, self._limits)
+            found = self._new_profile(tenant, workflow)
             self._add_profile(tenant, workflow, found)
         tenant.profiles.move_to_end(workflow)
         return found
 
+    def _new_profile(self, tenant: _Tenant, workflow: str) -> Profile:
+        """An empty profile with the smallest number that nobody has."""
+        number = self._free_numbers[-1] if self._free_numbers else len(self.by_number)
+        return Profile(number, tenant.name, workflow, self._limits)
+
     def _add_profile(self, tenant: _Tenant, workflow: str, profile: Profile) -> None:
-        self._next_number = profile.number + 1
+        if profile.number in self._free_numbers[-1:]:
+            self._free_numbers.pop()
         tenant.profiles[workflow] = profile
         self.by_number[profile.number] = profile
         self._edge_count += profile.edges
@@ -472,6 +487,7 @@ class Profiles:
         profile = tenant.profiles.pop(workflow)
         self._edge_count -= profile.edges
         del self.by_number[profile.number]
+        self._free_numbers.append(profile.number)
 
     def _drop_tenant(self, name: str) -> None:
         tenant = self._tenants[name]

@@ -55,6 +55,7 @@ class AgentRecord(msgspec.Struct, frozen=True, gc=False):
     visits: Bins
     resolved: Weight
     ended_runs: Weight
+    final_runs: Weight
     longest: Weight
 
 
@@ -150,6 +151,7 @@ def _agent(symbol: int, counts: AgentCounts) -> AgentRecord:
         counts.visits.weights()[0],
         counts.resolved,
         counts.ended_runs,
+        counts.final_runs,
         counts.longest,
     )
 
@@ -182,7 +184,7 @@ def _fill_agent(record: AgentRecord, counts: AgentCounts) -> None:
     _fill(record.duration, counts.duration_s)
     _fill_numbers(record.visits, counts.visits)
     counts.resolved, counts.ended_runs = record.resolved, record.ended_runs
-    counts.longest = record.longest
+    counts.final_runs, counts.longest = record.final_runs, record.longest
 
 
 def _fill_edge(record: EdgeRecord, counts: EdgeCounts) -> None:
