@@ -14,6 +14,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from coordinator.workflow.desk import Shown
+from coordinator.workflow.graph import Graph, start_of
 from coordinator.workflow.prediction import AgentView, EdgeView, Number, Spread, WorkflowView
 
 START = "(start)"
@@ -28,17 +29,24 @@ class NoPicture(Exception):
 
 
 class Links:
-    """The edges of a workflow by their source, and its agents by name."""
+    """The edges of a workflow by their source, and its agents by name.
 
-    def __init__(self, view: WorkflowView) -> None:
+    ``first``: the agents that it begins with, as far as that was seen or is declared.
+    """
+
+    def __init__(self, view: WorkflowView, graph: Graph | None) -> None:
         self.agents = {agent.name: agent for agent in view.agents}
         self.edges: dict[str, list[EdgeView]] = {}
         for edge in view.edges:
             self.edges.setdefault(edge.source, []).append(edge)
+        self.first = {edge.target for edge in self.edges.get(START, [])}
+        if graph is not None and not self.first:
+            self.first = {start_of(graph)}
 
     def depths(self) -> dict[str, int]:
         """How many steps each agent is from the start; those nothing leads to come last."""
-        depths, waiting = {START: 0}, deque([START])
+        depths = {START: 0} | dict.fromkeys(sorted(self.first), 1)
+        waiting = deque(sorted(self.first))
         while waiting:
             source = waiting.popleft()
             for edge in self.edges.get(source, []):
@@ -57,9 +65,12 @@ def tree(shown: Shown) -> Tree:
     known = "declared" if shown.declared else "learned"
     title = f"{shown.name} ({known}, {view.runs_ended} runs seen)"
     root = Tree(Text(title, "bold"))
-    links = Links(view)
+    links = Links(view, shown.declared)
     seen: set[str] = set()
     waiting = deque([(START, root)])
+    if START not in links.edges:
+        seen = set(links.first)
+        waiting.extend((name, root.add(Text(name, "bold"))) for name in sorted(links.first))
     while waiting:
         source, branch = waiting.popleft()
         for edge in links.edges.get(source, []):
@@ -73,7 +84,7 @@ def tree(shown: Shown) -> Tree:
             branch.add(Text(f"end {percent(agent.end_probability)}", "dim"))
     for name in links.agents:
         if name not in seen:
-            root.add(Text(f"{name} (declared, never seen)", "dim"))
+            root.add(Text(f"{name} (nothing is known to lead there)", "dim"))
     return root
 
 
@@ -125,14 +136,14 @@ def draw(shown: Shown, path: Path) -> None:
     if view is None:
         raise NoPicture(f"nothing is known of {shown.name!r} that could be drawn")
     if path.suffix in GRAPHVIZ_SUFFIXES:
-        path.write_text(graphviz(shown.name, Links(view)), encoding="utf-8")
+        path.write_text(graphviz(shown.name, Links(view, shown.declared)), encoding="utf-8")
         return
     try:
         import networkx
         from matplotlib.figure import Figure
     except ImportError as error:
         raise NoPicture(f"{error}; pip install 'pythia-serve[draw]'") from error
-    figure = _figure(shown.name, Links(view), networkx, Figure)
+    figure = _figure(shown.name, Links(view, shown.declared), networkx, Figure)
     try:
         figure.savefig(path, bbox_inches="tight", dpi=150)
     except (ValueError, OSError) as error:
