@@ -20,7 +20,7 @@ from coordinator.workflow.prediction import AgentView, EdgeView, Number, Spread,
 START = "(start)"
 GRAPHVIZ_SUFFIXES = (".dot", ".gv")
 END_SHOWN_LEAST = 0.05
-NODE_AREA = 4200
+NODE_AREA = 6500
 COLUMN_INCHES, ROW_INCHES = 3.2, 1.7
 
 
@@ -195,6 +195,7 @@ def _figure(name: str, links: Links, networkx: Any, figure_of: Any) -> Any:
     axes = figure.add_subplot()
     axes.set_title(name)
     axes.set_axis_off()
+    axes.margins(0.12, 0.25)
     places = networkx.multipartite_layout(graph, subset_key="layer")
     bend = "arc3,rad=0.15"
     labels = {agent: _node_label(links.agents.get(agent), agent) for agent in graph}
