@@ -178,10 +178,12 @@ def coordinator(
     """Run the coordinator of a cluster: the core and its API processes."""
     from cluster import reaper
     from cluster.config import coordinator_config, load
+    from cluster.failure import CommandFailure
     from cluster.launch import run_directory, with_free_ports, with_store
     from cluster.model import resolve
     from cluster.template import api_starter
     from coordinator import server
+    from coordinator.store import StoreError
 
     config = _with_ports(load(file), api_port, coordinator_port)
     if api_servers is not None:
@@ -191,7 +193,11 @@ def coordinator(
     config = with_store(with_free_ports(config), run_directory(config.name))
     reaper.protect_group()  # API processes would outlive a coordinator that is killed
     starting = coordinator_config(config, resolve(config.model))
-    raise typer.Exit(server.main(starting, api_starter()))
+    try:
+        code = server.main(starting, api_starter())
+    except StoreError as error:
+        raise CommandFailure(str(error)) from error
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -362,19 +368,17 @@ def _exit_code(error: Exception) -> int | None:
     """The exit code of an error that needs no traceback; None for ours."""
     from cluster.bench.child import ChildError
     from cluster.calibration import CalibrationError
+    from cluster.failure import CommandFailure
     from cluster.launch import LaunchError, PreflightError
     from cluster.model_folder import ModelError
     from cluster.model_shape import ModelShapeError
     from cluster.schema import ConfigError
     from cluster.status import Unreachable
-    from cluster.workflow_command import WorkflowRefused
-    from cluster.workflow_picture import NoPicture
-    from coordinator.store import StoreError
 
     if isinstance(error, ConfigError | PreflightError):
         return REFUSED
     failures = LaunchError | ModelError | ModelShapeError | CalibrationError | ChildError
-    failures |= StoreError | Unreachable | WorkflowRefused | NoPicture
+    failures |= CommandFailure | Unreachable
     return FAILED if isinstance(error, failures) else None
 
 

@@ -16,6 +16,7 @@ import zmq
 from rich.console import Console, Group
 from rich.table import Table
 
+from cluster.failure import CommandFailure
 from cluster.status import Unreachable
 from cluster.workflow_picture import draw, tree
 from coordinator.protocol import (
@@ -34,7 +35,7 @@ from coordinator.workflow.desk import Shown, WorkflowRow
 ANSWER_S = 10.0
 
 
-class WorkflowRefused(Exception):
+class WorkflowRefused(CommandFailure):
     """The coordinator does not do it; says why."""
 
 

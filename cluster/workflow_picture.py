@@ -13,6 +13,7 @@ from typing import Any
 from rich.text import Text
 from rich.tree import Tree
 
+from cluster.failure import CommandFailure
 from coordinator.workflow.desk import Shown
 from coordinator.workflow.graph import Graph, start_of
 from coordinator.workflow.prediction import AgentView, EdgeView, Number, Spread, WorkflowView
@@ -24,7 +25,7 @@ NODE_AREA = 6500
 COLUMN_INCHES, ROW_INCHES = 3.2, 1.7
 
 
-class NoPicture(Exception):
+class NoPicture(CommandFailure):
     """It can't be drawn; says why."""
 
 
