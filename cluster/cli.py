@@ -178,20 +178,26 @@ def coordinator(
     """Run the coordinator of a cluster: the core and its API processes."""
     from cluster import reaper
     from cluster.config import coordinator_config, load
-    from cluster.launch import with_free_ports
+    from cluster.failure import CommandFailure
+    from cluster.launch import run_directory, with_free_ports, with_store
     from cluster.model import resolve
     from cluster.template import api_starter
     from coordinator import server
+    from coordinator.store import StoreError
 
     config = _with_ports(load(file), api_port, coordinator_port)
     if api_servers is not None:
         config = msgspec.structs.replace(
             config, api=msgspec.structs.replace(config.api, servers=api_servers)
         )
-    config = with_free_ports(config)
+    config = with_store(with_free_ports(config), run_directory(config.name))
     reaper.protect_group()  # API processes would outlive a coordinator that is killed
     starting = coordinator_config(config, resolve(config.model))
-    raise typer.Exit(server.main(starting, api_starter()))
+    try:
+        code = server.main(starting, api_starter())
+    except StoreError as error:
+        raise CommandFailure(str(error)) from error
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -350,6 +356,79 @@ def calibrate(
     raise typer.Exit(run(worker, Plan(repeats, longest, most), out, json_path, hardware))
 
 
+workflows = typer.Typer(no_args_is_help=True, help="Show workflows, take them to another cluster.")
+app.add_typer(workflows, name="workflows")
+CoordinatorOption = Annotated[
+    str | None,
+    typer.Option("--coordinator", metavar="tcp://HOST:PORT", help="Else the one that is up here."),
+]
+SaltOption = Annotated[
+    str, typer.Option("--cache-salt", help="Of the tenant in question; else of none.")
+]
+
+
+@workflows.command(name="list")
+def list_workflows(coordinator: CoordinatorOption = None, cache_salt: SaltOption = "") -> None:
+    """All that are declared or learned."""
+    from cluster import workflow_command as command
+    from coordinator.tenant import tenant_of
+
+    address = coordinator or _running_address()
+    raise typer.Exit(command.list_workflows(address, tenant_of(cache_salt), Console()))
+
+
+@workflows.command()
+def show(
+    name: str,
+    coordinator: CoordinatorOption = None,
+    cache_salt: SaltOption = "",
+    picture: Annotated[
+        list[Path] | None,
+        typer.Option("--picture", metavar="PATH", help="Draw it: .svg, .png, .pdf or .dot."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all that is known.")] = False,
+) -> None:
+    """Who follows whom, how probably, after what time, and how long answers get."""
+    from cluster import workflow_command as command
+    from coordinator.tenant import tenant_of
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=PLAIN_COLUMNS)
+    address, tenant = coordinator or _running_address(), tenant_of(cache_salt)
+    raise typer.Exit(command.show(address, name, tenant, picture or [], as_json, console))
+
+
+@workflows.command()
+def export(
+    name: str,
+    path: Annotated[Path | None, typer.Argument(metavar="PATH", help="Else print it.")] = None,
+    coordinator: CoordinatorOption = None,
+    cache_salt: SaltOption = "",
+) -> None:
+    """Write what is declared and learned as JSON."""
+    from cluster import workflow_command as command
+    from coordinator.tenant import tenant_of
+
+    address, tenant = coordinator or _running_address(), tenant_of(cache_salt)
+    raise typer.Exit(command.export(address, name, tenant, path, Console()))
+
+
+@workflows.command(name="import")
+def import_workflow(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="What 'export' wrote.")],
+    name: Annotated[str, typer.Option(help="Another name than its own.")] = "",
+    coordinator: CoordinatorOption = None,
+    cache_salt: SaltOption = "",
+) -> None:
+    """Take over what 'export' wrote."""
+    from cluster import workflow_command as command
+    from coordinator.tenant import tenant_of
+
+    address, tenant = coordinator or _running_address(), tenant_of(cache_salt)
+    raise typer.Exit(command.import_(address, path, name, tenant, Console()))
+
+
 @app.command(name="model")
 def prepare_model(
     name: Annotated[str, typer.Argument(help="smollm2-135m-instruct or tiny-llama.")],
@@ -365,6 +444,7 @@ def _exit_code(error: Exception) -> int | None:
     """The exit code of an error that needs no traceback; None for ours."""
     from cluster.bench.child import ChildError
     from cluster.calibration import CalibrationError
+    from cluster.failure import CommandFailure
     from cluster.launch import LaunchError, PreflightError
     from cluster.model_folder import ModelError
     from cluster.model_shape import ModelShapeError
@@ -376,7 +456,8 @@ def _exit_code(error: Exception) -> int | None:
     if isinstance(error, ConfigError | PreflightError | WorkloadError):
         return REFUSED
     failures = LaunchError | ModelError | ModelShapeError | CalibrationError | ChildError
-    return FAILED if isinstance(error, failures | SimulationError | Unreachable) else None
+    failures |= CommandFailure | SimulationError | Unreachable
+    return FAILED if isinstance(error, failures) else None
 
 
 def _cluster(file: Path | None, model: str | None, gpus: int | None = None) -> ClusterConfig:

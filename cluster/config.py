@@ -27,6 +27,7 @@ from cluster.schema import (
     WorkerEntry,
     tcp_address,
 )
+from cluster.workflow_files import read_workflows
 from coordinator.protocol import Role
 from transfer.settings import (
     LEASE_S,
@@ -126,7 +127,14 @@ def parse(text: str, name: str) -> ClusterConfig:
         document.problem((), "the file is empty")
     if document.problems() or config is None:
         raise ConfigError(document.problems())
-    changes: dict[str, Any] = {"model": _model_of(config.model, Path(name).parent)}
+    folder = Path(name).parent
+    changes: dict[str, Any] = {"model": _model_of(config.model, folder)}
+    if config.workflows:
+        changes["workflows"] = [_path_of(path, folder) for path in config.workflows]
+        read_workflows(changes["workflows"], config.workflow_limits)
+    if config.coordinator.store:
+        store = _path_of(config.coordinator.store, folder)
+        changes["coordinator"] = msgspec.structs.replace(config.coordinator, store=store)
     if "name" not in document.data:
         changes["name"] = _name_of_file(Path(name))
     return msgspec.structs.replace(config, **changes)
@@ -245,6 +253,9 @@ def coordinator_config(cluster: ClusterConfig, model: str) -> CoordinatorConfig:
         limits=cluster.limits,
         placement=cluster.placement,
         environment=(_cpu_environment(1) if on_cpu else {}) | _as_text(cluster.environment),
+        workflows=read_workflows(cluster.workflows, cluster.workflow_limits),
+        workflow_limits=cluster.workflow_limits,
+        store=cluster.coordinator.store or "",
     )
 
 
@@ -277,10 +288,15 @@ def _as_text(environment: dict[str, EnvironmentValue]) -> dict[str, str]:
     return {name: str(value) for name, value in environment.items()}
 
 
+def _path_of(path: str, folder: Path) -> str:
+    """A path of the cluster's file, from the file's folder."""
+    return str((folder / Path(path).expanduser()).resolve())
+
+
 def _model_of(model: str, folder: Path) -> str:
     """A model given as a path, from the file's folder; other names as they are."""
     if model.startswith(("/", "./", "../", "~")):
-        return str((folder / Path(model).expanduser()).resolve())
+        return _path_of(model, folder)
     return model
 
 

@@ -33,6 +33,7 @@ from coordinator.protocol import Snapshot, WorkerStatus
 POLL_S = 0.25
 ANSWER_S = 1.0
 COORDINATOR = "coordinator"
+STORE_NAME = "workflows.sqlite"
 
 CommandOf = Callable[[str, Path], list[str]]
 """The command line of a process, from its name and the cluster's file. For ``TEMPLATE`` it
@@ -57,6 +58,15 @@ def process_command(name: str, config_path: Path) -> list[str]:
     return [*python, "worker", "--config", str(config_path), "--name", name]
 
 
+def with_store(config: ClusterConfig, directory: Path) -> ClusterConfig:
+    """The cluster with a store in this directory, unless its file names one or wants none."""
+    if config.coordinator.store is not None:
+        return config
+    store = str((directory / STORE_NAME).absolute())
+    coordinator = msgspec.structs.replace(config.coordinator, store=store)
+    return msgspec.structs.replace(config, coordinator=coordinator)
+
+
 def run_directory(cluster_name: str) -> Path:
     """Where a cluster's logs and records are: ``$PYTHIA_RUN_DIR`` or in the user's cache."""
     base = os.environ.get("PYTHIA_RUN_DIR") or Path.home() / ".cache" / "pythia" / "run"
@@ -79,8 +89,8 @@ class LocalCluster:
         progress: Progress | None = None,
         command_of: CommandOf = process_command,
     ) -> None:
-        self.config = with_free_ports(config)
         self.log_dir = log_dir or run_directory(config.name)
+        self.config = with_store(with_free_ports(config), self.log_dir)
         self._progress = progress or NoProgress()
         self._command_of = command_of
         self._children: list[Child] = []

@@ -11,6 +11,7 @@ import msgspec
 
 from coordinator.limits import Limits, NotNegative, Placement, Seconds
 from coordinator.protocol import Role
+from coordinator.workflow.limits import WorkflowLimits
 from transfer.settings import LEASE_S, LEASE_S_MIN
 
 Name = Annotated[
@@ -58,10 +59,15 @@ class WorkerEntry(Section, frozen=True, kw_only=True):
 
 
 class CoordinatorEntry(Section, frozen=True, kw_only=True):
-    """Where the core listens for workers and API processes."""
+    """Where the core listens for workers and API processes.
+
+    ``store``: the file in which it keeps workflows, in the cluster's run directory when not
+    given; empty to forget them with the core.
+    """
 
     host: Host = "127.0.0.1"
     port: Port = 5570
+    store: str | None = None
 
 
 class ApiEntry(Section, frozen=True, kw_only=True):
@@ -99,7 +105,8 @@ class Start(Section, frozen=True, kw_only=True):
 
 
 class ClusterConfig(Section, frozen=True, kw_only=True):
-    """A whole cluster. ``name`` is the file's, unless given."""
+    """A whole cluster. ``name`` is the file's, unless given; ``workflows``: files that declare
+    some."""
 
     model: Annotated[str, msgspec.Meta(min_length=1)]
     workers: list[WorkerEntry]
@@ -113,6 +120,8 @@ class ClusterConfig(Section, frozen=True, kw_only=True):
     placement: Placement = Placement()
     network: Network = Network()
     start: Start = Start()
+    workflows: list[Annotated[str, msgspec.Meta(min_length=1)]] = []
+    workflow_limits: WorkflowLimits = WorkflowLimits()
 
     @property
     def served_name(self) -> str:

@@ -51,6 +51,7 @@ from coordinator.protocol import (
 )
 from coordinator.state import Api, Call, CallKey, CallPhase, State, Worker
 from coordinator.view import call_status
+from coordinator.workflow.tracker import Tracker
 
 OUTCOME_PHASES = {
     "abort": CallPhase.CANCELLED,
@@ -104,11 +105,13 @@ class Calls:
         state: State,
         index: KvIndex,
         placement: Placement,
+        tracker: Tracker,
         placer: Placer | None = None,
     ) -> None:
         self._state = state
         self._index = index
         self.placement = placement
+        self._tracker = tracker
         self._placer = placer
         self._arrivals = 0
         self._rate = CompletionRate()
@@ -256,6 +259,12 @@ class Calls:
             self._state.send(call.api.peer, Stop(call.request, call.attempt, 503, why))
             self._end(call, CallPhase.GONE, now_s, why)
 
+    def stop(self, key: CallKey, status: int, reason: str, now_s: float) -> None:
+        """End a live call with an error, wherever it is; nothing happens if it is over."""
+        call = self._state.calls.get(key)
+        if call is not None:
+            self._refuse(call, status, reason, now_s)
+
     def dispatch(self, now_s: float) -> None:
         """Plan waiting calls in order until one has to wait on."""
         while self._state.room_changed:
@@ -338,7 +347,10 @@ class Calls:
         """Why a new call is not taken in, None if it is."""
         wrong = self._malformed(message)
         status, reason, retry_after_s = 400, wrong, 0.0
-        if not wrong:
+        unwanted = None if wrong else self._tracker.refusal(message)
+        if unwanted is not None:
+            status, reason = unwanted
+        elif not wrong:
             workers = self._state.workers.values()
             tokens = message.prompt_tokens
             if len(self.queue) >= self._state.limits.queue_calls:
@@ -368,6 +380,7 @@ class Calls:
 
     def _enqueue_new(self, api: Api, message: Submit, now_s: float) -> None:
         state = self._state
+        message = self._tracker.with_terms(message, now_s)
         life_s = min(message.deadline_s or state.limits.call_s, state.limits.call_s)
         hashes_bytes_max = state.limits.prompt_blocks * BLOCK_HASH_BYTES
         if len(message.block_hashes) > hashes_bytes_max:
@@ -389,6 +402,7 @@ class Calls:
         if message.group:
             self.groups.setdefault((api.name, message.group), Group()).calls += 1
         state.counters["calls_submitted"] += 1
+        self._tracker.opened(call, now_s)
         self._wait(call, now_s)
 
     def _wait(self, call: Call, now_s: float) -> None:
@@ -575,6 +589,7 @@ class Calls:
         state.deadlines.drop(call.deadline_key)
         if call.submit.group:
             self._leave_group(call)
+        self._tracker.closed(call, finished, now_s)
         if call.plans:
             self._rate.note(now_s)
         state.counters[f"calls_{phase.value}"] += 1

@@ -7,10 +7,12 @@ inputs give equal outputs.
 
 Here is membership: who the workers and API processes are, which of them still live, and
 who may speak for whom. The calls themselves are in ``calls``, the warm-up of worker
-pairs in ``pairs``, choices in ``policy``. A shell handles the messages that have already
-arrived before it ticks, or a pause of its own would look like the silence of all others.
+pairs in ``pairs``, what is known of workflows in ``workflow``, choices in ``policy``. A
+shell handles the messages that have already arrived before it ticks, or a pause of its own
+would look like the silence of all others.
 
 Soft state only: after a restart peers are told ``Unknown`` and introduce themselves again.
+Except for workflows: what is declared of them is answered when the shell has written it down.
 """
 
 from __future__ import annotations
@@ -31,20 +33,27 @@ from coordinator.protocol import (
     ApiBeat,
     ApiToCore,
     Beat,
+    CancelRun,
     Checked,
+    DeclareWorkflow,
+    DropWorkflow,
     Failed,
     Finished,
     Hello,
+    ImportWorkflow,
     Inspect,
     Leaving,
+    ListWorkflows,
     Prefilled,
     Probed,
     ProbeFinished,
     Ready,
     Refused,
     Role,
+    ShowWorkflow,
     Snapshot,
     Started,
+    StartRun,
     Submit,
     ToCore,
     Unknown,
@@ -54,7 +63,16 @@ from coordinator.protocol import (
 )
 from coordinator.roles import Roles
 from coordinator.state import Api, Peer, Send, State, Worker, WorkerPhase
-from coordinator.view import call_status, link_status, worker_status
+from coordinator.view import call_status, link_status, run_status, worker_status
+from coordinator.workflow.desk import Desk
+from coordinator.workflow.graph import Graph, GraphError
+from coordinator.workflow.keeping import Kept, Save
+from coordinator.workflow.learner import Learner
+from coordinator.workflow.limits import WorkflowLimits
+from coordinator.workflow.prediction import RunKey
+from coordinator.workflow.registry import Registry
+from coordinator.workflow.roster import RunEnd
+from coordinator.workflow.tracker import REFUSALS, Tracker
 
 __all__ = ["Core", "Peer", "Send"]
 
@@ -63,6 +81,7 @@ SUSPECT_BEATS = 2
 
 LIVE_CALLS_SHOWN = 256
 LINKS_SHOWN = 1024
+RUNS_SHOWN = 64
 
 PROBE_BITS = 20
 """Room for the probes of one core between those of two cores."""
@@ -80,10 +99,15 @@ class Core:
         model_fingerprint: str = "",
         vllm_version: str = "",
         placer: Placer | None = None,
+        workflow_limits: WorkflowLimits | None = None,
+        keeps: bool = False,
+        epoch_s: float = 0.0,
     ) -> None:
         """``model*`` and ``vllm_version``: what workers must have; if empty the first sets it.
 
-        ``placer`` decides in place of the policy that ``placement`` names.
+        ``placer`` decides in place of the policy that ``placement`` names. ``keeps``: the shell
+        writes down what it can take, and says so; ``epoch_s``: what to add to its times for
+        them to go on from those of an earlier core.
         """
         self.core_id = core_id
         self.model = model
@@ -96,7 +120,19 @@ class Core:
         self._index = KvIndex()
         self._pairs = Pairs(self._state, zlib.crc32(core_id.encode()) << PROBE_BITS)
         self._roles = Roles(self._state, self._pairs, placement.ratio)
-        self._calls = Calls(self._state, self._index, placement, placer)
+        workflow_limits = workflow_limits or WorkflowLimits()
+        self._learner = Learner(workflow_limits, keeps, epoch_s)
+        self._registry = Registry(workflow_limits, self._learner, keeps)
+        self._tracker = Tracker(self._state, workflow_limits, self._registry, self._learner)
+        self._calls = Calls(self._state, self._index, placement, self._tracker, placer)
+        self._desk = Desk(
+            self._state,
+            workflow_limits,
+            self._registry,
+            self._tracker,
+            self._learner,
+            self._calls.stop,
+        )
         self._latest: OrderedDict[str, str] = OrderedDict()
         """The last registered incarnation per worker name."""
         self._retired: OrderedDict[tuple[str, str], str] = OrderedDict()
@@ -121,6 +157,16 @@ class Core:
                 self._from_worker(peer, message, now_s)
             case Inspect():
                 self._state.send(peer, self.snapshot(message.token, now_s))
+            case (
+                DeclareWorkflow()
+                | DropWorkflow()
+                | ListWorkflows()
+                | ShowWorkflow()
+                | ImportWorkflow()
+                | StartRun()
+                | CancelRun()
+            ):
+                self._desk.asked(peer, message, now_s)
             case _:
                 self._from_api(peer, message, now_s)
         self._calls.dispatch(now_s)
@@ -130,6 +176,7 @@ class Core:
         """Time passed: everything due by ``now_s`` happens."""
         if self._started_s is None:
             self._started_s = now_s
+        self._learner.expire(now_s)
         while (key := self._state.deadlines.pop(now_s)) is not None:
             kind, *names = key
             if kind == "call":
@@ -140,8 +187,49 @@ class Core:
                 self._api_due(self._state.apis[names[0]], now_s)
             elif kind == "roles":
                 self._roles.due(now_s)
+            elif kind == "run":
+                self._run_due(RunKey(*names), now_s)
             else:
                 self._pairs.due((names[0], names[1]), now_s)
+        self._calls.dispatch(now_s)
+        return self._state.take_outbox()
+
+    def fix_workflow(self, name: str, graph: Graph) -> None:
+        """A workflow of the cluster's file. GraphError if it makes no sense."""
+        self._registry.fix(name, graph)
+
+    def restore(self, kept: Kept, now_s: float) -> list[str]:
+        """What an earlier core has had written down, before anything else is handled. Says what
+        of it is of no use any more."""
+        problems = []
+        for graph in kept.graphs:
+            try:
+                self._registry.restore(graph)
+            except GraphError as error:
+                problems.append(f"workflow {graph.name!r}: {error}")
+        return problems + self._learner.restore(kept, now_s)
+
+    def learn(self) -> None:
+        """Learn from the calls that were handled. A shell does that when nobody waits for it;
+        ``tick`` does it, too."""
+        self._learner.learn()
+
+    def take_saves(self) -> list[Save]:
+        """What the shell is to write down now, in order, all or nothing."""
+        return self._registry.take()
+
+    def take_learned(self, everything: bool = False) -> list[Save]:
+        """What was learned since the last time, to be written down within a second; nobody waits
+        for it. ``everything``: at the end, so that the next core has nothing to do over."""
+        return self._learner.take_all() if everything else self._learner.take()
+
+    def learned_lost(self) -> None:
+        """What ``take_learned`` gave last could not be written down."""
+        self._learner.lost()
+
+    def saved(self, count: int, error: str, now_s: float) -> list[Send]:
+        """The ``count`` oldest records that were taken are on disk; or are not: why."""
+        self._registry.written(count, error)
         self._calls.dispatch(now_s)
         return self._state.take_outbox()
 
@@ -166,6 +254,7 @@ class Core:
             name: {link.source: link for link in state.workers[name].links}
             for name in sorted({pair.target.name for pair in pairs})
         }
+        runs = itertools.islice(self._tracker.runs.newest(), RUNS_SHOWN)
         return Snapshot(
             token=token,
             core=self.core_id,
@@ -177,13 +266,17 @@ class Core:
             queue_limit=self._limits.queue_calls,
             active=len(state.calls) - len(self._calls.queue),
             calls=[ended.row for ended in self._calls.recent.values()] + live[::-1],
-            counters=dict(state.counters),
+            counters=state.counters | self._tracker.counters(),
             links=[link_status(pair, said[pair.target.name]) for pair in pairs],
+            runs=[run_status(run, now_s) for run in runs],
+            runs_live=len(self._tracker.runs),
         )
 
     def check(self) -> None:
         """Assert every invariant; for tests and for chasing bugs."""
         check_all(self._state, self._calls, self._pairs, self._roles, self._index)
+        self._tracker.check()
+        self._registry.check()
         assert len(self._latest) <= 4 * self._limits.workers
         assert len(self._retired) <= 4 * self._limits.workers
 
@@ -242,7 +335,7 @@ class Core:
         self.model = self.model or facts.model
         self._model_fingerprint = self._model_fingerprint or facts.model_fingerprint
         self._vllm_version = self._vllm_version or facts.vllm_version
-        state.block_size = facts.block_size
+        state.block_size = self._learner.profiles.block_tokens = facts.block_size
         worker = Worker(
             ready=message,
             peer=peer,
@@ -412,6 +505,11 @@ class Core:
         self._calls.api_lost(api, now_s)
         del self._state.apis[api.name]
         self._state.counters["apis_lost"] += 1
+
+    def _run_due(self, key: RunKey, now_s: float) -> None:
+        status, reason = REFUSALS[RunEnd.DEADLINE]
+        for call in self._tracker.due(key, now_s):
+            self._calls.stop(call, status, reason, now_s)
 
     def _api_lost_s(self, api: Api) -> float:
         return api.last_heard_s + self._silence_s(self._limits.beats_missed)

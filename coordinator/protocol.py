@@ -22,6 +22,10 @@ Control (core <-> API processes and workers), one msgpack frame each::
       |                        |<-----------------------|
       |                        |  Check, Stop, WorkerGone
       |                        |----------------------->|
+      |                        |  DeclareWorkflow, StartRun, ...
+      |                        |<-----------------------|
+      |                        |  WorkflowAnswer        |
+      |                        |----------------------->|
 
 Data (API process <-> worker, direct), a msgpack header frame and, for
 ``Prefill``, ``PrefillDone``, ``Decode``, ``Deltas``, ``Utility`` and ``UtilityReply``, the
@@ -72,7 +76,10 @@ class Message(msgspec.Struct, frozen=True, gc=False, tag=True, omit_defaults=Tru
 class CallContext(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """Who speaks: the workflow, run and agent that a call belongs to.
 
-    A hint: it may make serving faster or slower, never wrong.
+    A hint: it may make serving faster or slower, never wrong. ``parent``: the agent, or the
+    thread, whose call led to this one. ``final``: the run ends with this call. ``thread``: one
+    agent's chain of calls, to tell agents of one name apart that run side by side.
+    ``tenant``: whose KV it is, as a digest of the request's cache salt.
     """
 
     workflow: str = ""
@@ -80,6 +87,8 @@ class CallContext(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     agent: str = ""
     parent: str = ""
     final: bool = False
+    thread: str = ""
+    tenant: str = ""
 
 
 class EngineFacts(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
@@ -298,6 +307,72 @@ class Inspect(Message, frozen=True, gc=False, tag=True):
     token: int = 0
 
 
+class DeclareWorkflow(Message, frozen=True, gc=False, tag=True):
+    """Anyone allowed to connect declares a workflow, in place of one of that name.
+
+    ``graph``: a ``workflow.graph.Graph`` as JSON. As all questions about workflows it is
+    answered with ``WorkflowAnswer``, and may be asked again with the same ``token``.
+    """
+
+    token: int
+    name: str
+    graph: bytes
+
+
+class DropWorkflow(Message, frozen=True, gc=False, tag=True):
+    """A workflow is not declared any more, and what ``tenant`` taught of it is forgotten."""
+
+    token: int
+    name: str
+    tenant: str = ""
+
+
+class ListWorkflows(Message, frozen=True, gc=False, tag=True):
+    """Which workflows are declared, or known of a tenant?"""
+
+    token: int
+    tenant: str = ""
+
+
+class ShowWorkflow(Message, frozen=True, gc=False, tag=True):
+    """What is known of a tenant's workflow? ``learned``: all of it, fit to be imported."""
+
+    token: int
+    name: str
+    tenant: str = ""
+    learned: bool = False
+
+
+class ImportWorkflow(Message, frozen=True, gc=False, tag=True):
+    """Take over what ``ShowWorkflow`` with ``learned`` has answered elsewhere."""
+
+    token: int
+    name: str
+    record: bytes
+    tenant: str = ""
+
+
+class StartRun(Message, frozen=True, gc=False, tag=True):
+    """A run of a workflow begins now. ``deadline_s``: seconds from now, 0 for none;
+    ``priority``: of its calls that have none of their own, lower is earlier."""
+
+    token: int
+    workflow: str
+    run: str
+    tenant: str = ""
+    deadline_s: float = 0.0
+    priority: int = 0
+
+
+class CancelRun(Message, frozen=True, gc=False, tag=True):
+    """All calls of a run are to be stopped, and further ones refused."""
+
+    token: int
+    workflow: str
+    run: str
+    tenant: str = ""
+
+
 # --- core -> worker -------------------------------------------------------------
 
 
@@ -396,7 +471,8 @@ class Plan(Message, frozen=True, gc=False, tag=True):
 
 
 class Rejected(Message, frozen=True, gc=False, tag=True):
-    """No plan. ``status`` is the HTTP status to answer with (429, 503 or 504)."""
+    """No plan. ``status`` is the HTTP status to answer with (429, 503 or 504; 410 if the call's
+    run is cancelled)."""
 
     request: str
     attempt: int
@@ -479,6 +555,21 @@ class CallStatus(msgspec.Struct, frozen=True, gc=False):
     reason: str = ""
 
 
+class RunStatus(msgspec.Struct, frozen=True, gc=False):
+    """One live run of a workflow. ``deadline_s``: seconds from now, None without one."""
+
+    tenant: str
+    workflow: str
+    run: str
+    calls: int
+    open_calls: int
+    elapsed_s: float
+    silent_s: float
+    explicit: bool = False
+    deadline_s: float | None = None
+    priority: int = 0
+
+
 class Snapshot(Message, frozen=True, gc=False, tag=True):
     """The core's view of the cluster, for people and programs to look at."""
 
@@ -494,6 +585,19 @@ class Snapshot(Message, frozen=True, gc=False, tag=True):
     calls: list[CallStatus]
     counters: dict[str, int]
     links: list[LinkStatus] = []
+    runs: list[RunStatus] = []
+    """Of the live ones, the youngest."""
+    runs_live: int = 0
+
+
+class WorkflowAnswer(Message, frozen=True, gc=False, tag=True):
+    """Answer to any question about workflows. ``status``: as in HTTP; ``body``: JSON, if it went
+    well; ``problems``: why not. What was to be kept is on disk when this says that it is."""
+
+    token: int
+    status: int
+    body: bytes = b""
+    problems: list[str] = []
 
 
 # --- API process -> worker (data) ---------------------------------------------------
@@ -593,7 +697,16 @@ class UtilityReply(Message, frozen=True, gc=False, tag=True):
 
 WorkerToCore = Ready | Beat | Leaving | Probed | ProbeFinished
 ApiToCore = Hello | ApiBeat | Submit | Prefilled | Started | Finished | Failed | Checked
-ToCore = WorkerToCore | ApiToCore | Inspect
+AboutWorkflows = (
+    DeclareWorkflow
+    | DropWorkflow
+    | ListWorkflows
+    | ShowWorkflow
+    | ImportWorkflow
+    | StartRun
+    | CancelRun
+)
+ToCore = WorkerToCore | ApiToCore | Inspect | AboutWorkflows
 CoreToWorker = Welcome | Refused | Unknown | Probe | ProbeRead | Leave
 CoreToApi = (
     Welcome
@@ -607,6 +720,7 @@ CoreToApi = (
     | Check
     | Stop
     | Snapshot
+    | WorkflowAnswer
 )
 ApiToWorker = Prefill | Decode | Abort | Discard | Utility
 WorkerToApi = PrefillDone | Deltas | CallFailed | UtilityReply
@@ -618,6 +732,7 @@ decode_core_to_api = msgspec.msgpack.Decoder(CoreToApi).decode
 decode_api_to_worker = msgspec.msgpack.Decoder(ApiToWorker).decode
 decode_worker_to_api = msgspec.msgpack.Decoder(WorkerToApi).decode
 decode_snapshot = msgspec.msgpack.Decoder(Snapshot).decode
+decode_workflow_answer = msgspec.msgpack.Decoder(WorkflowAnswer).decode
 
 
 def engine_request_id(request: str, attempt: int) -> str:

@@ -1,4 +1,4 @@
-"""The core's process: one socket around ``Core``, and the API processes beside it.
+"""The core's process: one socket and one store around ``Core``, and API processes beside it.
 
 Reads the clock, moves frames, carries out what the core says. Decides nothing, imports
 no vLLM and no GPU library.
@@ -17,6 +17,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from multiprocessing import shared_memory
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,12 +32,19 @@ from coordinator.core import Core, Send
 from coordinator.limits import Limits, Placement
 from coordinator.link import BAD_FRAME, GarbageCounter
 from coordinator.sockets import make_socket
+from coordinator.store import Store
+from coordinator.workflow.graph import Graph
+from coordinator.workflow.limits import WorkflowLimits
 
 logger = logging.getLogger("pythia.coordinator")
 
 TICK_S_MAX = 0.5
+LEARNED_S = 0.4
+"""How often what was learned is written down, give or take a tick."""
 TICK_S_MIN = 0.01
 MESSAGES_PER_TICK_MAX = 10_000
+MESSAGES_PER_KEEP = 128
+"""After how many messages in a row what they change is looked at, to be written down."""
 API_STOP_S = 15.0
 API_RESTARTS_MAX = 10
 NOT_ACCEPTING = 2**31 - 1
@@ -49,7 +57,9 @@ class CoordinatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     """All that the coordinator's processes need to know.
 
     ``engine`` and ``api_arguments`` are vLLM's engine arguments and API server options;
-    ``environment`` is set in the API processes before vLLM is imported.
+    ``environment`` is set in the API processes before vLLM is imported. ``workflows``: those of
+    the cluster's file, by name; ``store``: the file that keeps others and what is learned, empty
+    for none.
     """
 
     control_address: str
@@ -65,6 +75,9 @@ class CoordinatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     limits: Limits = Limits()
     placement: Placement = Placement()
     environment: dict[str, str] = msgspec.field(default_factory=dict)
+    workflows: dict[str, Graph] = msgspec.field(default_factory=dict)
+    workflow_limits: WorkflowLimits = WorkflowLimits()
+    store: str = ""
 
 
 class ApiStart(msgspec.Struct, frozen=True):
@@ -110,8 +123,23 @@ class CoreServer:
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], config: CoordinatorConfig) -> None:
         self.core = Core(
-            config.limits, config.placement, core_id=uuid.uuid4().hex, model=config.model
+            config.limits,
+            config.placement,
+            core_id=uuid.uuid4().hex,
+            model=config.model,
+            workflow_limits=config.workflow_limits,
+            keeps=bool(config.store),
+            epoch_s=time.time() - time.monotonic(),
         )
+        for name, graph in config.workflows.items():
+            self.core.fix_workflow(name, graph)
+        self.store = Store(Path(config.store)) if config.store else None
+        if self.store is not None:
+            for problem in self.core.restore(self.store.kept(), time.monotonic()):
+                logger.error("%s: not taken over: %s", config.store, problem)
+        self._loop = asyncio.get_running_loop()
+        self._learning_kept = True
+        self._learned_s = time.monotonic()
         self.garbage = GarbageCounter("a peer on the control socket")
         self.socket = make_socket(context, zmq.ROUTER)
         self.socket.raw.setsockopt(zmq.ROUTER_HANDOVER, 1)
@@ -124,7 +152,46 @@ class CoreServer:
             self._receive_waiting()
             # Only now: after a pause of ours, what peers have said meanwhile proves them alive.
             self._send(self.core.tick(time.monotonic()))
+            self._keep()
             await asyncio.sleep(0)
+
+    def close(self) -> None:
+        """Let go of the socket and, when all is written, of the store."""
+        self.socket.close()
+        if self.store is not None:
+            self.store.write(self.core.take_learned(everything=True), lambda failure: None)
+            self.store.close()
+
+    def _keep(self) -> None:
+        """Have written down what the core wants to be kept: at once what somebody waits for, what
+        was learned twice a second."""
+        if self.store is None:
+            return
+        saves = self.core.take_saves()
+        if saves:
+            count = len(saves)
+            self.store.write(saves, lambda failure: self._post(self._tell, count, failure))
+        now_s = time.monotonic()
+        if self._learning_kept and now_s - self._learned_s >= LEARNED_S:
+            self._learned_s = now_s
+            learned = self.core.take_learned()
+            if learned:
+                self._learning_kept = False
+                self.store.write(learned, lambda failure: self._post(self._learned, failure))
+
+    def _post(self, callback: Callable[..., None], *arguments: object) -> None:
+        """On the store's thread: have something done on the core's."""
+        with suppress(RuntimeError):  # The loop is closed: nobody is there any more.
+            self._loop.call_soon_threadsafe(callback, *arguments)
+
+    def _learned(self, failure: Exception | None) -> None:
+        self._learning_kept = True
+        if failure is not None:
+            self.core.learned_lost()
+
+    def _tell(self, count: int, failure: Exception | None) -> None:
+        error = f"it could not be written: {failure}" if failure is not None else ""
+        self._send(self.core.saved(count, error, time.monotonic()))
 
     def _wait_s(self) -> float:
         """How long nothing is to be done but to listen."""
@@ -133,11 +200,13 @@ class CoreServer:
         return min(max(wait_s, TICK_S_MIN), TICK_S_MAX)
 
     def _receive_waiting(self) -> None:
-        for _ in range(MESSAGES_PER_TICK_MAX):
+        for number in range(MESSAGES_PER_TICK_MAX):
             frames = self.socket.receive_now()
             if frames is None:
                 return
             self._on_frames(frames)
+            if number % MESSAGES_PER_KEEP == MESSAGES_PER_KEEP - 1:
+                self._keep()
 
     def _on_frames(self, frames: list[zmq.Frame]) -> None:
         if len(frames) != 2:
@@ -188,7 +257,7 @@ class ApiProcesses:
         assert self.loads.buf is not None
         LOAD.pack_into(self.loads.buf, LOAD.size * index, NOT_ACCEPTING)
         start = ApiStart(
-            config=self.config,
+            config=msgspec.structs.replace(self.config, workflows={}, store=""),
             index=index,
             listen_fd=self.listener.fileno(),
             loads_name=self.loads.name,
@@ -305,5 +374,5 @@ async def _serve(config: CoordinatorConfig, start_process: StartProcess) -> int:
         return 0
     finally:
         await loop.run_in_executor(None, apis.stop)
-        server.socket.close()
+        server.close()
         context.destroy(linger=0)

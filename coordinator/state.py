@@ -28,6 +28,7 @@ from coordinator.protocol import (
     Role,
     Submit,
 )
+from coordinator.workflow.roster import Run
 
 Peer = bytes
 """Opaque address of a connection."""
@@ -298,6 +299,8 @@ class Call:
     uncached_tokens: int = 0
     cached_blocks: int = 0
     """What the index believed the decode worker to hold when the call was planned."""
+    run: Run | None = None
+    """The run of a workflow that it belongs to, if that is tracked."""
     avoid: set[tuple[str, str]] = field(default_factory=set)
     """Workers (name, incarnation) that failed this call."""
 

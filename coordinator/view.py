@@ -2,7 +2,7 @@
 
 Policies get read-only protocols over the live objects, not copies: copying 64 workers
 for every call would cost more than the decision itself. Their type checker keeps them
-from writing. ``worker_status``, ``link_status`` and ``call_status`` make the frozen
+from writing. ``worker_status``, ``link_status``, ``call_status`` and ``run_status`` make the frozen
 rows of a snapshot.
 """
 
@@ -11,8 +11,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Set, Sized
 from typing import Protocol
 
-from coordinator.protocol import CallStatus, Finished, LinkLoad, LinkStatus, Role, WorkerStatus
+from coordinator.protocol import (
+    CallStatus,
+    Finished,
+    LinkLoad,
+    LinkStatus,
+    Role,
+    RunStatus,
+    WorkerStatus,
+)
 from coordinator.state import Call, Pair, PairPhase, Worker
+from coordinator.workflow.roster import Run
 
 
 class WorkerView(Protocol):
@@ -115,3 +124,20 @@ def call_status(
         reason=reason or (plan.reason if plan else ""),
     )
     return row
+
+
+def run_status(run: Run, now_s: float) -> RunStatus:
+    """One row about a live run of a workflow."""
+    tenant, workflow, name = run.key
+    return RunStatus(
+        tenant=tenant,
+        workflow=workflow,
+        run=name,
+        calls=run.calls,
+        open_calls=len(run.open),
+        elapsed_s=max(0.0, now_s - run.started_s),
+        silent_s=0.0 if run.open else max(0.0, now_s - run.heard_s),
+        explicit=run.explicit,
+        deadline_s=None if run.deadline_s is None else run.deadline_s - now_s,
+        priority=run.priority,
+    )

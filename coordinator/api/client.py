@@ -38,10 +38,12 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from coordinator import protocol
 from coordinator.api.calls import Calls
 from coordinator.api.exchange import CallRecord, Exchange, Failure, current_exchange
+from coordinator.api.questions import Questions
 from coordinator.limits import Limits
 from coordinator.link import BAD_FRAME, BadBody, ControlLink, GarbageCounter
 from coordinator.protocol import Placed
 from coordinator.sockets import make_socket
+from coordinator.workflow.limits import WorkflowLimits
 
 logger = logging.getLogger("pythia.api")
 
@@ -119,8 +121,10 @@ class ClusterEngineCore(EngineCoreClient):
         model: str,
         vllm_config: VllmConfig,
         limits: Limits,
+        workflow_limits: WorkflowLimits,
     ) -> None:
         self.api = api
+        self.workflow_limits = workflow_limits
         self.model = model
         self.vllm_config = vllm_config
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -142,6 +146,7 @@ class ClusterEngineCore(EngineCoreClient):
             decode=protocol.decode_core_to_api,
             on_message=self._on_core,
         )
+        self.questions = Questions(self.link.send)
         self._loop = asyncio.get_running_loop()
         self._group = asyncio.TaskGroup()
         self._utilities: dict[int, asyncio.Future[Any]] = {}
@@ -328,15 +333,18 @@ class ClusterEngineCore(EngineCoreClient):
                 self._lose(Placed(message.worker, message.incarnation), message.reason)
             case protocol.Welcome():
                 self.calls.on_welcome(message.core, message.block_size)
-            case protocol.Snapshot():
-                self._on_snapshot(message)
+            case protocol.Snapshot() | protocol.WorkflowAnswer():
+                self._on_answer(message)
             case protocol.Alive() | protocol.Refused() | protocol.Unknown():
                 raise AssertionError("the link keeps these to itself")
 
-    def _on_snapshot(self, snapshot: protocol.Snapshot) -> None:
-        future = self._snapshots.get(snapshot.token)
+    def _on_answer(self, answer: protocol.Snapshot | protocol.WorkflowAnswer) -> None:
+        if isinstance(answer, protocol.WorkflowAnswer):
+            self.questions.on_answer(answer)
+            return
+        future = self._snapshots.get(answer.token)
         if future is not None and not future.done():
-            future.set_result(snapshot)
+            future.set_result(answer)
 
     def _worker_up(self, up: protocol.WorkerUp) -> None:
         placed = Placed(up.worker, up.incarnation)

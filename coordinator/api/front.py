@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from coordinator.api.errors import ANTHROPIC_PATH, error_body
 from coordinator.api.events import CONTENT_TYPE, EventStream
 from coordinator.api.exchange import Exchange, Failure, current_exchange
-from coordinator.api.identity import call_context
+from coordinator.api.identity import who_speaks
 
 logger = logging.getLogger("pythia.api")
 
@@ -44,15 +44,17 @@ class Front:
         exchange = Exchange()
         response = Response(exchange, scope, headers, send)
         body = b""
-        if scope["method"] in ("POST", "PUT", "PATCH"):
+        has_body = scope["method"] in ("POST", "PUT", "PATCH")
+        if has_body:
             taken = await self._body(headers, receive)
             if isinstance(taken, Failure):
                 exchange.failure = taken
                 await response.refuse(taken)
                 return
             body = taken
-            receive = _replay(body, receive)
-        exchange.context = call_context(headers, body)
+        exchange.context, served = who_speaks(headers, body)
+        if has_body:
+            receive = _replay(served, receive)
         _accept_anthropic_key(scope, headers)
         token = current_exchange.set(exchange)
         try:

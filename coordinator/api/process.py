@@ -23,6 +23,7 @@ from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from coordinator.api import workflows
 from coordinator.api.client import ClusterClient, ClusterEngineCore
 from coordinator.api.front import Front
 from coordinator.api.routes import router
@@ -78,10 +79,18 @@ async def _serve(start: ApiStart) -> int:
         usage_context=UsageContext.OPENAI_API_SERVER
     )
     name = f"api-{start.index}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    core = ClusterEngineCore(name, config.control_address, config.model, vllm_config, config.limits)
+    core = ClusterEngineCore(
+        name,
+        config.control_address,
+        config.model,
+        vllm_config,
+        config.limits,
+        config.workflow_limits,
+    )
     client = ClusterClient(vllm_config, core)
     app = build_app(arguments, ("generate",), vllm_config.model_config)
     app.include_router(router)
+    app.include_router(workflows.router)
     # vLLM's bootstrap has built the stack already; the front goes around all of it.
     app.middleware_stack = Front(
         app.middleware_stack or app.build_middleware_stack(), config.body_bytes_max

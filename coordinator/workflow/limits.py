@@ -43,6 +43,17 @@ class WorkflowLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     edges: Positive = 50_000
     """The same of all workflows; beyond it workflows nobody uses are forgotten."""
 
+    ended_runs: Positive = 4096
+    """Ended runs that are remembered, of all tenants."""
+    declared: Positive = 1024
+    """Workflows that may be declared."""
+    graph_bytes: Positive = 4 << 20
+    """Longest declared graph, as JSON."""
+    record_bytes: Positive = 16 << 20
+    """Longest workflow that may be imported, as JSON."""
+    journal_events: Positive = 20_000
+    """Events that may be kept before the profiles that contain them are."""
+
     idle_least_s: Seconds = 60.0
     """A run that is silent for less has not ended, whatever was learned."""
     idle_most_s: Seconds = 3600.0

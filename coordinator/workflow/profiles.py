@@ -211,6 +211,15 @@ class Profiles:
         found = self._tenants.get(self._short(tenant))
         return sorted(found.profiles) if found is not None else []
 
+    def knows(self, tenant: str, workflow: str) -> bool:
+        """Whether anything is known of a workflow."""
+        return self._known(tenant, workflow) is not None
+
+    def idle_s(self, tenant: str, workflow: str) -> float:
+        """How long a run has to be silent to have ended."""
+        profile = self._known(tenant, workflow)
+        return profile.idle_s() if profile is not None else self._limits.idle_most_s
+
     def view(self, tenant: str, workflow: str) -> WorkflowView | None:
         """All that is known of a workflow, for people; None if nobody has seen it."""
         profile = self._known(tenant, workflow)

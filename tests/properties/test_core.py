@@ -28,20 +28,28 @@ from coordinator.limits import Limits, Placement, Ratio
 from coordinator.protocol import (
     ApiBeat,
     Beat,
+    CallContext,
+    CancelRun,
     Checked,
+    DeclareWorkflow,
+    DropWorkflow,
     EngineFacts,
     Failed,
     Finished,
     Hello,
+    ImportWorkflow,
     Inspect,
     Leaving,
+    ListWorkflows,
     Load,
     Prefilled,
     Probed,
     ProbeFinished,
     Ready,
     Role,
+    ShowWorkflow,
     Started,
+    StartRun,
     Submit,
     ToCore,
 )
@@ -99,6 +107,25 @@ PROFILE = settings(
 )
 
 index = st.integers(min_value=0, max_value=10_000)
+run_names = st.sampled_from(["", "", "r", "s", "t"])
+contexts = st.builds(
+    CallContext,
+    st.sampled_from(["", "w"]),
+    run_names,
+    st.sampled_from(["", "a", "b"]),
+    st.sampled_from(["", "a", "t"]),
+    st.sampled_from([False, False, False, True]),
+    run_names,
+    st.sampled_from(["", "", "tenant"]),
+)
+run_questions = st.builds(
+    StartRun,
+    st.just(1),
+    st.just("w"),
+    st.sampled_from(["r", "s"]),
+    st.just(""),
+    st.sampled_from([0.0, 2.0]),
+) | st.builds(CancelRun, st.just(1), st.just("w"), st.sampled_from(["r", "s"]))
 
 
 class CoreInALossyNetwork(RuleBasedStateMachine):
@@ -141,13 +168,23 @@ class CoreInALossyNetwork(RuleBasedStateMachine):
         prompts_tokens=st.lists(st.integers(1, 120), min_size=1, max_size=4),
         output_tokens=st.integers(1, 8),
         group=st.sampled_from(["", "", "", "g"]),
+        context=contexts,
     )
     def submit(
-        self, number: int, prompts_tokens: list[int], output_tokens: int, group: str
+        self,
+        number: int,
+        prompts_tokens: list[int],
+        output_tokens: int,
+        group: str,
+        context: CallContext,
     ) -> None:
         api = pick(list(self.world.apis.values()), number)
         for prompt_tokens in prompts_tokens:
-            self.world.submit(api, prompt_tokens, output_tokens, group)
+            self.world.submit(api, prompt_tokens, output_tokens, group, context)
+
+    @rule(about=run_questions)
+    def ask_about_a_run(self, about: StartRun | CancelRun) -> None:
+        self.forge(b"client", about)
 
     @precondition(lambda self: self.calls())
     @rule(number=index)
@@ -328,6 +365,8 @@ facts = st.builds(
     st.just(8),
     st.just(64),
 )
+GRAPHS = [b'{"agents":{"a":{},"b":{}},"edges":[{"kind":"next","from":"a","to":"b"}]}', b"{}"]
+RECORDS = [b'{"name":"a","declared":{"agents":{"a":{}}}}', b'{"name":"b"}']
 sayings: st.SearchStrategy[ToCore] = st.one_of(
     st.builds(Ready, names, names, st.sampled_from(["prefill", "decode", "mixed"]), names, facts),
     st.builds(Beat, names, names, st.builds(Load, numbers, numbers, numbers)),
@@ -348,6 +387,7 @@ sayings: st.SearchStrategy[ToCore] = st.one_of(
         names,
         numbers,
         times,
+        contexts,
     ),
     st.builds(Prefilled, names, names, numbers),
     st.builds(Started, names, names, numbers),
@@ -355,6 +395,15 @@ sayings: st.SearchStrategy[ToCore] = st.one_of(
     st.builds(Failed, names, names, numbers, names, names, numbers),
     st.builds(Checked, names, names, numbers, st.sampled_from(["prefilling", "loading", "gone"])),
     st.builds(Inspect, numbers),
+    st.builds(DeclareWorkflow, numbers, names, st.binary(max_size=3) | st.sampled_from(GRAPHS)),
+    st.builds(DropWorkflow, numbers, names, names),
+    st.builds(ListWorkflows, numbers, names),
+    st.builds(ShowWorkflow, numbers, names, names, st.booleans()),
+    st.builds(
+        ImportWorkflow, numbers, names, st.binary(max_size=3) | st.sampled_from(RECORDS), names
+    ),
+    st.builds(StartRun, numbers, names, names, names, times, numbers),
+    st.builds(CancelRun, numbers, names, names, names),
 )
 
 
@@ -375,3 +424,4 @@ def test_nothing_that_a_peer_can_say_breaks_the_core(
         core.tick(now_s)
     snapshot = core.snapshot(0, now_s)
     assert (snapshot.workers, snapshot.apis, snapshot.queued, snapshot.active) == ([], 0, 0, 0)
+    assert snapshot.runs_live == 0

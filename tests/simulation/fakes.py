@@ -63,6 +63,7 @@ LOAD_TIME_S = 0.3
 TOKEN_TIME_S = 0.3
 REPEAT_S = 1.0
 HISTORY_LETTERS = 32
+NOBODY = CallContext()
 
 Attempt = tuple[str, int]
 """Request and attempt."""
@@ -543,7 +544,14 @@ class World:
         self.emit(api.address, api.tick(self.now_s))
         return api
 
-    def submit(self, api: FakeApi, prompt_tokens: int, output_tokens: int, group: str = "") -> str:
+    def submit(
+        self,
+        api: FakeApi,
+        prompt_tokens: int,
+        output_tokens: int,
+        group: str = "",
+        context: CallContext = NOBODY,
+    ) -> str:
         """A client of an API process asks for something; the request's id.
 
         The prompts of every fourth call begin alike. All calls belong to one of three runs.
@@ -562,7 +570,9 @@ class World:
             ),
             aggregated=bool(group),
             group=group,
-            context=CallContext("workflow", f"run-{self.requests % 3}"),
+            context=context
+            if context is not NOBODY
+            else CallContext("workflow", f"run-{self.requests % 3}"),
         )
         self.emit(api.address, api.open(submit, self.now_s))
         return submit.request

@@ -23,6 +23,7 @@ from cluster.config import (
     worker_config,
 )
 from cluster.document import dump
+from cluster.launch import with_store
 from coordinator.limits import Limits, Placement, Ratio
 
 ROOT = Path(__file__).parents[2]
@@ -385,3 +386,78 @@ class TestNamesOfVllm:
     def test_unknown_names(self, added: str, message: str) -> None:
         assert any(problem.startswith("cluster.yaml:4: ") and message in problem
                    for problem in problems(HEAD + added))  # fmt: skip
+
+
+# --- workflows ---------------------------------------------------------------------------------
+
+TEAM = """team:
+  agents: {a: {}, b: {output_tokens: 5}}
+  edges:
+    - {kind: next, from: a, to: b}
+"""
+
+
+def with_workflows(folder: Path, *texts: str) -> str:
+    """A cluster file's text that names files with these texts, in a folder below its own."""
+    (folder / "flows").mkdir()
+    names = []
+    for number, text in enumerate(texts):
+        names.append(f"flows/{number}.yaml")
+        (folder / names[-1]).write_text(text)
+    return HEAD + f"workflows: [{', '.join(names)}]\n"
+
+
+def test_workflows_are_read_from_files_beside_the_clusters(tmp_path: Path) -> None:
+    text = with_workflows(tmp_path, TEAM, TEAM.replace("team", "crew"))
+    config = parse(text, str(tmp_path / "cluster.yaml"))
+    again = parse(dump(config), "/elsewhere/cluster.yaml")
+    workflows = coordinator_config(again, "m").workflows
+    assert workflows.keys() == {"team", "crew"}
+    assert workflows["team"].agents["b"].output_tokens == 5
+
+
+BAD_WORKFLOWS = [
+    (TEAM + "    - {kind: next, from: b, to: a}\n", "0.yaml:1: team: unbounded loop: a -> b -> a"),
+    (TEAM + "    - {kind: next, from: b, to: c}\n", "0.yaml:5: team.edges[1]: no agent is called"),
+    (TEAM + "    - {kind: nxt, from: b, to: a}\n", "0.yaml:5: team.edges[1]"),
+    (TEAM + "    - {kind: loop, from: b, to: a}\n", "0.yaml:5: team.edges[1]: Object missing"),
+    (TEAM.replace("5}", "-5}"), "0.yaml:2: team.agents"),
+    ("a/b: {agents: {a: {}}}\n", "0.yaml:1: a/b: a name has no slash"),
+    ("[1]\n", "0.yaml:1: must map names"),
+    ("team: {\n", "not valid YAML"),
+    ("", "must map names"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), BAD_WORKFLOWS)
+def test_what_is_wrong_with_a_workflow_is_named_with_file_and_line(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    cluster = with_workflows(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        parse(cluster, str(tmp_path / "cluster.yaml"))
+    assert any(message in problem for problem in caught.value.problems), caught.value.problems
+
+
+def test_a_workflow_is_declared_once_and_its_file_is_there(tmp_path: Path) -> None:
+    cluster = with_workflows(tmp_path, TEAM, TEAM)
+    with pytest.raises(ConfigError, match="another file declares a workflow of this name"):
+        parse(cluster, str(tmp_path / "cluster.yaml"))
+    with pytest.raises(ConfigError, match=r"none.yaml: No such file"):
+        parse(HEAD + "workflows: [none.yaml]\n", str(tmp_path / "cluster.yaml"))
+
+
+def test_the_example_of_workflows_makes_sense() -> None:
+    text = HEAD + "workflows: [workflows/research-team.yaml]\n"
+    config = parse(text, str(ROOT / "examples" / "cluster.yaml"))
+    assert coordinator_config(config, "m").workflows.keys() == {"research-team"}
+
+
+def test_the_store_is_where_the_file_says_or_in_the_run_directory(tmp_path: Path) -> None:
+    def stores(more: str) -> str:
+        config = parse(HEAD + more, str(tmp_path / "cluster.yaml"))
+        return coordinator_config(with_store(config, Path("/run")), "m").store
+
+    assert stores("") == "/run/workflows.sqlite"
+    assert stores("coordinator: {store: kept/w.sqlite}\n") == str(tmp_path / "kept/w.sqlite")
+    assert stores("coordinator: {store: ''}\n") == ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import time
@@ -75,6 +76,13 @@ async def all_answer(cluster: LocalCluster, path: str, status: int) -> bool:
     return {each.status_code for each in found} == {status} and len(apis) == API_SERVERS
 
 
+async def events_of(response: httpx.Response) -> list[Any]:
+    """The rest of an event stream."""
+    lines = [line async for line in response.aiter_lines() if line.startswith("data: ")]
+    assert lines[-1] == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+
+
 def served(page: str) -> float:
     """Calls that ended well, by a page of metrics."""
     return sum(
@@ -90,6 +98,43 @@ async def quiet(cluster: LocalCluster) -> bool:
     snapshot = await asyncio.to_thread(cluster.snapshot)
     busy = sum(row.calls + row.kv_blocks_reserved + row.load.running for row in snapshot.workers)
     return (snapshot.active, snapshot.queued, busy) == (0, 0, 0)
+
+
+async def test_a_workflow_is_known_to_all_processes_and_its_run_can_be_cancelled(
+    cluster: LocalCluster,
+) -> None:
+    edges = [{"kind": "next", "from": "planner", "to": "writer"}]
+    graph = {"agents": {"planner": {}, "writer": {}}, "edges": edges}
+    who = {"X-Workflow": "team", "X-Workflow-Run": "run-1", "X-Workflow-Agent": "planner"}
+    long = {
+        "model": MODEL,
+        "prompt": "word",
+        "max_tokens": LONGER_TOKENS,
+        "ignore_eos": True,
+        "stream": True,
+    }
+    async with client_of(cluster) as client:
+        assert (await client.put("/v1/workflows/team", json=graph)).status_code == 201
+        found, apis = await answers(cluster, "/v1/workflows/team")
+        assert len(apis) == API_SERVERS
+        assert [each.json()["declared"]["edges"] for each in found] == [edges] * 8
+        path = "/v1/completions"
+        async with client.stream("POST", path, json=long, headers=who) as response:
+            assert response.status_code == 200, await response.aread()
+            cancelled = await client.delete("/v1/workflows/team/runs/run-1")
+            assert cancelled.json()["stopped"] == 1, cancelled.text
+            events = await events_of(response)
+        assert events[-1]["error"]["code"] == 410
+        assert events[-1]["error"]["message"] == "the run was cancelled"
+        assert len(events) < LONGER_TOKENS
+        refused = await client.post(path, json=long, headers=who)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (410, 410)
+        other = who | {"X-Workflow-Run": "run-2"}
+        short = long | {"max_tokens": 3, "stream": False}
+        assert (await client.post(path, json=short, headers=other)).status_code == 200
+    await until(lambda: quiet(cluster), "nothing of the cancelled call is left")
+    snapshot = await asyncio.to_thread(cluster.snapshot)
+    assert [run.run for run in snapshot.runs] == ["run-2"]
 
 
 async def test_all_answers_are_right_and_every_process_gives_some(cluster: LocalCluster) -> None:

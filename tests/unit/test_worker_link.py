@@ -24,6 +24,7 @@ from coordinator.limits import Limits
 from coordinator.protocol import Beat, Decode, Deltas, EngineFacts, Load, Ready, Welcome, encode
 from coordinator.server import CoordinatorConfig, CoreServer
 from coordinator.sockets import make_socket
+from coordinator.workflow.limits import WorkflowLimits
 from tests.unit.recording_wire import engine_request, output
 
 WAIT_S = 10.0
@@ -102,7 +103,7 @@ class Api:
 
     def __init__(self, core: str) -> None:
         config: Any = SimpleNamespace(model_config=SimpleNamespace(max_model_len=4096))
-        self.core = ClusterEngineCore("api", core, "model", config, Limits())
+        self.core = ClusterEngineCore("api", core, "model", config, Limits(), WorkflowLimits())
         self.processor = OutputProcessor(None, log_stats=False)
         self.core.processor = self.processor
         self.running = asyncio.create_task(self.core.run())

@@ -1,0 +1,218 @@
+"""A workflow to look at: as a tree in a terminal, as a picture, or as Graphviz's text.
+
+Pictures (SVG, PNG, PDF) are made by networkx and matplotlib, which need no program beside
+Python; the text is for whoever has Graphviz and wants its layout.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from rich.text import Text
+from rich.tree import Tree
+
+from cluster.failure import CommandFailure
+from coordinator.workflow.desk import Shown
+from coordinator.workflow.graph import Graph, start_of
+from coordinator.workflow.prediction import AgentView, EdgeView, Number, Spread, WorkflowView
+
+START = "(start)"
+GRAPHVIZ_SUFFIXES = (".dot", ".gv")
+END_SHOWN_LEAST = 0.05
+NODE_AREA = 6500
+COLUMN_INCHES, ROW_INCHES = 3.2, 1.7
+
+
+class NoPicture(CommandFailure):
+    """It can't be drawn; says why."""
+
+
+class Links:
+    """The edges of a workflow by their source, and its agents by name.
+
+    ``first``: the agents that it begins with, as far as that was seen or is declared.
+    """
+
+    def __init__(self, view: WorkflowView, graph: Graph | None) -> None:
+        self.agents = {agent.name: agent for agent in view.agents}
+        self.edges: dict[str, list[EdgeView]] = {}
+        for edge in view.edges:
+            self.edges.setdefault(edge.source, []).append(edge)
+        self.first = {edge.target for edge in self.edges.get(START, [])}
+        if graph is not None and not self.first:
+            self.first = {start_of(graph)}
+
+    def depths(self) -> dict[str, int]:
+        """How many steps each agent is from the start; those nothing leads to come last."""
+        depths = {START: 0} | dict.fromkeys(sorted(self.first), 1)
+        waiting = deque(sorted(self.first))
+        while waiting:
+            source = waiting.popleft()
+            for edge in self.edges.get(source, []):
+                if edge.target not in depths:
+                    depths[edge.target] = depths[source] + 1
+                    waiting.append(edge.target)
+        last = max(depths.values()) + 1
+        return depths | {name: last for name in self.agents if name not in depths}
+
+
+def tree(shown: Shown) -> Tree:
+    """The workflow from its start on. An agent's followers are shown where it comes first."""
+    view = shown.learned
+    if view is None:
+        return Tree(Text(f"{shown.name}: nothing is learned yet", "bold"))
+    known = "declared" if shown.declared else "learned"
+    title = f"{shown.name} ({known}, {view.runs_ended} runs seen)"
+    root = Tree(Text(title, "bold"))
+    links = Links(view, shown.declared)
+    seen: set[str] = set()
+    waiting = deque([(START, root)])
+    if START not in links.edges:
+        seen = set(links.first)
+        waiting.extend((name, root.add(Text(name, "bold"))) for name in sorted(links.first))
+    while waiting:
+        source, branch = waiting.popleft()
+        for edge in links.edges.get(source, []):
+            new = edge.target not in seen
+            seen.add(edge.target)
+            twig = branch.add(_line(edge, links.agents.get(edge.target), new))
+            if new:
+                waiting.append((edge.target, twig))
+        agent = links.agents.get(source)
+        if agent is not None and agent.end_probability >= END_SHOWN_LEAST:
+            branch.add(Text(f"end {percent(agent.end_probability)}", "dim"))
+    for name in links.agents:
+        if name not in seen:
+            root.add(Text(f"{name} (nothing is known to lead there)", "dim"))
+    return root
+
+
+def _line(edge: EdgeView, agent: AgentView | None, new: bool) -> Text:
+    text = Text.assemble((percent(edge.probability), "cyan"), " ", (edge.target, "bold"))
+    if calls := counts(edge.calls):
+        text.append(f" x {calls}", "magenta")
+    if edge.source != START:
+        text.append(f"  after {spread(edge.gap_s, 's')}", "dim")
+    if not new:
+        text.append("  (as above)", "dim italic")
+    elif agent is not None:
+        text.append(f"  answers {spread(agent.output_tokens, 'tokens')}", "green")
+        text.append(f", new prompt {spread(edge.new_tokens, 'tokens')}", "dim")
+    if edge.declared:
+        text.append("  declared", "dim italic")
+    return text
+
+
+def percent(share: float) -> str:
+    """A probability."""
+    return f"{100 * share:.0f} %"
+
+
+def counts(numbers: list[Number]) -> str:
+    """How many calls at once: ``2-4``; empty for always one."""
+    values = [number.value for number in numbers if number.share >= END_SHOWN_LEAST]
+    if not values or max(values) == 1:
+        return ""
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low}-{high}"
+
+
+def spread(values: Spread, unit: str) -> str:
+    """The middle and the bound of a distribution; a question mark for a guess."""
+    if not values.samples:
+        return f"? {unit}"
+    return f"{_short(values.p50)} (to {_short(values.p95)}) {unit}"
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
+
+
+def draw(shown: Shown, path: Path) -> None:
+    """Draws the workflow into a file: Graphviz's text for ``.dot`` and ``.gv``, else a picture of
+    the kind that its suffix names. NoPicture if that is impossible."""
+    view = shown.learned
+    if view is None:
+        raise NoPicture(f"nothing is known of {shown.name!r} that could be drawn")
+    if path.suffix in GRAPHVIZ_SUFFIXES:
+        path.write_text(graphviz(shown.name, Links(view, shown.declared)), encoding="utf-8")
+        return
+    try:
+        import networkx
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise NoPicture(f"{error}; pip install 'pythia-serve[draw]'") from error
+    figure = _figure(shown.name, Links(view, shown.declared), networkx, Figure)
+    try:
+        figure.savefig(path, bbox_inches="tight", dpi=150)
+    except (ValueError, OSError) as error:
+        raise NoPicture(f"{path}: {error}") from error
+
+
+def graphviz(name: str, links: Links) -> str:
+    """The workflow in Graphviz's language."""
+    lines = [f"digraph {_quoted(name)} {{", "  rankdir=LR; node [shape=box, style=rounded];"]
+    for agent in links.agents.values():
+        lines.append(f"  {_quoted(agent.name)} [label={_quoted(_node_label(agent))}];")
+    for edges in links.edges.values():
+        for edge in edges:
+            ends = f"{_quoted(edge.source)} -> {_quoted(edge.target)}"
+            style = "dashed" if not any(number.value for number in edge.calls) else "solid"
+            lines.append(f"  {ends} [label={_quoted(_edge_label(edge))}, style={style}];")
+    return "\n".join([*lines, "}", ""])
+
+
+def _quoted(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return f'"{escaped}"'
+
+
+def _node_label(agent: AgentView | None, name: str = "") -> str:
+    if agent is None:
+        return name
+    return f"{agent.name}\n{spread(agent.output_tokens, 'tokens')}"
+
+
+def _edge_label(edge: EdgeView) -> str:
+    calls = counts(edge.calls)
+    label = percent(edge.probability) + (f" x {calls}" if calls else "")
+    return label if edge.source == START else f"{label}\n{spread(edge.gap_s, 's')}"
+
+
+def _figure(name: str, links: Links, networkx: Any, figure_of: Any) -> Any:
+    graph = networkx.DiGraph()
+    depths = links.depths()
+    for agent, depth in depths.items():
+        graph.add_node(agent, layer=depth)
+    for edges in links.edges.values():
+        for edge in edges:
+            graph.add_edge(edge.source, edge.target, label=_edge_label(edge))
+    layers = list(depths.values())
+    rows = max(layers.count(layer) for layer in set(layers))
+    size = (COLUMN_INCHES * (max(layers) + 1), ROW_INCHES * (rows + 1))
+    figure = figure_of(figsize=size)
+    axes = figure.add_subplot()
+    axes.set_title(name)
+    axes.set_axis_off()
+    axes.margins(0.12, 0.25)
+    places = networkx.multipartite_layout(graph, subset_key="layer")
+    bend = "arc3,rad=0.15"
+    labels = {agent: _node_label(links.agents.get(agent), agent) for agent in graph}
+    networkx.draw_networkx_nodes(
+        graph, places, ax=axes, node_size=NODE_AREA, node_color="#dbe9f6", edgecolors="#4a6fa5"
+    )
+    networkx.draw_networkx_labels(graph, places, labels, font_size=7, ax=axes)
+    networkx.draw_networkx_edges(
+        graph, places, ax=axes, node_size=NODE_AREA, connectionstyle=bend, edge_color="#555555"
+    )
+    networkx.draw_networkx_edge_labels(
+        graph,
+        places,
+        networkx.get_edge_attributes(graph, "label"),
+        font_size=6,
+        connectionstyle=bend,
+        ax=axes,
+    )
+    return figure

@@ -1,0 +1,163 @@
+"""Endpoints for workflows: declare them, look at them, start and cancel their runs.
+
+What is sent is checked here, so that the core gets only what makes sense, and again there. All
+errors have OpenAI's shape; of a workflow that makes no sense, ``problems`` lists all that is wrong.
+The header ``X-Cache-Salt`` says for which tenant (see ``identity``).
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from functools import cache
+from typing import Annotated, Protocol
+
+import msgspec
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from coordinator.api.errors import error_body
+from coordinator.api.exchange import Failure
+from coordinator.api.identity import TEXT_MAX, bounded
+from coordinator.api.questions import Questions
+from coordinator.link import BAD_FRAME
+from coordinator.protocol import (
+    AboutWorkflows,
+    CancelRun,
+    DeclareWorkflow,
+    DropWorkflow,
+    ListWorkflows,
+    ShowWorkflow,
+    StartRun,
+    WorkflowAnswer,
+)
+from coordinator.tenant import tenant_of
+from coordinator.workflow.graph import Graph, GraphError, checked, graph_schema
+from coordinator.workflow.limits import WorkflowLimits
+from coordinator.workflow.registry import parsed
+
+SALT_HEADER = "x-cache-salt"
+PROBLEM_CHARACTERS_MAX = 2000
+
+router = APIRouter(prefix="/v1")
+
+
+class RunTerms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How a run starts. ``id``: made up if it is not given; ``deadline_s``: seconds from now;
+    ``priority``: of its calls that have none of their own, lower is earlier."""
+
+    id: Annotated[str, msgspec.Meta(max_length=TEXT_MAX)] = ""
+    deadline_s: Annotated[float, msgspec.Meta(gt=0, le=1e9)] | None = None
+    priority: Annotated[int, msgspec.Meta(gt=-(1 << 31), lt=1 << 31)] = 0
+
+
+@router.get("/schemas/workflow")
+async def schema() -> Response:
+    """The JSON Schema of a workflow."""
+    return Response(_schema(), media_type="application/schema+json")
+
+
+@router.get("/workflows")
+async def list_workflows(request: Request) -> Response:
+    """All that are declared, and those with live runs."""
+    tenant = _tenant(request)
+    return await _ask(request, lambda token: ListWorkflows(token, tenant))
+
+
+@router.put("/workflows/{name}")
+async def declare(request: Request, name: str) -> Response:
+    """Declare a workflow, or declare it anew: 201 or 200 once it is on disk."""
+    try:
+        graph = _declared(await request.body(), _limits(request))
+    except GraphError as error:
+        return _refusal(request, 422, error.problems)
+    as_json = msgspec.json.encode(graph)
+    return await _ask(request, lambda token: DeclareWorkflow(token, name, as_json))
+
+
+@router.get("/workflows/{name}")
+async def show(request: Request, name: str) -> Response:
+    """What is declared and learned of a workflow, and its live runs."""
+    tenant = _tenant(request)
+    return await _ask(request, lambda token: ShowWorkflow(token, name, tenant))
+
+
+@router.delete("/workflows/{name}")
+async def drop(request: Request, name: str) -> Response:
+    """Forget a workflow, and what this tenant taught of it. Its runs go on."""
+    tenant = _tenant(request)
+    return await _ask(request, lambda token: DropWorkflow(token, name, tenant))
+
+
+@router.post("/workflows/{name}/runs")
+async def start_run(request: Request, name: str) -> Response:
+    """Start a run with a deadline and a priority for its calls. Runs start without it, too."""
+    body = await request.body()
+    try:
+        terms = msgspec.json.decode(body, type=RunTerms) if body.strip() else RunTerms()
+    except BAD_FRAME as error:
+        return _refusal(request, 422, [str(error)])
+    run = bounded(terms.id) or uuid.uuid4().hex
+    tenant, deadline_s = _tenant(request), terms.deadline_s or 0.0
+    return await _ask(
+        request,
+        lambda token: StartRun(token, bounded(name), run, tenant, deadline_s, terms.priority),
+    )
+
+
+@router.delete("/workflows/{name}/runs/{run}")
+async def cancel_run(request: Request, name: str, run: str) -> Response:
+    """Stop all calls of a run and refuse further ones."""
+    tenant = _tenant(request)
+    return await _ask(request, lambda token: CancelRun(token, bounded(name), bounded(run), tenant))
+
+
+@cache
+def _schema() -> bytes:
+    return msgspec.json.encode(graph_schema())
+
+
+def _declared(body: bytes, limits: WorkflowLimits) -> Graph:
+    return checked(parsed(body, limits), limits)
+
+
+class Cluster(Protocol):
+    """What is needed of the cluster."""
+
+    questions: Questions
+    workflow_limits: WorkflowLimits
+
+
+def _cluster(request: Request) -> Cluster:
+    cluster: Cluster = request.app.state.engine_client.cluster
+    return cluster
+
+
+def _limits(request: Request) -> WorkflowLimits:
+    return _cluster(request).workflow_limits
+
+
+def _tenant(request: Request) -> str:
+    return tenant_of(request.headers.get(SALT_HEADER, "").strip())
+
+
+async def _ask(request: Request, question: Callable[[int], AboutWorkflows]) -> Response:
+    try:
+        answer = await _cluster(request).questions.ask(question)
+    except TimeoutError:
+        return _refusal(request, 503, ["the coordinator's core does not answer"])
+    return _response(request, answer)
+
+
+def _response(request: Request, answer: WorkflowAnswer) -> Response:
+    if answer.problems:
+        return _refusal(request, answer.status, answer.problems)
+    return Response(answer.body, answer.status, media_type="application/json")
+
+
+def _refusal(request: Request, status: int, problems: list[str]) -> Response:
+    failure = Failure(status, "; ".join(problems)[:PROBLEM_CHARACTERS_MAX])
+    body = error_body(request.url.path, failure)
+    if status == 422:
+        body["error"]["problems"] = problems
+    return JSONResponse(body, status)
