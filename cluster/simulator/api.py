@@ -91,6 +91,8 @@ class Api:
         self.tombstones: OrderedDict[tuple[str, int], float] = OrderedDict()
         self.core = ""
         self.stale = 0
+        self.welcomed_s = 0.0
+        """When a core, another or the same, last took it in."""
         self.overdue = 0
         """Calls that it gave up by itself, the core having said nothing."""
         self._events = events
@@ -176,7 +178,7 @@ class Api:
         """The core should have ended it long ago."""
         if self.calls.get(call.request) is call:
             self.overdue += 1
-            self._oracle.overdue(call, self.core)
+            self._oracle.overdue(call, self.welcomed_s)
             self._fail(call, status, 0.0)
 
     # --- from the core -------------------------------------------------------------------
@@ -203,7 +205,7 @@ class Api:
     def _welcomed(self, core: str) -> None:
         """Taken in. Another core is asked anew for what is still waiting."""
         restarted = bool(self.core) and core != self.core
-        self.core = core
+        self.core, self.welcomed_s = core, self._events.now_s
         if restarted:
             for call in self.calls.values():
                 if call.phase == "waiting" and call.failed is not None:
@@ -267,7 +269,7 @@ class Api:
         record.loaded_s = 0.0
         self._events.cancel(call.repeat)
         call.attempt, call.plan, call.failed = plan.attempt, plan, None
-        call.planned_by = self.core
+        call.planned_by, call.planned_s = self.core, self._events.now_s
         if plan.prefill is None:
             self._decode(call, b"")
         else:
@@ -340,7 +342,7 @@ class Api:
         self._deliver(call, 1)
         if call.tokens == call.output_tokens:
             self._discard(done, worker)
-            self._finish(call, call.outcome)
+            self._finish(call, call.outcome, undecoded=True)
         elif self._decode(call, done.handle):
             self._control.send(Prefilled(self.name, done.request, call.attempt))
         else:
@@ -377,7 +379,9 @@ class Api:
         if call.tokens:
             self._client.resumed(self._events.now_s - call.last_token_s)
         call.base_tokens, call.stream = call.tokens, tokens.stream
-        self._deliver(call, 1)
+        if call.tokens + 1 < call.output_tokens:
+            self._deliver(call, 1)
+        # Otherwise it is the last one too, and comes with the end.
         self._control.send(Started(self.name, call.request, call.attempt))
 
     def _on_call_failed(self, failed: CallFailed, worker: Placed) -> None:
@@ -507,7 +511,12 @@ class Api:
         self._finish(call, "error", "rejected" if rejected else "error", retry_after_s)
 
     def _finish(
-        self, call: Call, outcome: str, recorded: str = "", retry_after_s: float = 0.0
+        self,
+        call: Call,
+        outcome: str,
+        recorded: str = "",
+        retry_after_s: float = 0.0,
+        undecoded: bool = False,
     ) -> None:
         """The one way out for a call. ``recorded``: the record's outcome if not the core's."""
         record, now_s = call.record, self._events.now_s
@@ -530,6 +539,7 @@ class Api:
                 moved_tokens=record.moved_tokens,
                 ttft_s=started - call.submitted_s if started else 0.0,
                 elapsed_s=now_s - call.submitted_s,
+                undecoded=undecoded,
             )
         )
         self._oracle.ended(call.request, record.outcome, call.output_tokens)

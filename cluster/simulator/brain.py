@@ -13,7 +13,7 @@ from coordinator.protocol import ToCore
 
 CoreFactory = Callable[[Limits, Placement, str], Core]
 """Makes a core from limits, placement and its id. It may know the workload, and what is still
-to come: a call's request id is ``run.call.retry`` (``clients.request_id``)."""
+to come: a call's request id is ``run.call.retry`` (``call.request_id``)."""
 
 
 class Brain:

@@ -19,6 +19,15 @@ MOVES: dict[Phase, frozenset[Phase]] = {
 }
 
 
+RETRIES_MAX = 3
+"""How often a client sends a call again that was refused."""
+
+
+def request_id(run: int, call: int, retry: int) -> str:
+    """What a call is named towards the cluster: positions in the workload, and which try."""
+    return f"{run}.{call}.{retry}"
+
+
 class Call:
     """One call from its client's request to its end.
 
@@ -39,6 +48,7 @@ class Call:
         "phase",
         "plan",
         "planned_by",
+        "planned_s",
         "prefill_sent_s",
         "record",
         "repeat",
@@ -70,6 +80,7 @@ class Call:
         self.plan: Plan | None = None
         self.planned_by = ""
         """The core that made ``plan``; another one does not know the attempt."""
+        self.planned_s = 0.0
         self.tokens = 0
         """What the client is known to have got; more may have come from ``stream``."""
         self.last_token_s = 0.0

@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable, Sequence
 
 from cluster.simulator.api import Api
+from cluster.simulator.call import RETRIES_MAX, request_id
 from cluster.simulator.events import Event, Events
 from cluster.simulator.recorder import Recorder
 from cluster.simulator.records import CallRecord
@@ -20,7 +21,6 @@ from cluster.workload.form import Call, Run, Workload, call_count, context_of
 from cluster.workload.replay import Due, Replay
 from coordinator.protocol import BLOCK_HASH_BYTES
 
-RETRIES_MAX = 3
 RETRY_S_MIN = 0.5
 """A client's pause before it tries again where the server names none (openai-python's)."""
 RETRIED = frozenset({429, 500, 502, 503, 504})
@@ -29,11 +29,6 @@ PROGRESS_CALLS = 100
 
 Progress = Callable[[int, int, float], None]
 """Is told calls that are over, all calls, and the virtual time."""
-
-
-def request_id(run: int, call: int, retry: int) -> str:
-    """What a call is named towards the cluster: positions in the workload, and which try."""
-    return f"{run}.{call}.{retry}"
 
 
 class Open:

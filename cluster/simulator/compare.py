@@ -14,10 +14,10 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
+from cluster.simulator.measures import SERVED, hit_tokens
 from cluster.simulator.records import CallRecord, Result
 
 P95 = 0.95
-SERVED = ("stop", "length")
 
 
 class Measure(NamedTuple):
@@ -59,11 +59,6 @@ def itls_s(result: Result) -> list[float]:
 def completions_s(result: Result) -> list[float]:
     """From the arrival of each run to its end, of those that were served."""
     return [run.completion_s for run in result.runs if run.finished]
-
-
-def hit_tokens(call: CallRecord) -> int:
-    """Tokens of the prompt that whoever prefilled found in its cache."""
-    return call.prefill_cached_tokens if call.prefill else call.local_cached_tokens
 
 
 def _mean(values: Callable[[Result], list[float]]) -> Callable[[Result], float]:

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from cluster.simulator.compare import SERVED
+from cluster.simulator.measures import SERVED
 from cluster.simulator.records import Result
 
 WIDTH_IN, HEIGHT_IN, DPI = 13.0, 8.0, 110

@@ -166,7 +166,7 @@ def random_workload(rng: random.Random, seed: int, tokens_max: int) -> Workload:
 
 
 def run_fault_seed(seed: int) -> FaultReport:
-    """Simulate what a seed says. OracleError if anything happens that must not."""
+    """Simulate what a seed says. OracleError if anything happens that must not, or breaks."""
     began_s = time.perf_counter()
     rng = random.Random(f"{seed}/faults")
     setup, faults = random_setup(rng), random_faults(rng)
@@ -177,10 +177,17 @@ def run_fault_seed(seed: int) -> FaultReport:
     trouble.start()
     world.events.after(CHECK_S, _keep_checking, world)
     world.events.after(WATCH_S, _keep_watching, world)
-    world.run()
     limits, lease_s = setup.limits, setup.options.kv_lease_s
-    settle(world, limits.call_s + limits.queue_s + 2 * lease_s)
-    world.oracle.served_well(world.recorder.calls, GOOD_S)
+    try:
+        world.run()
+        settle(world, limits.call_s + limits.queue_s + 2 * lease_s)
+        world.oracle.served_well(world.recorder.calls, GOOD_S)
+    except OracleError:
+        raise
+    except Exception as error:
+        # Whatever breaks down, it is this seed that does it.
+        at_s = world.events.now_s
+        raise OracleError(f"seed {seed} at {at_s:.6f} s: {error!r}") from error
     result = world.result("faults")
     return FaultReport(
         seed=seed,
@@ -213,7 +220,7 @@ def run_many(
 ) -> list[FaultReport]:
     """Simulate many seeds, in order of the seeds; a report with ``error`` for those that fail.
 
-    ``progress`` is told of each as it is done. Anything but an OracleError is raised.
+    ``progress`` is told of each as it is done.
     """
     seeds = list(seeds)
     reports: list[FaultReport] = []

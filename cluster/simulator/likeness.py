@@ -27,6 +27,7 @@ import msgspec
 
 from cluster.calibration import Calibration
 from cluster.schema import ClusterConfig
+from cluster.simulator.failure import SimulationError
 from cluster.simulator.records import CallRecord, Result
 from cluster.simulator.setup import ClusterSetup, EngineOptions, NetworkSetup, WorkerSetup
 from cluster.simulator.world import simulate
@@ -55,7 +56,7 @@ Kind = Literal["alone", "long", "together"]
 KINDS: tuple[Kind, ...] = ("alone", "long", "together")
 
 
-class LikenessError(RuntimeError):
+class LikenessError(SimulationError):
     """The running cluster did not do with a probe what it was meant to."""
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import aiohttp
 import msgspec
 
+from cluster.simulator.failure import SimulationError
 from cluster.simulator.prompts import Prompts
 from cluster.simulator.records import CallRecord, Gaps, Result, Totals
 from cluster.simulator.runs import run_records
@@ -54,7 +55,7 @@ Progress = Callable[[int], None]
 """Told how many calls have ended."""
 
 
-class LiveError(RuntimeError):
+class LiveError(SimulationError):
     """The cluster did not answer as it should."""
 
 

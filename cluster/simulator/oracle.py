@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from cluster.simulator.call import RETRIES_MAX, request_id
 from cluster.simulator.frames import Handle, Tokens, Work
 from cluster.simulator.network import Letter, Network
 from cluster.simulator.records import CallRecord
@@ -124,28 +125,36 @@ class Oracle:
         complete = got == expected_tokens or not served
         self._assert(complete, f"{request} ended with {got} of {expected_tokens} tokens", request)
 
-    def overdue(self, call: Call, core: str) -> None:
-        """An API process gives a call up by itself, for which it knows of ``core``.
+    def overdue(self, call: Call, welcomed_s: float) -> None:
+        """An API process, last taken in at ``welcomed_s``, gives a call up by itself.
 
-        Only if the core does not know the call, or has said its last word about it.
+        Only if it was planned before that by a core that has forgotten it since, or if the
+        core has said its last word about it.
         """
-        if call.planned_by and call.planned_by != core:
+        if call.phase != "waiting" and call.planned_s <= welcomed_s:
             return
-        for letter in reversed(self._network.letters):
-            said = letter.message
-            if isinstance(said, Stop | Rejected) and said.request == call.request:
-                return
-        raise self._error(
-            f"{call.request} is {call.phase} and the core has forgotten it", call.request
-        )
+        if self._last_word(call.request) is None:
+            what = f"{call.request} is {call.phase} and the core has forgotten it"
+            raise self._error(what, call.request)
 
     def served_well(self, calls: Iterable[CallRecord], after_s: float) -> None:
         """Calls sent after ``after_s``, when nothing goes wrong, fail only for want of room
-        or time."""
+        or time: a worker that is too busy for a call is stuck, as far as the core can tell."""
         for call in calls:
-            unserved = call.outcome == "error" and call.status != 504
-            if call.due_s >= after_s and unserved:
-                raise self._error(f"without need: {call}", f"{call.run}.{call.call}.0")
+            if call.due_s < after_s or call.outcome != "error" or call.status == 504:
+                continue
+            requests = [request_id(call.run, call.call, retry) for retry in range(RETRIES_MAX + 1)]
+            words = [word for each in requests if (word := self._last_word(each)) is not None]
+            if not words or "stuck" not in words[-1].reason:
+                raise self._error(f"without need: {call}", requests[0])
+
+    def _last_word(self, request: str) -> Stop | Rejected | None:
+        """What the core said when it gave a call up, if that is not long ago."""
+        for letter in reversed(self._network.letters):
+            message = letter.message
+            if isinstance(message, Stop | Rejected) and message.request == request:
+                return message
+        return None
 
     @property
     def open_calls(self) -> int:

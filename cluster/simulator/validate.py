@@ -37,6 +37,7 @@ from cluster.schema import ClusterConfig
 from cluster.simulator.compare import Compared, compared, figures
 from cluster.simulator.compare_plot import draw
 from cluster.simulator.facts import worker_facts
+from cluster.simulator.failure import SimulationError
 from cluster.simulator.likeness import KINDS, Constants, Kind, constants_of, probe, setup_like
 from cluster.simulator.live import LiveReplay, Target
 from cluster.simulator.records import Result
@@ -62,7 +63,7 @@ DISTURBED = 0.1
 """From this share of the processors' time on, other programs are told of."""
 
 
-class ValidationError(RuntimeError):
+class ValidationError(SimulationError):
     """The comparison would mean nothing, and why."""
 
 

@@ -29,6 +29,7 @@ from cluster.simulator.setup import ClusterSetup, Faults, WorkerSetup
 from cluster.simulator.worker import Worker
 from cluster.workload.form import Workload
 from coordinator.core import Core
+from coordinator.cost import Tier
 from coordinator.protocol import EngineFacts, Placed, Role
 
 NO_FAULTS = Faults(until_s=0.0)
@@ -66,6 +67,7 @@ class World:
         self.links = Links(self.events, setup)
         self.notify_s = setup.network.message_s
         self.recorder = Recorder(workload)
+        self._moved_before: dict[Tier, float] = {}
         self._cost = setup.cost()
         self._cores: dict[tuple[str, str], Cores] = {}
         self.facts = engine_facts(setup)
@@ -201,6 +203,7 @@ class World:
     def run(self, limit_s: float = float("inf")) -> None:
         """Replay the workload to its end, or for ``limit_s`` seconds of it."""
         began_s = self.events.now_s
+        self._moved_before = dict(self.links.moved_bytes)
         self.clients.start(self.apis)
         self.recorder.keep_sampling(self.events, self.workers, self.role)
         if not self.clients.done:
@@ -248,7 +251,10 @@ class World:
             + sum(worker.engine.preemptions for worker in self.workers()),
             recomputed_tokens=recorder.recomputed_tokens,
             flips=counters.get("role_flips", 0),
-            moved_bytes={tier: round(size) for tier, size in self.links.moved_bytes.items()},
+            moved_bytes={
+                tier: round(size - self._moved_before.get(tier, 0.0))
+                for tier, size in self.links.moved_bytes.items()
+            },
             decision_s=self.brain.decision_s,
             decisions=self.brain.decisions,
             counters=counters,

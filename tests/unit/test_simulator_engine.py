@@ -269,6 +269,40 @@ def test_the_longest_unused_is_evicted_first_its_end_before_its_start() -> None:
     assert cached(driven, "8", 9, "c", 7.0) == 8
 
 
+def test_what_is_generated_can_let_in_who_waits_for_room() -> None:
+    driven = Driven(kv_blocks=11)
+    driven.submit("a", 5, 24, at_s=0.0, text="a")
+    first_s = step_s((5, 0))
+    driven.until(first_s)
+    # It needs all 10 blocks. One of them is full, 8 are free: one too few.
+    driven.submit("b", 40, 1, at_s=first_s, text="a")
+    second_s = first_s + step_s(decodes=1, context=5)
+    driven.until(second_s)
+    assert driven.engine.load(second_s).waiting == 1
+    # The third step fills the second block, which both can use then.
+    third_s = second_s + step_s(decodes=1, context=6)
+    driven.until(third_s)
+    assert driven.engine.load(third_s).waiting == 0
+    found = {o.id: o.local_cached_tokens for o in driven.until(9.0) if isinstance(o, FirstToken)}
+    assert found == {"b": 8}
+
+
+def test_steps_take_their_blocks_when_they_begin() -> None:
+    # 3 blocks of a text that is no longer used, 1 that is held, 2 for what decodes.
+    driven = Driven(kv_blocks=7)
+    assert cached(driven, "1", 12, "a", 0.0) == 0
+    driven.submit("held", 2, 1, at_s=1.0, hold=True)
+    driven.submit("2", 5, 7, at_s=1.0, text="b")
+    both_s = 1.0 + step_s((2, 0), (5, 0))
+    driven.until(both_s)
+    # The step for its 9th token takes a third block, which is the third one of a.
+    ends_s = both_s + sum(step_s(decodes=1, context=5 + i) for i in range(4))
+    driven.engine.release("held", ends_s - 0.001)
+    driven.until(2.0)
+    assert driven.used(2.0) == 0
+    assert cached(driven, "3", 13, "a", 3.0) == 8
+
+
 def test_equal_blocks_are_kept_side_by_side() -> None:
     driven = Driven(kv_blocks=101)
     driven.submit("1", 12, 5, at_s=0.0, text="a")
@@ -327,6 +361,29 @@ def test_by_priority_the_least_important_is_preempted() -> None:
     ends = [o.id for o in driven.until(9.0) if isinstance(o, Ended)]
     assert driven.engine.preemptions > 0
     assert ends == ["b", "a"]
+
+
+def test_who_runs_behind_one_that_preempts_itself_misses_a_step() -> None:
+    driven = Driven(kv_blocks=10)
+    driven.submit("c", 3, 8, at_s=0.0)
+    driven.submit("a", 6, 8, at_s=0.0, priority=1)
+    driven.until(0.0)
+    driven.submit("b", 7, 7, at_s=0.001)
+    first_s = step_s((3, 0), (6, 0))
+    second_s = first_s + step_s((7, 0), decodes=2, context=9)
+    now_s = second_s + sum(step_s(decodes=3, context=18 + 3 * i) for i in range(5))
+    # All 9 blocks are taken, and a needs another. It is the least important itself.
+    driven.until(now_s)
+    assert driven.engine.preemptions == 1
+    c_ends_s = now_s + step_s(decodes=1, context=9)
+    assert at(driven.until(c_ends_s)) == [("Ended", "c", c_ends_s)]
+    assert driven.engine.generated("b", c_ends_s) == 6
+    # All but one token of a is in the cache.
+    ends_s = c_ends_s + step_s((1, 12), decodes=1, context=12)
+    assert at(driven.until(ends_s)) == [("Ended", "b", ends_s), ("Ended", "a", ends_s)]
+    assert driven.gaps.count == 7 + 7 + 6
+    gaps_s = c_ends_s + 2 * ends_s - 2 * first_s - second_s
+    assert driven.gaps.sum_s == pytest.approx(gaps_s)
 
 
 # --- holding ----------------------------------------------------------------------------

@@ -1,0 +1,57 @@
+"""Random small clusters in which everything goes wrong that can.
+
+Whatever happens, every call has one end, no client misses a token or gets one twice, no KV is
+read that is another's or not held any more, and nothing is left in the end.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from cluster.simulator.faults import run_fault_seed, run_many
+
+SEEDS = 200
+CHUNK = 10
+
+NAMED_SEEDS: dict[str, int] = {}
+"""Seeds that failed once, by what was wrong."""
+
+
+@pytest.mark.parametrize("first", range(0, SEEDS, CHUNK))
+def test_all_comes_to_a_good_end(first: int) -> None:
+    reports = run_many(range(first, first + CHUNK))
+    assert not [report.error for report in reports if report.error]
+    served = sum(report.outcomes.get("stop", 0) for report in reports)
+    assert served > 0.8 * sum(report.calls for report in reports)
+
+
+@pytest.mark.parametrize("name", NAMED_SEEDS)
+def test_seeds_that_failed_once(name: str) -> None:
+    run_fault_seed(NAMED_SEEDS[name])
+
+
+def test_the_seeds_do_go_wrong() -> None:
+    """Each kind of trouble happens, and calls are lost in each phase, or nothing is tested."""
+    reports = run_many(range(20))
+    happened = {kind for report in reports for kind in report.happened}
+    assert happened == {"crash", "hang", "slow", "core restart", "partition"}
+    for counter in ("workers_lost", "replans", "checks_sent", "handles_read", "reads_failed"):
+        assert sum(report.counters[counter] for report in reports) > 0, counter
+    assert sum(report.counters["replans"] for report in reports) > 100
+
+
+def test_a_seed_gives_the_same_history_every_time() -> None:
+    first, second = (run_fault_seed(8) for _ in range(2))
+    assert first.calls > 0
+    for name in ("outcomes", "happened", "counters", "virtual_s"):
+        assert getattr(first, name) == getattr(second, name), name
+
+
+def test_several_processes_give_the_same_reports_as_one() -> None:
+    told: list[int] = []
+    both = run_many(range(6), processes=2, progress=lambda report: told.append(report.seed))
+    alone = run_many(range(6))
+    assert sorted(told) == list(range(6))
+    assert [(report.seed, report.counters) for report in both] == [
+        (report.seed, report.counters) for report in alone
+    ]
