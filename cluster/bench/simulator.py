@@ -33,14 +33,15 @@ COMMAND = "pythia bench simulator"
 MODEL = "llama-3.1-8b-h200-tp1"
 ENGINES_PER_NODE = 8
 NODES_PER_RACK = 4
-RATIO = (1, 3)
+RATIO = (1, 1)
 CALLS_PER_RUN = 35
 """About; the workload is cut to the number of calls that was asked for."""
-RUNS_PER_S_AND_WORKER = 0.075
+RUNS_PER_S_AND_WORKER = 0.045
 """Keeps engines busy and no queue growing."""
 NAMED_CALLS, NAMED_WORKERS = 100_000, 64
 """What the figure in seconds is of, whatever was simulated."""
 DECISION_CALLS = 4000
+PLAIN_COLUMNS = 120
 
 
 class Simulated(msgspec.Struct):
@@ -70,6 +71,8 @@ def main(
     ``repeats`` each; ``plot``: a PNG file of these."""
     counts = [int(size) for size in sizes.split(",") if size]
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=PLAIN_COLUMNS)
     with console.status(f"simulating {calls:,} calls on {workers} workers"):
         simulated = in_a_process(calls, workers, configuration, seed)
     rows: list[dict[str, float | str]] = [
