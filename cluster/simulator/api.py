@@ -145,7 +145,7 @@ class Api:
         self.calls[request] = call
         self._oracle.opened(request)
         call.overdue = self._events.after(
-            self._limits.call_s + CORE_AWAY_S, self._overdue, call, 504
+            self._limits.call_s + CORE_AWAY_S, self._overdue, call, 504, now_s
         )
         self._wait(call)
         self._control.send(submit)
@@ -169,16 +169,16 @@ class Api:
             return
         waited_s = self._events.now_s - call.waiting_s
         if waited_s >= self._limits.queue_s + CORE_AWAY_S:
-            self._overdue(call, 503)
+            self._overdue(call, 503, call.waiting_s)
             return
         self._ask(call)
         call.repeat = self._events.after(self._repeat_s, self._repeat, call)
 
-    def _overdue(self, call: Call, status: int) -> None:
-        """The core should have ended it long ago."""
+    def _overdue(self, call: Call, status: int, since_s: float) -> None:
+        """The core should have ended it long ago, counted from ``since_s``."""
         if self.calls.get(call.request) is call:
             self.overdue += 1
-            self._oracle.overdue(call, self.welcomed_s)
+            self._oracle.overdue(call, since_s, self.welcomed_s)
             self._fail(call, status, 0.0)
 
     # --- from the core -------------------------------------------------------------------
@@ -269,7 +269,7 @@ class Api:
         record.loaded_s = 0.0
         self._events.cancel(call.repeat)
         call.attempt, call.plan, call.failed = plan.attempt, plan, None
-        call.planned_by, call.planned_s = self.core, self._events.now_s
+        call.planned_by = self.core
         if plan.prefill is None:
             self._decode(call, b"")
         else:

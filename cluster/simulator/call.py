@@ -48,7 +48,6 @@ class Call:
         "phase",
         "plan",
         "planned_by",
-        "planned_s",
         "prefill_sent_s",
         "record",
         "repeat",
@@ -80,7 +79,6 @@ class Call:
         self.plan: Plan | None = None
         self.planned_by = ""
         """The core that made ``plan``; another one does not know the attempt."""
-        self.planned_s = 0.0
         self.tokens = 0
         """What the client is known to have got; more may have come from ``stream``."""
         self.last_token_s = 0.0

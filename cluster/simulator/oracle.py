@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 BELIEFS = {"loading": ("loading", "decoding"), "decoding": ("decoding",)}
 """Where a call must be in its API process if the core takes it for that."""
+WANT = ("no room", "given up after 4 attempts: stuck")
+"""What the core says for want of room: a worker that is too busy for a call looks stuck."""
 LETTERS_TOLD = 40
 MADE_MAX = 65536
 
@@ -125,13 +127,14 @@ class Oracle:
         complete = got == expected_tokens or not served
         self._assert(complete, f"{request} ended with {got} of {expected_tokens} tokens", request)
 
-    def overdue(self, call: Call, welcomed_s: float) -> None:
-        """An API process, last taken in at ``welcomed_s``, gives a call up by itself.
+    def overdue(self, call: Call, since_s: float, welcomed_s: float) -> None:
+        """An API process, last taken in at ``welcomed_s``, gives a call up by itself that the
+        core should have ended, counted from ``since_s``.
 
-        Only if it was planned before that by a core that has forgotten it since, or if the
-        core has said its last word about it.
+        Only if the core has counted from a later moment, for it did not know the API process
+        before, or if it has said its last word about the call.
         """
-        if call.phase != "waiting" and call.planned_s <= welcomed_s:
+        if since_s <= welcomed_s:
             return
         if self._last_word(call.request) is None:
             what = f"{call.request} is {call.phase} and the core has forgotten it"
@@ -139,13 +142,13 @@ class Oracle:
 
     def served_well(self, calls: Iterable[CallRecord], after_s: float) -> None:
         """Calls sent after ``after_s``, when nothing goes wrong, fail only for want of room
-        or time: a worker that is too busy for a call is stuck, as far as the core can tell."""
+        or time."""
         for call in calls:
             if call.due_s < after_s or call.outcome != "error" or call.status == 504:
                 continue
             requests = [request_id(call.run, call.call, retry) for retry in range(RETRIES_MAX + 1)]
             words = [word for each in requests if (word := self._last_word(each)) is not None]
-            if not words or "stuck" not in words[-1].reason:
+            if not words or not words[-1].reason.startswith(WANT):
                 raise self._error(f"without need: {call}", requests[0])
 
     def _last_word(self, request: str) -> Stop | Rejected | None:
