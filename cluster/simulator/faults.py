@@ -39,7 +39,7 @@ GOOD_S = 90.0
 """From then on all that went wrong is over, and what followed from it."""
 CHECK_S = 2.0
 """Between two looks of the oracle at everything."""
-WATCH_S = 0.25
+WATCH_S = 0.5
 """Between two looks of the oracle at what the core believes."""
 RUNS = 16
 CALLS_MAX = 200
