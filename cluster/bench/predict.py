@@ -54,7 +54,7 @@ Row = dict[str, Any]
 
 def behaviour_row(workload: Workload, concurrency: int, seed: int, finals: bool) -> list[Row]:
     """Figures of agents, lengths, gaps and costs of updates; then the same by workflow."""
-    summary, one, by_workflow = judge_behaviour(once(workload, concurrency, seed), finals)
+    summary, one, bound, by_workflow = judge_behaviour(once(workload, concurrency, seed), finals)
     figures: Row = {
         name: getattr(summary, name)
         for name in summary.__struct_fields__
@@ -72,6 +72,8 @@ def behaviour_row(workload: Workload, concurrency: int, seed: int, finals: bool)
                 {
                     "trace": name,
                     "next_agent_top1": scores.top1,
+                    "next_agent_top1_bound": bound.best(name),
+                    "next_agent_top1_bound_fair": bound.fair(name),
                     "next_agent_log_loss": scores.log_loss,
                     "length95_coverage": scores.length_coverage,
                     "length95_width_ratio": scores.length_width_ratio,
