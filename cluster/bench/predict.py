@@ -3,7 +3,7 @@
 ``pythia bench predict TRACE...``: each trace is a line of text as ``cluster.workload.source``
 takes it. A trace is told in order of time, as a coordinator would be; the second half is
 judged. Agents, lengths and gaps are judged on every run once, forecasts with many runs at
-once (``--concurrency``), and on all traces merged if there are several.
+once (``--concurrency``), and on all traces with runs merged if there are several.
 
 Named by trace, as in ``whowhen.next_agent_top1``, and without a name the mean over traces:
 
@@ -32,10 +32,11 @@ from rich.console import Console
 
 from cluster.bench.prediction_cost import bytes_per_finished_run, forecast_ms
 from cluster.bench.prediction_library import available, library_forecasts, spread_moments
-from cluster.bench.prediction_load import Judged, by_application, merged, once, repeated
+from cluster.bench.prediction_load import Judged, by_application, has_runs, merged, once, repeated
 from cluster.bench.prediction_pass import TICKS, Series, judge_behaviour, judge_forecasts
 from cluster.bench.report import table, write
 from cluster.schema import ConfigError
+from cluster.workload.common import read_common
 from cluster.workload.form import Workload, WorkloadError
 from cluster.workload.source import open_workload
 
@@ -45,12 +46,15 @@ MERGED_HALF_S = 1800.0
 WORKFLOW_PREDICTIONS_LEAST = 20.0
 """Next agents that a workflow must have had to get a row of its own."""
 
+ASSUMED_PROMPT_TOKENS = 1000
+"""Of traces that do not record it; then nothing that depends on it is judged."""
+
 Row = dict[str, Any]
 
 
 def behaviour_row(workload: Workload, concurrency: int, seed: int, finals: bool) -> list[Row]:
     """Figures of agents, lengths, gaps and costs of updates; then the same by workflow."""
-    summary, one, by_workflow = judge_behaviour(once(workload, concurrency, seed), finals)
+    summary, one, bound, by_workflow = judge_behaviour(once(workload, concurrency, seed), finals)
     figures: Row = {
         name: getattr(summary, name)
         for name in summary.__struct_fields__
@@ -68,6 +72,8 @@ def behaviour_row(workload: Workload, concurrency: int, seed: int, finals: bool)
                 {
                     "trace": name,
                     "next_agent_top1": scores.top1,
+                    "next_agent_top1_bound": bound.best(name),
+                    "next_agent_top1_bound_fair": bound.fair(name),
                     "next_agent_log_loss": scores.log_loss,
                     "length95_coverage": scores.length_coverage,
                     "length95_width_ratio": scores.length_width_ratio,
@@ -141,20 +147,23 @@ def main(
 ) -> int:
     """The command. ``finals``: clients say which call of a run is its last."""
     console = Console()
-    workloads = _workloads(words or [])
+    workloads, unmeasured = _workloads(words or [])
     rows: list[Row] = []
     with console.status("predicting") as status:
         for workload in workloads:
             status.update(f"{workload.name}: agents, lengths, gaps")
             behaviour = behaviour_row(workload, concurrency, seed, finals)
+            rows += behaviour
+            if workload.name in unmeasured:
+                continue
             status.update(f"{workload.name}: forecasts")
             load = repeated(workload, concurrency, seed)
             behaviour[0] |= forecast_row(load, finals, library)
-            rows += behaviour
-        if len(workloads) > 1:
-            status.update("all traces merged: forecasts")
-            each = max(1.0, concurrency / len(workloads))
-            parts = [repeated(one, each, seed, MERGED_HALF_S) for one in workloads]
+        agents = [one for one in workloads if one.name not in unmeasured and has_runs(one)]
+        if len(agents) > 1:
+            status.update("all traces with runs merged: forecasts")
+            each = max(1.0, concurrency / len(agents))
+            parts = [repeated(one, each, seed, MERGED_HALF_S) for one in agents]
             rows.append(forecast_row(merged(parts, MERGED), finals, library))
     names = [workload.name for workload in workloads]
     figures = _figures(rows, names)
@@ -167,13 +176,22 @@ def main(
     return 0
 
 
-def _workloads(specs: list[str]) -> list[Workload]:
+def _workloads(specs: list[str]) -> tuple[list[Workload], set[str]]:
+    """The traces, and the names of those whose prompts' lengths are not known."""
     if not specs:
         raise ConfigError(["bench predict: which traces? Give at least one file"])
-    try:
-        return [by_application(open_workload(spec)) for spec in specs]
-    except WorkloadError as error:
-        raise ConfigError([f"bench predict: {error}"]) from error
+    workloads: list[Workload] = []
+    unmeasured: set[str] = set()
+    for spec in specs:
+        try:
+            workload = open_workload(spec)
+        except WorkloadError as error:
+            if "prompt lengths are not recorded" not in str(error):
+                raise ConfigError([f"bench predict: {error}"]) from error
+            workload = read_common(Path(spec.partition("?")[0]), ASSUMED_PROMPT_TOKENS)
+            unmeasured.add(workload.name)
+        workloads.append(by_application(workload))
+    return workloads, unmeasured
 
 
 def _figures(rows: list[Row], names: list[str]) -> dict[str, float]:

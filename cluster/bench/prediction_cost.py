@@ -50,20 +50,20 @@ def forecast_ms(one: Pass, forecaster: Forecaster, now_s: float) -> float:
 def bytes_per_finished_run(one: Pass, workload: Workload, now_s: float) -> float:
     """By how much memory grows with each run that begins and ends, beyond what is known already.
 
-    The first runs are told without being counted, so that what there is of each agent exists.
+    The first runs are not counted, so that what there is of each agent exists.
     """
     sizes: list[int] = []
-    for part in range(2):
+    # From the beginning, or what only takes the place of something else would count as growth.
+    tracemalloc.start()
+    for _ in range(2):
         for number in range(FINISHED_RUNS):
             run = workload.runs[number % len(workload.runs)]
             calls = min(CALLS_MOST, len(run.calls))
             now_s += 1.0
-            _tell(one, run, f"ended-{part}-{number}", calls, now_s, running=False)
-            one.profiles.end_run(_key(run, f"ended-{part}-{number}"), now_s)
-            one.forget(f"ended-{part}-{number}")
+            _tell(one, run, f"ended-{number}", calls, now_s, running=False)
+            one.profiles.end_run(_key(run, f"ended-{number}"), now_s)
+            one.forget(f"ended-{number}")
         one.updates_s.clear()
-        if part == 0:
-            tracemalloc.start()
         gc.collect()
         sizes.append(tracemalloc.get_traced_memory()[0])
     tracemalloc.stop()

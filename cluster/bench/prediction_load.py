@@ -47,6 +47,11 @@ def by_application(workload: Workload) -> Workload:
     return replace(workload, runs=runs)
 
 
+def has_runs(workload: Workload) -> bool:
+    """Whether its calls belong to runs; some traces are of calls alone."""
+    return any(len(run.calls) > 1 for run in workload.runs)
+
+
 def once(workload: Workload, concurrency: int, seed: int) -> Judged:
     """Every run once. ``concurrency``: runs alive at a time, if there are enough for that."""
     if workload.arrivals_known:

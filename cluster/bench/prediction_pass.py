@@ -104,32 +104,37 @@ class Bound:
             self._followed.add(parent)
         self._paths[run.id, call.index] = (*path, agent)[-ORDER:]
 
-    def best(self) -> float:
+    def best(self, workflow: str | None = None) -> float:
         """Share that is right if the likeliest of each path is known; 0 without any."""
+        events = self._of(workflow)
         counts: dict[tuple[str, _Path], Counter[str]] = defaultdict(Counter)
-        for workflow, _, path, agent in self._events:
-            counts[workflow, path][agent] += 1
+        for name, _, path, agent in events:
+            counts[name, path][agent] += 1
         right = sum(max(found.values()) for found in counts.values())
-        return right / max(1, len(self._events))
+        return right / max(1, len(events))
 
-    def fair(self) -> float:
+    def fair(self, workflow: str | None = None) -> float:
         """Share that is right if that is taken from the other runs."""
+        events = self._of(workflow)
         total: dict[tuple[str, _Path], Counter[str]] = defaultdict(Counter)
         own: dict[tuple[str, _Path], Counter[str]] = defaultdict(Counter)
-        for workflow, run, path, agent in self._events:
+        for name, run, path, agent in events:
             for length in range(len(path) + 1):
                 shorter = path[len(path) - length :]
-                total[workflow, shorter][agent] += 1
+                total[name, shorter][agent] += 1
                 own[run, shorter][agent] += 1
         right = 0
-        for workflow, run, path, agent in self._events:
+        for name, run, path, agent in events:
             for length in range(len(path), -1, -1):
                 shorter = path[len(path) - length :]
-                others = total[workflow, shorter] - own[run, shorter]
+                others = total[name, shorter] - own[run, shorter]
                 if others:
                     right += max(others, key=lambda one: (others[one], one)) == agent
                     break
-        return right / max(1, len(self._events))
+        return right / max(1, len(events))
+
+    def _of(self, workflow: str | None) -> list[tuple[str, str, _Path, str]]:
+        return [event for event in self._events if workflow in (None, event[0])]
 
     @property
     def named(self) -> bool:
@@ -150,7 +155,7 @@ class Summary(msgspec.Struct, frozen=True):
     named: bool
 
 
-def judge_behaviour(load: Judged, finals: bool) -> tuple[Summary, Pass, dict[str, Scores]]:
+def judge_behaviour(load: Judged, finals: bool) -> tuple[Summary, Pass, Bound, dict[str, Scores]]:
     """Agents, lengths and gaps over every run once; the scores are by workflow as well."""
     one, bound = Pass(load, finals), Bound()
     judging = paused = False
@@ -179,7 +184,7 @@ def judge_behaviour(load: Judged, finals: bool) -> tuple[Summary, Pass, dict[str
         gap_calibration_error=scores.gap_error if paused else None,
         named=bound.named,
     )
-    return summary, one, by_workflow
+    return summary, one, bound, by_workflow
 
 
 def added(scores: list[Scores]) -> Scores:

@@ -10,7 +10,7 @@ What a trace does not record is filled in by these rules, or refused:
 * no times at all: no pauses, and arrivals that nobody may call recorded;
 * no block ids: no prompt shares anything;
 * no answer: one token, since an engine gives at least that;
-* no prompt length: refused.
+* no prompt length: refused, unless the caller says what to assume.
 
 Workloads written here are read back equal. They say the run's arrival in every ``t``
 (``clock`` is ``run``), and have two fields more, ``workflow`` and ``scope``.
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec.structs import replace
 
 from cluster.workload.form import BLOCK_TOKENS, Call, Run, Workload, session_scope
 from cluster.workload.lineage import linked
@@ -82,8 +83,12 @@ _entry_decoder = msgspec.json.Decoder(Entry)
 _Session = list[tuple[Line, Entry]]
 
 
-def read_common(path: Path) -> Workload:
-    """The workload of a file in the common form; WorkloadError if it is not one."""
+def read_common(path: Path, assumed_prompt_tokens: int = 0) -> Workload:
+    """The workload of a file in the common form; WorkloadError if it is not one.
+
+    ``assumed_prompt_tokens``: the length of prompts whose length is not recorded, for those who
+    ask for nothing that depends on it; 0 refuses them.
+    """
     source = lines(path)
     first = next(source, None)
     if first is None:
@@ -91,7 +96,10 @@ def read_common(path: Path) -> Workload:
     meta = first.read(_head_decoder).meta
     name = meta.name or workload_name(path)
     block_tokens = meta.bs or BLOCK_TOKENS
-    runs = [_run(session, meta, name, block_tokens) for session in _sessions(source)]
+    runs = [
+        _run(session, meta, name, block_tokens)
+        for session in _sessions(source, assumed_prompt_tokens)
+    ]
     known = meta.clock in ("trace", "run") and meta.arrivals_known
     if known and meta.clock == "trace":
         runs.sort(key=lambda run: run.arrival_s)
@@ -152,12 +160,14 @@ def _entry(run: Run, call: Call) -> Entry:
     )
 
 
-def _sessions(source: Iterator[Line]) -> Iterator[_Session]:
+def _sessions(source: Iterator[Line], assumed_prompt_tokens: int) -> Iterator[_Session]:
     """The calls of one session at a time; they must stand together."""
     session: _Session = []
     closed: set[str] = set()
     for line in source:
         entry = line.read(_entry_decoder)
+        if entry.prompt is None and assumed_prompt_tokens:
+            entry = replace(entry, prompt=assumed_prompt_tokens)
         if session and (entry.sid is None or entry.sid != session[0][1].sid):
             yield session
             closed.add(session[0][1].sid or "")

@@ -26,7 +26,7 @@ RATIO_UNIT = 1e-3
 """Ratios are told apart from here on."""
 RATIO_MOST = 1e6
 EXCEEDED = 0.05
-STEP = 0.005
+STEP = 0.02
 LEVEL_LEAST, LEVEL_MOST = 0.001, 0.2
 MODEL, CALIBRATED, TYPICAL, RECENT, STEADY, LONG, LAST = range(7)
 """Who is asked: the model of all runs; the same times what it was too low by lately; the median

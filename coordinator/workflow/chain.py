@@ -6,7 +6,7 @@ calls are states of their own, the others are one.
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,7 @@ YOUNGEST_S = 0.5
 """Ages below this are one; each that follows is twice as long."""
 AGENTS_MOST = 12
 """Agents of a workflow that are projected one by one, those with most calls."""
-EDGES_MOST = 64
+EDGES_MOST = 48
 PIECES = 4
 """Parts that a bin of a distribution is cut into on the grid."""
 TAIL = (1.1, 1.3, 1.6, 2.0, 3.0, 6.0)
@@ -34,6 +34,19 @@ TAIL = (1.1, 1.3, 1.6, 2.0, 3.0, 6.0)
 TAIL_MOST = 0.05
 CALL_GUESS_S = 10.0
 GAP_GUESS_S = 10.0
+
+
+class OnGrid(NamedTuple):
+    """A distribution on a grid of time, by age.
+
+    ``survive``: the share that is older. By step, of those: ``kernel``, the share that ends
+    there; ``still``, the share that lasts longer; ``lasted_s``, how long all did so far on average.
+    """
+
+    survive: Floats
+    kernel: Floats
+    still: Floats
+    lasted_s: Floats
 
 
 class Points:
@@ -65,27 +78,17 @@ class Points:
         self._below = np.concatenate([[0.0], np.cumsum(self.weights)])
         self._time_below = np.concatenate([[0.0], np.cumsum(self.weights * self.at_s)])
 
-    def lasting(self, ages_s: Floats, step_s: float) -> tuple[Floats, Floats]:
-        """By age and step: the share that still lasts, and how long all did on average so far."""
-        steps_s = np.arange(STEPS + 1) * step_s
-        until = np.searchsorted(self.at_s, ages_s[:, None] + steps_s[None, :], side="right")
-        before = np.searchsorted(self.at_s, ages_s[:, None], side="left")
-        alive = np.maximum(1e-12, 1.0 - self._below[before])
-        still = np.maximum(0.0, 1.0 - self._below[until]) / alive
-        ended = (self._below[until] - self._below[before]) / alive
-        time_s = (self._time_below[until] - self._time_below[before]) / alive
-        lasted_s = time_s - ages_s[:, None] * ended + steps_s[None, :] * still
-        return still, lasted_s
+    def on_grid(self, ages_s: Floats, step_s: float) -> OnGrid:
+        """How much longer it lasts, for each age.
 
-    def beyond(self, ages_s: Floats, step_s: float) -> tuple[Floats, Floats]:
-        """By age, the share that lasts longer, and on the grid how long that still lasts.
-
-        Each point's weight goes to the two steps around it, so that means stay what they are.
+        In the kernel each point's weight goes to the two steps around it, so that means stay
+        what they are.
         """
         left_s = self.at_s[None, :] - ages_s[:, None]
         weights = np.where(left_s >= 0, self.weights[None, :], 0.0)
         survive = weights.sum(axis=1)
-        scaled = weights / np.maximum(survive, 1e-12)[:, None]
+        alive = np.maximum(survive, 1e-12)[:, None]
+        scaled = weights / alive
         places = np.clip(left_s / step_s, 0.0, STEPS + 1.0)
         lower = places.astype(np.int64)
         part = places - lower
@@ -94,7 +97,15 @@ class Points:
         size = len(ages_s) * width
         kernel = np.bincount(flat, (scaled * (1 - part)).ravel(), size)
         kernel += np.bincount(flat + 1, (scaled * part).ravel(), size)[:size]
-        return survive, kernel.reshape(len(ages_s), width)[:, : STEPS + 1]
+        steps_s = np.arange(STEPS + 1) * step_s
+        until = np.searchsorted(self.at_s, ages_s[:, None] + steps_s[None, :], side="right")
+        before = np.searchsorted(self.at_s, ages_s[:, None], side="left")
+        still = np.maximum(0.0, 1.0 - self._below[until]) / alive
+        ended = (self._below[until] - self._below[before]) / alive
+        time_s = (self._time_below[until] - self._time_below[before]) / alive
+        lasted_s = time_s - ages_s[:, None] * ended + steps_s[None, :] * still
+        kernel = kernel.reshape(len(ages_s), width)[:, : STEPS + 1]
+        return OnGrid(survive, kernel, still, lasted_s)
 
 
 class Chain:

@@ -27,7 +27,8 @@ TICK_S = 5.0
 JUDGED_S = (5.0, 30.0, 120.0)
 HORIZON_LEAST_S, HORIZON_MOST_S = 1.0, 300.0
 RATE_FADING_S = 300.0
-PROJECTIONS_PER_TICK = 2
+REFRESH_S = 1.0
+"""How often one workflow's projection may be made anew: that takes milliseconds."""
 GAP_MOST_S = 60.0
 """If ticks are further apart, nothing is learned from what lies between them."""
 NAMES = ("prefill_tokens_per_s", "decode_tokens_per_s", "resident_kv_tokens")
@@ -92,14 +93,17 @@ class Forecaster:
         self._weight_s = 0.0
         self._resident = 0.0
         self._ticked_s: float | None = None
+        self._refreshed_s: float | None = None
 
     def tick(self, now_s: float) -> None:
         """Time passed. Does something every ``TICK_S``; may be called as often as one likes."""
         last_s = self._ticked_s
+        if self._refreshed_s is None or now_s >= self._refreshed_s + REFRESH_S:
+            self._refreshed_s = now_s
+            self._outlook.refresh(1)
         if last_s is not None and now_s < last_s + TICK_S:
             return
         self._ticked_s = now_s
-        self._outlook.refresh(PROJECTIONS_PER_TICK)
         answered, self._resident = self._outlook.answering(now_s)
         demand = self._profiles.demand
         totals = (demand.prefill_tokens, demand.decode_tokens + answered)

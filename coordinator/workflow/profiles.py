@@ -105,14 +105,14 @@ class Profiles:
         now_s = self._clock(now_s)
         run = self._run(key, call, now_s)
         profile = run.profile
+        edges = profile.edges
         symbol = profile.symbol(agent)
         prompt = hashes_of(block_hashes)
         named = profile.known_symbol(parent) if parent else NOBODY
         before = run.followed_by(symbol, prompt, named)
         live = LiveCall(symbol, path_after(before[0], symbol), now_s)
-        live.prompt_tokens = prompt_tokens
+        live.prompt_tokens = prompt_tokens = max(0, prompt_tokens)
         live.sketch = Sketch(prompt)
-        edges = profile.edges
         shared = shared_with(run, before[0], live, prompt, self.block_tokens)
         new_tokens = live.prompt_tokens - shared.tokens
         if uncached_tokens is not None:
@@ -232,7 +232,10 @@ class Profiles:
             if profile is not None:
                 profile.declare(None)
             return
-        self._profile(self._tenant(self._short(tenant)), self._short(workflow)).declare(graph)
+        profile = self._profile(self._tenant(self._short(tenant)), self._short(workflow))
+        edges = profile.edges
+        profile.declare(graph)
+        self._edge_count += profile.edges - edges
 
     def forget(self, tenant: str, workflow: str) -> None:
         """Drop a workflow, all that was learned of it, and its live runs."""
@@ -258,9 +261,9 @@ class Profiles:
             graph = found.profiles[name].graph
             self._drop_profile(found, name)
             profile.number = self._free_numbers[-1]
-        self._add_profile(found, name, profile)
         if graph is not None:
             profile.declare(graph)
+        self._add_profile(found, name, profile)
 
     @property
     def live_runs(self) -> int:
@@ -316,7 +319,7 @@ class Profiles:
     def _set_deadline(self, run: LiveRun, deadline_s: float) -> None:
         run.deadline_s = deadline_s
         heapq.heappush(self._deadlines, (deadline_s, run.key))
-        if len(self._deadlines) > 2 * self._run_count + 1024:
+        if len(self._deadlines) > 2 * self._run_count + 64:
             # Runs that ended leave their deadlines behind.
             runs = [run for tenant in self._tenants.values() for run in tenant.runs.values()]
             self._deadlines = [(run.deadline_s, run.key) for run in runs]

@@ -99,31 +99,29 @@ class _Grid:
         self._lower = np.minimum(places.astype(np.int64), STEPS - 1)
         self._part = places - self._lower
         self._columns = 3 * chain.size + 2
-        ages, fresh = ages_s(), np.zeros(1)
-        self._running = [one.beyond(ages, step_s)[1] for one in chain.durations]
-        self._last = [one.beyond(fresh, step_s)[1][0] for one in chain.durations]
-        self._gap = [edge.gap.beyond(ages, step_s) for edge in chain.edges]
-        self._fresh_gap = [edge.gap.beyond(fresh, step_s)[1][0] for edge in chain.edges]
+        # The first row is of what has just begun, the others are of the ages.
+        ages = np.concatenate([[0.0], ages_s()])
+        self._calls = [one.on_grid(ages, step_s) for one in chain.durations]
+        self._gaps = [edge.gap.on_grid(ages, step_s) for edge in chain.edges]
         self._alone = [self._own_demand(place) for place in range(chain.size)]
         self.after = self._solved()
         self.during = np.stack(
             [
                 self._alone[place]
-                + (1 - chain.final[place]) * (_toeplitz(kernel) @ self.after[:, place])
-                for place, kernel in enumerate(self._last)
+                + (1 - chain.final[place]) * (_toeplitz(one.kernel[0]) @ self.after[:, place])
+                for place, one in enumerate(self._calls)
             ],
             axis=1,
         )
 
     def running(self, place: int) -> tuple[Floats, Floats]:
         """By age and horizon, what an agent's running call leads to, and whether it still runs."""
-        chain, kernel = self.chain, self._running[place]
-        still, lasted_s = chain.durations[place].lasting(ages_s(), self.step_s)
-        table = (1 - chain.final[place]) * self._folded(kernel, self.after[:, place])
-        answered = self._at(lasted_s) / chain.duration_s[place]
+        chain, calls = self.chain, self._calls[place]
+        table = (1 - chain.final[place]) * self._folded(calls.kernel[1:], self.after[:, place])
+        answered = self._at(calls.lasted_s[1:]) / chain.duration_s[place]
         table[:, :, chain.size + place] += answered * chain.output_tokens[place]
         table[:, :, 3 * chain.size + 1] += answered * chain.output_squares[place]
-        return table, self._at(still)
+        return table, self._at(calls.still[1:])
 
     def idle(self, place: int) -> tuple[Floats, Floats]:
         """By age and horizon, what an agent's ended call leads to. It holds no memory itself."""
@@ -134,16 +132,13 @@ class _Grid:
         shares = sum(chain.edges[at].share for at in out)
         alive = np.full(AGES, ended)
         for at in out:
-            survive, _ = self._gap[at]
+            survive = self._gaps[at].survive[1:]
             alive = alive + (1 - ended) * chain.edges[at].share / shares * survive
         for at in out:
-            edge = chain.edges[at]
-            survive, kernel = self._gap[at]
-            weights = edge.calls * survive / np.maximum(alive, 1e-9)
-            kernel = kernel * weights[:, None]
-            table += self._folded(kernel, self.during[:, edge.target])
-            still, _ = edge.gap.lasting(ages_s(), self.step_s)
-            arrived = self._at(1.0 - still) * weights[:, None]
+            edge, gaps = chain.edges[at], self._gaps[at]
+            weights = (edge.calls * gaps.survive[1:] / np.maximum(alive, 1e-9))[:, None]
+            table += self._folded(gaps.kernel[1:] * weights, self.during[:, edge.target])
+            arrived = self._at(1.0 - gaps.still[1:]) * weights
             table[:, :, edge.target] += arrived * edge.new_tokens
             table[:, :, 3 * chain.size] += arrived * edge.new_squares
         return table, np.zeros((AGES, len(self._lower)))
@@ -177,10 +172,10 @@ class _Grid:
         """What a call that starts needs itself: its answer, and room for its prompt."""
         chain = self.chain
         table = np.zeros((STEPS + 1, self._columns))
-        still, lasted_s = chain.durations[place].lasting(np.zeros(1), self.step_s)
-        answered = lasted_s[0] / chain.duration_s[place]
+        calls = self._calls[place]
+        answered = calls.lasted_s[0] / chain.duration_s[place]
         table[:, chain.size + place] = answered * chain.output_tokens[place]
-        table[:, 2 * chain.size + place] = still[0] * chain.prompt_tokens[place]
+        table[:, 2 * chain.size + place] = calls.still[0] * chain.prompt_tokens[place]
         table[:, 3 * chain.size + 1] = answered * chain.output_squares[place]
         return table
 
@@ -189,13 +184,14 @@ class _Grid:
         chain, size = self.chain, self.chain.size
         delayed = np.zeros((STEPS + 1, size, size))
         needed = np.zeros((STEPS + 1, size, self._columns))
-        for edge, gap in zip(chain.edges, self._fresh_gap, strict=True):
+        for edge, gaps in zip(chain.edges, self._gaps, strict=True):
+            gap = gaps.kernel[0]
             # Calls that end their run by saying so are not idle afterwards.
             calls = edge.calls
-            both = np.convolve(gap, self._last[edge.target])[: STEPS + 1]
+            both = np.convolve(gap, self._calls[edge.target].kernel[0])[: STEPS + 1]
             delayed[:, edge.source, edge.target] += calls * (1 - chain.final[edge.target]) * both
             needed[:, edge.source] += calls * (_toeplitz(gap) @ self._alone[edge.target])
-            arrived = calls * (1.0 - edge.gap.lasting(np.zeros(1), self.step_s)[0][0])
+            arrived = calls * (1.0 - gaps.still[0])
             needed[:, edge.source, edge.target] += arrived * edge.new_tokens
             needed[:, edge.source, 3 * size] += arrived * edge.new_squares
         at_once = delayed[0].sum(axis=1, keepdims=True)

@@ -140,7 +140,7 @@ class Anything(RuleBasedStateMachine):
         assert sorted(call.unit for call in [*live, *idle] if call.unit >= 0) == [
             row for row in range(profiles.units.rows) if profiles.units.workflow[row] >= 0
         ]
-        assert len(profiles._deadlines) <= 2 * len(runs) + 1024
+        assert len(profiles._deadlines) <= 2 * len(runs) + 64
 
 
 def test_any_order_of_events() -> None:
