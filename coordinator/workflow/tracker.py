@@ -124,9 +124,10 @@ class Tracker:
             self._set_due(run)
             return []
         limit_s = self._learner.profiles.idle_s(key.tenant, key.workflow)
-        silent_s = now_s - run.heard_s
-        if silent_s >= limit_s:
+        # As the deadline is reckoned: a difference that is rounded otherwise would be due for ever.
+        if run.heard_s + limit_s <= now_s:
             return self._end(run, RunEnd.IDLE, now_s)
+        silent_s = max(0.0, now_s - run.heard_s)
         # Asked again before that: more may be known of its workflow by then.
         self._set_due(run, min(limit_s, 2.0 * silent_s))
         return []
