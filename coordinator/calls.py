@@ -28,7 +28,8 @@ import msgspec
 
 from coordinator.kv_index import KvIndex
 from coordinator.limits import Placement
-from coordinator.policy.placement import Ask, Choice, Impossible, Wait, can_ever_hold, place
+from coordinator.placing import Placing
+from coordinator.policy.placement import Ask, Choice, Decision, Impossible, Wait
 from coordinator.policy.placer import Placer
 from coordinator.policy.queue import CallQueue, CompletionRate, rank
 from coordinator.protocol import (
@@ -49,6 +50,7 @@ from coordinator.protocol import (
     WorkerGone,
     WorkerUp,
 )
+from coordinator.standing import Standing
 from coordinator.state import Api, Call, CallKey, CallPhase, State, Worker
 from coordinator.view import call_status
 from coordinator.workflow.tracker import Tracker
@@ -104,12 +106,15 @@ class Calls:
         self,
         state: State,
         index: KvIndex,
+        standing: Standing,
         placement: Placement,
         tracker: Tracker,
         placer: Placer | None = None,
     ) -> None:
         self._state = state
         self._index = index
+        self._standing = standing
+        self._placing = Placing(state, index, standing, placement, placer)
         self.placement = placement
         self._tracker = tracker
         self._placer = placer
@@ -351,12 +356,11 @@ class Calls:
         if unwanted is not None:
             status, reason = unwanted
         elif not wrong:
-            workers = self._state.workers.values()
             tokens = message.prompt_tokens
             if len(self.queue) >= self._state.limits.queue_calls:
                 status, reason = 429, "the queue is full"
                 retry_after_s = self._rate.retry_after_s(len(self.queue), now_s)
-            elif workers and not can_ever_hold(workers, tokens):
+            elif self._state.workers and self._standing.largest_tokens <= tokens:
                 status, reason = 503, f"no worker can hold {tokens} prompt tokens"
             else:
                 return None
@@ -412,7 +416,7 @@ class Calls:
         if self.queue.head is call:
             self._state.room_changed = True
 
-    def _place(self, call: Call, now_s: float) -> Choice | Wait | Impossible:
+    def _place(self, call: Call, now_s: float) -> Decision:
         submit, placement = call.submit, self.placement
         group = None
         if submit.group and placement.siblings_together:
@@ -426,15 +430,7 @@ class Calls:
             turn=call.arrival + call.plans,
             last=self._last(submit.context) if placement.sticky else "",
         )
-        workers = self._state.workers.values()
-
-        def cached() -> dict[str, int]:
-            return self._index.longest_prefix(submit.block_hashes)
-
-        if self._placer is not None:
-            return self._placer.place(call, ask, workers, cached, now_s)
-        state = self._state
-        return place(ask, workers, cached, state.limits, placement, state.block_size)
+        return self._placing.decide(call, ask, now_s)
 
     def _plan(self, call: Call, choice: Choice, now_s: float) -> None:
         """Reserve, move, tell. The call is out of the queue."""
@@ -450,6 +446,8 @@ class Calls:
             prefill.prefills[key] = call
             prefill.kv_blocks_reserved += choice.prefill_blocks
             prefill.prefilling += 1
+            self._standing.touch(prefill)
+        self._standing.touch(decode)
         call.computing = prefill or decode
         call.computing.prefill_tokens += choice.uncached_tokens
         call.uncached_tokens = choice.uncached_tokens
@@ -630,6 +628,7 @@ class Calls:
         call.computing.prefill_tokens -= call.uncached_tokens
         if call.computing is call.prefill:
             call.prefill.prefilling -= 1
+        self._standing.touch(call.computing)
         call.computing = None
         if self._placer is not None:
             # It may be waiting for just that; the configured policies are not.
@@ -654,6 +653,7 @@ class Calls:
     def _give_back(self, worker: Worker, blocks: int) -> None:
         worker.kv_blocks_reserved -= blocks
         worker.kv_blocks_used = max(0, worker.kv_blocks_used - blocks)
+        self._standing.touch(worker)
         self._state.room_changed = True
 
     def _learn(self, call: Call, message: Finished) -> None:

@@ -62,6 +62,7 @@ from coordinator.protocol import (
     WorkerToCore,
 )
 from coordinator.roles import Roles
+from coordinator.standing import Standing
 from coordinator.state import Api, Peer, Send, State, Worker, WorkerPhase
 from coordinator.view import call_status, link_status, run_status, worker_status
 from coordinator.workflow.desk import Desk
@@ -119,12 +120,15 @@ class Core:
         self._state = State(limits)
         self._index = KvIndex()
         self._pairs = Pairs(self._state, zlib.crc32(core_id.encode()) << PROBE_BITS)
-        self._roles = Roles(self._state, self._pairs, placement.ratio)
+        self._standing = Standing(limits, placement)
+        self._roles = Roles(self._state, self._pairs, self._standing, placement.ratio)
         workflow_limits = workflow_limits or WorkflowLimits()
         self._learner = Learner(workflow_limits, keeps, epoch_s)
         self._registry = Registry(workflow_limits, self._learner, keeps)
         self._tracker = Tracker(self._state, workflow_limits, self._registry, self._learner)
-        self._calls = Calls(self._state, self._index, placement, self._tracker, placer)
+        self._calls = Calls(
+            self._state, self._index, self._standing, placement, self._tracker, placer
+        )
         self._desk = Desk(
             self._state,
             workflow_limits,
@@ -275,6 +279,7 @@ class Core:
     def check(self) -> None:
         """Assert every invariant; for tests and for chasing bugs."""
         check_all(self._state, self._calls, self._pairs, self._roles, self._index)
+        self._standing.check(self._state.workers.values())
         self._tracker.check()
         self._registry.check()
         assert len(self._latest) <= 4 * self._limits.workers
@@ -348,6 +353,7 @@ class Core:
         state.deadlines.set(("worker", name), self._suspect_s(worker))
         state.room_changed = True
         self._index.add(name, facts.kv_blocks)
+        self._standing.add(worker)
         for _, api in sorted(state.apis.items()):
             state.send(api.peer, worker_up(worker))
         self._pairs.add(worker)
@@ -385,6 +391,7 @@ class Core:
 
     def _beat(self, worker: Worker, message: Beat, now_s: float) -> None:
         worker.beat(message.load, message.links)
+        self._standing.touch(worker)
         self._state.room_changed = True
         self._heard(worker, now_s)
 
@@ -392,6 +399,7 @@ class Core:
         worker.last_heard_s = now_s
         if worker.phase is WorkerPhase.SUSPECT:
             worker.move(WorkerPhase.UP, now_s, "beats again")
+            self._standing.touch(worker)
             self._state.deadlines.set(("worker", worker.name), self._suspect_s(worker))
             self._state.room_changed = True
             self._pairs.woke(worker, now_s)
@@ -405,6 +413,8 @@ class Core:
         elif now_s >= suspect_s:
             if worker.phase is WorkerPhase.UP:
                 worker.move(WorkerPhase.SUSPECT, now_s, f"missed {SUSPECT_BEATS} beats")
+                self._standing.touch(worker)
+                self._pairs.dozed(worker)
             self._state.deadlines.set(("worker", worker.name), lost_s)
         else:
             self._state.deadlines.set(("worker", worker.name), suspect_s)
@@ -417,6 +427,7 @@ class Core:
         state.deadlines.drop(("worker", worker.name))
         state.counters[f"workers_{phase.value}"] += 1
         self._index.forget(worker.name)
+        self._standing.remove(worker)
         for _, api in sorted(state.apis.items()):
             state.send(api.peer, WorkerGone(worker.name, worker.incarnation, reason))
         self._pairs.remove(worker, now_s)

@@ -15,6 +15,8 @@ different ones) breaks nothing; of it the index may forget too much.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+
 from coordinator.protocol import BLOCK_HASH_BYTES
 
 
@@ -147,32 +149,23 @@ class KvIndex:
             del run.entries[worker]
             self._trim(run)
 
-    def longest_prefix(self, hashes: bytes) -> dict[str, int]:
-        """How many leading blocks each worker holds; workers with none are left out."""
-        blocks = _count(hashes)
-        found: dict[str, int] = {}
-        alive: list[str] | None = None
-        position = 0
-        while position < blocks:
-            run = self._run_at(hashes, position)
-            if run is None:
-                break
-            same = _common_blocks(hashes, position, run, min(run.blocks, blocks - position))
-            entries = run.entries
-            still: list[str] = []
-            for worker in entries if alive is None else alive:
-                entry = entries.get(worker)
-                held = 0 if entry is None else entry.blocks
-                if held >= same:
-                    still.append(worker)
-                else:
-                    found[worker] = position + held
-            alive = still
-            position += same
-            if not alive:
-                return found
-        for worker in alive or ():
-            found[worker] = position
+    def longest_prefix(
+        self, hashes: bytes, most: int | None = None, among: Collection[str] = ()
+    ) -> dict[str, int]:
+        """How many leading blocks each worker holds; workers with none are left out.
+
+        With ``most`` it is told of the workers ``among`` and of no more than ``most`` others:
+        those that hold the prompt farther than a point that more than ``most`` have reached.
+        """
+        path = self._walk(hashes)
+        start = 0
+        if most is not None:
+            while start < len(path) and len(path[start][0].entries) > most:
+                start += 1
+        found = _prefixes(path, start)
+        for worker in among:
+            if worker not in found and (held := _holds(worker, path)):
+                found[worker] = held
         return found
 
     def blocks(self, worker: str) -> int:
@@ -206,6 +199,20 @@ class KvIndex:
     def _run_at(self, hashes: bytes, block: int) -> Run | None:
         at = block * BLOCK_HASH_BYTES
         return self._runs.get(hashes[at : at + BLOCK_HASH_BYTES])
+
+    def _walk(self, hashes: bytes) -> list[tuple[Run, int]]:
+        """The runs along a chain as far as anybody holds them, and how much of each is in it."""
+        blocks = _count(hashes)
+        path: list[tuple[Run, int]] = []
+        position = 0
+        while position < blocks:
+            run = self._run_at(hashes, position)
+            if run is None:
+                break
+            same = _common_blocks(hashes, position, run, min(run.blocks, blocks - position))
+            path.append((run, same))
+            position += same
+        return path
 
     def _path(self, hashes: bytes, blocks: int) -> list[Run]:
         """The runs that a chain consists of exactly, made where there are none."""
@@ -291,6 +298,50 @@ class KvIndex:
                 return
             excess -= entry.blocks
             self._drop(worker, held, entry.run)
+
+
+Path = Sequence[tuple[Run, int]]
+"""Runs along a chain, and how many blocks of each are meant."""
+
+
+def _prefixes(path: Path, start: int) -> dict[str, int]:
+    """How many leading blocks each worker holds that holds something of run ``start``, whole
+    what is before it."""
+    found: dict[str, int] = {}
+    if start == len(path):
+        return found
+    before = path[:start]
+    position = sum(same for _, same in before)
+    alive = [name for name in path[start][0].entries if _holds(name, before) == position]
+    for run, same in path[start:]:
+        entries = run.entries
+        still: list[str] = []
+        for worker in alive:
+            entry = entries.get(worker)
+            held = 0 if entry is None else entry.blocks
+            if held >= same:
+                still.append(worker)
+            elif position + held:
+                found[worker] = position + held
+        alive = still
+        position += same
+        if not alive:
+            return found
+    for worker in alive:
+        found[worker] = position
+    return found
+
+
+def _holds(worker: str, path: Path) -> int:
+    """How many leading blocks of a path a worker holds."""
+    position = 0
+    for run, same in path:
+        entry = run.entries.get(worker)
+        held = 0 if entry is None else entry.blocks
+        if held < same:
+            return position + held
+        position += same
+    return position
 
 
 def _common_blocks(hashes: bytes, position: int, run: Run, most: int) -> int:

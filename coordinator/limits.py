@@ -116,6 +116,9 @@ class Placement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Output room reserved on the decode worker: the smaller of this and the call's limit."""
     kv_headroom_fraction: Annotated[float, msgspec.Meta(ge=0.0, lt=1.0)] = 0.05
     """Share of a decode worker's KV blocks that is never reserved."""
+    compared_workers: Positive = 32
+    """``pythia``: in a cluster of more workers only about so many are compared for a call: the
+    least loaded, those with the most room, those that hold the most of the prompt."""
     siblings_together: bool = True
     """Calls of one group go to one decode worker while it has room."""
     cached_weight: Factor = 0.1

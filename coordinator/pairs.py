@@ -19,8 +19,8 @@ import itertools
 from collections.abc import Iterator
 
 from coordinator.deadlines import Key
-from coordinator.protocol import Probe, Probed, ProbeFinished, ProbeRead
-from coordinator.state import Pair, PairKey, PairPhase, State, Worker
+from coordinator.protocol import Probe, Probed, ProbeFinished, ProbeRead, Role
+from coordinator.state import ROLE_TURNS, Pair, PairKey, PairPhase, State, Worker
 
 
 def _deadline_key(pair: Pair) -> Key:
@@ -46,6 +46,8 @@ class Pairs:
         self._urgent_waiting = 0
         self._probes = first_probe
         self._may_start: set[str] = set()
+        self._idle: dict[Role, dict[str, Worker]] = {role: {} for role in ROLE_TURNS}
+        """Workers that may take part in a probe."""
 
     def add(self, worker: Worker) -> None:
         """A worker registered: its pairs wait to be probed."""
@@ -53,12 +55,14 @@ class Pairs:
             if other is not worker:
                 self._add(other, worker)
                 self._add(worker, other)
+        self._look_at(worker)
         self._may_start.add(worker.name)
 
     def remove(self, worker: Worker, now_s: float) -> None:
         """A worker is gone, and its pairs with it. It is not registered any more."""
         if worker.probe is not None:
             self._end_probe(worker.probe)
+        self._look_at(worker)
         for other in self._state.workers.values():
             for key in ((other.name, worker.name), (worker.name, other.name)):
                 pair = self.pairs.pop(key)
@@ -70,11 +74,17 @@ class Pairs:
 
     def woke(self, worker: Worker, now_s: float) -> None:
         """A suspect worker is up again and may take part in probes."""
+        self._look_at(worker)
         self._may_start.add(worker.name)
         self.start(now_s)
 
+    def dozed(self, worker: Worker) -> None:
+        """A worker is suspect: it takes part in no new probe."""
+        self._look_at(worker)
+
     def turned(self, worker: Worker, now_s: float) -> None:
         """A worker's role changed: other pairs of it are urgent now."""
+        self._look_at(worker)
         for other in self._state.workers.values():
             if other is not worker:
                 for pair in (
@@ -185,6 +195,11 @@ class Pairs:
             has_deadline = self._state.deadlines.get(_deadline_key(pair)) is not None
             assert has_deadline == (probing or (pair.phase is PairPhase.COLD and not in_line)), key
             assert pair.attempts <= self._state.limits.probe_attempts
+        for role, idle in self._idle.items():
+            expected = {
+                name: each for name, each in workers.items() if each.role == role and _idle(each)
+            }
+            assert idle == expected, role
         for worker in workers.values():
             assert worker.probe is None or self.pairs[worker.probe.key] is worker.probe
             assert worker.warm_sources <= workers.keys() - {worker.name}
@@ -215,11 +230,35 @@ class Pairs:
             self._may_start.update(self._state.workers)
         return True
 
+    def _look_at(self, worker: Worker) -> None:
+        for idle in self._idle.values():
+            idle.pop(worker.name, None)
+        if _idle(worker):
+            self._idle[worker.role][worker.name] = worker
+
     def _next_for(self, worker: Worker) -> Pair | None:
-        line = worker.cold_other if self._urgent_waiting == 0 else worker.cold_urgent
-        for pair in line.values():
-            if _idle(pair.target if pair.source is worker else pair.source):
-                return pair
+        """A pair that waits, of this worker and an idle one.
+
+        When there is much to do most workers are busy: then who is idle is looked through, and
+        not all pairs that wait.
+        """
+        urgent = self._urgent_waiting > 0
+        line = worker.cold_urgent if urgent else worker.cold_other
+        others = [
+            idle
+            for role, idle in self._idle.items()
+            if not urgent or role != worker.role or role == "mixed"
+        ]
+        if len(line) <= sum(map(len, others)):
+            for pair in line.values():
+                if _idle(pair.target if pair.source is worker else pair.source):
+                    return pair
+            return None
+        for idle in others:
+            for name in idle:
+                found = line.get((worker.name, name)) or line.get((name, worker.name))
+                if found is not None:
+                    return found
         return None
 
     def _begin(self, pair: Pair, now_s: float) -> None:
@@ -230,6 +269,8 @@ class Pairs:
         pair.attempts += 1
         pair.move(PairPhase.SOURCE, now_s, f"probe {pair.probe}")
         pair.source.probe = pair.target.probe = pair
+        self._look_at(pair.source)
+        self._look_at(pair.target)
         state.deadlines.set(_deadline_key(pair), now_s + state.limits.probe_s)
         state.counters["probes_sent"] += 1
         state.send(
@@ -258,4 +299,6 @@ class Pairs:
 
     def _end_probe(self, pair: Pair) -> None:
         pair.source.probe = pair.target.probe = None
+        self._look_at(pair.source)
+        self._look_at(pair.target)
         self._may_start.update(pair.key)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from coordinator.limits import Ratio
 from coordinator.pairs import Pairs
 from coordinator.policy.ratio import Trend, look
+from coordinator.standing import Standing
 from coordinator.state import State
 
 DEADLINE = ("roles",)
@@ -18,9 +19,10 @@ DEADLINE = ("roles",)
 class Roles:
     """Looks at the load at an interval, as long as there are workers."""
 
-    def __init__(self, state: State, pairs: Pairs, ratio: Ratio) -> None:
+    def __init__(self, state: State, pairs: Pairs, standing: Standing, ratio: Ratio) -> None:
         self._state = state
         self._pairs = pairs
+        self._standing = standing
         self._ratio = ratio
         self._trend = Trend()
 
@@ -43,6 +45,7 @@ class Roles:
             return
         worker = state.workers[turn.worker]
         worker.turn(turn.role, now_s, turn.reason)
+        self._standing.add(worker)
         state.counters["role_flips"] += 1
         state.room_changed = True
         self._pairs.turned(worker, now_s)

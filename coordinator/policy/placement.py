@@ -64,6 +64,18 @@ Decision = Choice | Wait | Impossible
 NO_WORKER = Wait("no worker is up")
 NO_ROOM = Wait("no worker has room")
 NO_PREFILL_ROOM = Wait("no prefill worker has room")
+NO_PREFILL_WORKER = "local: no prefill worker"
+
+
+def decode_blocks(ask: Ask, placement: Placement, block_size: int) -> int:
+    """What a call needs on the worker that decodes it."""
+    output_tokens = min(ask.output_tokens, placement.reserve_output_tokens)
+    return -(-(ask.prompt_tokens + output_tokens) // block_size)
+
+
+def prefill_blocks(ask: Ask, block_size: int) -> int:
+    """What a call needs on the worker that computes its prompt for another one."""
+    return -(-ask.prompt_tokens // block_size)
 
 
 def can_ever_hold(workers: Collection[WorkerView], prompt_tokens: int) -> bool:
@@ -106,8 +118,7 @@ def place(
         if not workers or can_ever_hold(workers, prompt_tokens):
             return NO_WORKER
         return Impossible(f"no worker can hold {prompt_tokens} prompt tokens")
-    output_tokens = min(ask.output_tokens, placement.reserve_output_tokens)
-    blocks = -(-(prompt_tokens + output_tokens) // block_size)
+    blocks = decode_blocks(ask, placement, block_size)
     roomy = [
         worker
         for worker in _with_room(_without(able, ask) or able, blocks, placement)
@@ -158,8 +169,8 @@ def _with_prefill(
 ) -> Decision:
     """Add one of the prefill workers that ``local.decode`` can pull from."""
     if not linked:
-        return msgspec.structs.replace(local, reason="local: no prefill worker")
-    blocks = -(-ask.prompt_tokens // block_size)
+        return msgspec.structs.replace(local, reason=NO_PREFILL_WORKER)
+    blocks = prefill_blocks(ask, block_size)
     roomy = [
         worker
         for worker in _with_room(linked, blocks, placement)

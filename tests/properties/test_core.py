@@ -76,7 +76,8 @@ LIMITS = Limits(
     sessions=2,
     story_lines=6,
 )
-PLACEMENT = Placement(remote_prefill_min_tokens=8, reserve_output_tokens=8)
+# Of more than one worker only a few are compared, as in a large cluster.
+PLACEMENT = Placement(remote_prefill_min_tokens=8, reserve_output_tokens=8, compared_workers=1)
 REACTIVE = Placement(
     policy="cache_aware",
     sticky=True,

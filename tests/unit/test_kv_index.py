@@ -132,6 +132,17 @@ def blocks_of(turns: Sequence[int]) -> list[int]:
     return names
 
 
+def check_some(some: dict[str, int], everything: dict[str, int], most: int) -> None:
+    """What is told of a few is true, and whoever is left out holds no more than those told of
+    whom nobody asked about."""
+    assert some.items() <= everything.items()
+    assert ("b" in some) == ("b" in everything)
+    unasked = some.keys() - {"b"}
+    assert len(some) <= most + 1
+    left_out = [everything[name] for name in everything.keys() - some.keys()]
+    assert max(left_out, default=0) <= min((some[name] for name in unasked), default=10**9)
+
+
 @settings(max_examples=300)
 @given(st.sampled_from([1, 3, 12, 1000]), steps, st.lists(turns, max_size=4))
 def test_agrees_with_single_blocks(
@@ -155,7 +166,10 @@ def test_agrees_with_single_blocks(
         for prompt in (way, *asked):
             blocks = blocks_of(prompt)
             found = {name: held.prefix(blocks) for name, held in plain.items()}
-            assert index.longest_prefix(chain(*blocks)) == {n: c for n, c in found.items() if c}
+            found = {name: count for name, count in found.items() if count}
+            assert index.longest_prefix(chain(*blocks)) == found
+            for most in range(len(WORKERS) + 1):
+                check_some(index.longest_prefix(chain(*blocks), most, "b"), found, most)
     for worker, held in plain.items():
         assert index.blocks(worker) == len(held.held)
 
@@ -193,3 +207,16 @@ def test_prompts_that_grow_cost_a_run_and_not_one_each() -> None:
     assert len(index._runs) == 1
     assert index.longest_prefix(chain(*blocks)) == {"a": 3000, "b": 3000}
     index.check()
+
+
+def test_a_few_of_many_holders_are_those_that_hold_the_most() -> None:
+    names = [f"w{number:02}" for number in range(40)]
+    index = index_of(**dict.fromkeys(names, 100))
+    for number, name in enumerate(names):
+        index.stored(name, chain(*range(1, 10), 100 + number // 4))
+    ours = chain(*range(1, 10), 103)
+    assert index.longest_prefix(ours, 8) == dict.fromkeys(["w12", "w13", "w14", "w15"], 10)
+    asked = index.longest_prefix(ours, 8, ["w00", "w13", "nobody"])
+    assert asked == dict.fromkeys(["w12", "w13", "w14", "w15"], 10) | {"w00": 9}
+    assert index.longest_prefix(chain(*range(1, 10)), 8) == {}
+    assert len(index.longest_prefix(chain(*range(1, 10)), 40)) == 40

@@ -1,0 +1,88 @@
+"""Where a waiting call goes: what placement is asked, and whom it compares.
+
+Up to ``Placement.compared_workers`` workers are all compared. In a larger cluster ``pythia``
+compares those that can be the answer: an eighth of that number each of the least loaded
+decode and prefill workers and of those with the most room, and up to a half that hold the
+most of the prompt. So what a decision costs grows with the logarithm of the cluster. Where
+these are no answer all are asked, and so they are where nobody has room for sure, after a
+failure and by the other policies, which are here to be compared with.
+"""
+
+from __future__ import annotations
+
+from coordinator.kv_index import KvIndex
+from coordinator.limits import Placement
+from coordinator.policy.placement import (
+    NO_PREFILL_ROOM,
+    NO_PREFILL_WORKER,
+    NO_ROOM,
+    Ask,
+    Choice,
+    Decision,
+    decode_blocks,
+    place,
+    prefill_blocks,
+)
+from coordinator.policy.placer import Placer
+from coordinator.standing import Standing
+from coordinator.state import Call, State
+
+
+class Placing:
+    """Asks the configured policy, or the ``placer``."""
+
+    def __init__(
+        self,
+        state: State,
+        index: KvIndex,
+        standing: Standing,
+        placement: Placement,
+        placer: Placer | None,
+    ) -> None:
+        self._state = state
+        self._index = index
+        self._standing = standing
+        self._placement = placement
+        self._placer = placer
+
+    def decide(self, call: Call, ask: Ask, now_s: float) -> Decision:
+        """For the call that is first in the queue."""
+        workers = self._state.workers
+        hashes = call.submit.block_hashes
+
+        def cached() -> dict[str, int]:
+            return self._index.longest_prefix(hashes)
+
+        if self._placer is not None:
+            return self._placer.place(call, ask, workers.values(), cached, now_s)
+        if len(workers) > self._placement.compared_workers and self._placement.policy == "pythia":
+            decision = self._near(ask, hashes)
+            if decision is not None:
+                return decision
+        state = self._state
+        return place(ask, workers.values(), cached, state.limits, self._placement, state.block_size)
+
+    def _near(self, ask: Ask, hashes: bytes) -> Decision | None:
+        """What comes of comparing a few; None if that settles nothing."""
+        state, standing, placement = self._state, self._standing, self._placement
+        standing.renew()
+        decoders, prefillers = standing.decoders, standing.prefillers
+        if ask.avoid or not decoders or standing.largest_tokens <= ask.prompt_tokens:
+            return None
+        if decoders.full(decode_blocks(ask, placement, state.block_size)):
+            return NO_ROOM
+        few = max(1, placement.compared_workers // 8)
+        names = dict.fromkeys(decoders.first(few))
+        names |= dict.fromkeys(prefillers.first(few))
+        if ask.sibling in state.workers:
+            names[ask.sibling] = None
+        held = self._index.longest_prefix(hashes, 4 * few, names)
+        names |= dict.fromkeys(held)
+        near = [state.workers[name] for name in names]
+        decision = place(ask, near, lambda: held, state.limits, placement, state.block_size)
+        if isinstance(decision, Choice):
+            settled = decision.reason != NO_PREFILL_WORKER or not prefillers
+        else:
+            blocks = prefill_blocks(ask, state.block_size)
+            settled = decision is NO_PREFILL_ROOM and prefillers.full(blocks)
+        return decision if settled else None
