@@ -44,8 +44,9 @@ class Open:
 
 
 class Clients:
-    """All clients. ``api_s``: what an API process takes before it submits a call;
-    ``tokens_max``: the model's context; ``aborted``: share of calls that are given up."""
+    """All clients. ``api_s`` and ``api_token_s``: what an API process takes before it submits a
+    call, and for each token of its prompt; ``tokens_max``: the model's context; ``aborted``:
+    share of calls that are given up."""
 
     def __init__(
         self,
@@ -57,6 +58,7 @@ class Clients:
         block_size: int,
         tokens_max: int,
         api_s: float,
+        api_token_s: float = 0.0,
         aborted: float = 0.0,
         aborts_until_s: float = 0.0,
         limited: bool = False,
@@ -71,6 +73,7 @@ class Clients:
         self._block_size = block_size
         self._tokens_max = tokens_max
         self._api_s = api_s
+        self._api_token_s = api_token_s
         self._aborted = aborted
         self._aborts_until_s = aborts_until_s
         self._limited = limited
@@ -134,7 +137,8 @@ class Clients:
             record.outcome, record.status, record.ended_s = "rejected", 400, self._events.now_s
             self._over(open_call)
             return
-        self._events.after(self._api_s, self._submit, open_call)
+        rendered_s = self._api_s + self._api_token_s * record.prompt_tokens
+        self._events.after(rendered_s, self._submit, open_call)
 
     def _submit(self, open_call: Open) -> None:
         record = open_call.record

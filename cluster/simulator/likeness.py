@@ -7,6 +7,8 @@ that takes as long.
 
     alone     one short call after the other: how fast the machine decodes by now
               (``memory_slower``), what rendering, HTTP and messages take (``api_s``)
+    cached    one call after the other with the same long prompt, of which little has to be
+              computed: what each token of a prompt takes in any case (``api_token_s``)
     long      one long prompt after the other: how fast it prefills (``compute_slower``, from
               the difference of two lengths), what a transfer takes besides its bytes
               (``transfer_fixed_s``)
@@ -14,6 +16,8 @@ that takes as long.
               down (``contention``)
 
 Probes are workloads like any other, and none of their prompts occurs in what is compared.
+A machine's speed changes while one looks at it, and so do the replays that are compared: figures
+are means over all rounds of probes, not the best or the usual ones.
 """
 
 from __future__ import annotations
@@ -38,6 +42,9 @@ from coordinator.protocol import EngineFacts
 SHORT_TOKENS = 40
 SHORT_OUTPUT = 24
 SHORT_CALLS = 16
+CACHED_BLOCKS = 60
+CACHED_CALLS = 13
+"""The first computes the prompt for the others."""
 LONG_TOKENS = (640, 1920)
 LONG_OUTPUT = 8
 LONG_CALLS = 12
@@ -52,8 +59,10 @@ PAUSE_S = 0.05
 MESSAGE_S = 100e-6
 """A message between two processes of one machine. Only its sum with ``api_s`` is measured."""
 
-Kind = Literal["alone", "long", "together"]
-KINDS: tuple[Kind, ...] = ("alone", "long", "together")
+BLOCK_TOKENS = 32
+
+Kind = Literal["alone", "cached", "long", "together"]
+KINDS: tuple[Kind, ...] = ("alone", "cached", "long", "together")
 
 
 class LikenessError(SimulationError):
@@ -70,6 +79,7 @@ class Constants(msgspec.Struct, frozen=True, kw_only=True):
     compute_slower: float = 1.0
     memory_slower: float = 1.0
     api_s: float = 0.0
+    api_token_s: float = 0.0
     message_s: float = MESSAGE_S
     transfer_fixed_s: float = 0.0
     bytes_per_s: float = 1e9
@@ -83,6 +93,8 @@ def probe(kind: Kind, config: ClusterConfig) -> Workload:
     match kind:
         case "alone":
             runs = [_turns(SHORT_CALLS, (SHORT_TOKENS,), SHORT_OUTPUT, PAUSE_S)]
+        case "cached":
+            runs = [_repeated(CACHED_CALLS, CACHED_BLOCKS, SHORT_OUTPUT, PAUSE_S)]
         case "long":
             runs = [_turns(LONG_CALLS, LONG_TOKENS, LONG_OUTPUT, PAUSE_S)]
         case "together":
@@ -93,7 +105,7 @@ def probe(kind: Kind, config: ClusterConfig) -> Workload:
         name=kind,
         source="probe",
         licence="",
-        block_tokens=32,
+        block_tokens=BLOCK_TOKENS,
         runs=tuple(
             Run(f"{kind}-{number}", kind, 0.0, f"{kind}-{number}", calls)
             for number, calls in enumerate(runs)
@@ -110,6 +122,17 @@ def _turns(
         prompt_tokens = prompts_tokens[index % len(prompts_tokens)]
         parents = (index - 1,) if index else ()
         made.append(Call(index, parents, think_s, prompt_tokens, output_tokens, ()))
+    return tuple(made)
+
+
+def _repeated(calls: int, blocks: int, output_tokens: int, think_s: float) -> tuple[Call, ...]:
+    """One call after the other with the same prompt but for a last block and a bit."""
+    made = []
+    for index in range(calls):
+        parents = (index - 1,) if index else ()
+        prompt_tokens = (blocks + 1) * BLOCK_TOKENS + BLOCK_TOKENS // 4
+        known = ((1, blocks), (2 * blocks + 2 * index, 1))
+        made.append(Call(index, parents, think_s, prompt_tokens, output_tokens, known))
     return tuple(made)
 
 
@@ -157,6 +180,7 @@ def setup_like(
         network=NetworkSetup(
             message_s=constants.message_s,
             api_s=constants.api_s,
+            api_token_s=constants.api_token_s,
             same_node="tcp",
             same_rack="tcp",
             across="tcp",
@@ -181,30 +205,35 @@ def constants_of(
     ``real``: of each kind one or more replays. ``make``: the cluster with given constants.
     LikenessError if a probe went another way than it should have.
     """
-    alone, long, together = (_calls(kind, real[kind]) for kind in KINDS)
+    alone, cached, long, together = (_calls(kind, real[kind]) for kind in KINDS)
+    alone_s, cached_s = _ttft_s(alone), _ttft_s(_repeats(cached))
 
     def simulated(kind: Kind, constants: Constants) -> list[CallRecord]:
         return simulate(make(constants), probe(kind, config), limited=True).calls
 
     found = Constants(bytes_per_s=bytes_per_s or Constants().bytes_per_s)
     for _ in range(ROUNDS):
-        model, long_model = simulated("alone", found), simulated("long", found)
-        decodes = _median_itl_s(alone) / _median_itl_s(model)
-        prefills = _longer_s(long) / _longer_s(long_model)
-        late_s = _median_ttft_s(alone) - _median_ttft_s(model)
-        if max(abs(decodes - 1), abs(prefills - 1), abs(late_s) / _median_ttft_s(alone)) < CLOSE:
+        model = {kind: simulated(kind, found) for kind in KINDS if kind != "together"}
+        decodes = _itl_s(alone) / _itl_s(model["alone"])
+        prefills = _longer_s(long) / _longer_s(model["long"])
+        late_s = alone_s - _ttft_s(model["alone"])
+        token_s = cached_s - _ttft_s(_repeats(model["cached"])) - late_s
+        off = (decodes - 1, prefills - 1, late_s / alone_s, token_s / cached_s)
+        if max(map(abs, off)) < CLOSE:
             break
+        token_s /= CACHED_BLOCKS * BLOCK_TOKENS
         found = msgspec.structs.replace(
             found,
             memory_slower=found.memory_slower * decodes,
             compute_slower=found.compute_slower * prefills,
             api_s=max(0.0, found.api_s + late_s),
+            api_token_s=max(0.0, found.api_token_s + token_s),
         )
     if not any(entry.role == "prefill" for entry in config.workers):
         return found
     if not all(call.moved_tokens for call in long):
         raise LikenessError("a long prompt that was to be prefilled elsewhere was not")
-    fixed_s = _median_duration_s(long) - _median_duration_s(simulated("long", found))
+    fixed_s = _duration_s(long) - _duration_s(simulated("long", found))
     found = msgspec.structs.replace(found, transfer_fixed_s=max(0.0, fixed_s))
     engines, factor, real_s = len(config.workers), 1.0, _both_s(together)
     for _ in range(ROUNDS):
@@ -224,11 +253,15 @@ def _calls(kind: Kind, results: Iterable[Result]) -> list[CallRecord]:
     return calls
 
 
+def _repeats(calls: Iterable[CallRecord]) -> list[CallRecord]:
+    """Of the probe ``cached``: those that found their prompt there."""
+    return [call for call in calls if call.call > 0]
+
+
 def _longer_s(calls: Iterable[CallRecord]) -> float:
     """Of the probe ``long``: what the longer prompts' first tokens take longer."""
     shorter, longer = (
-        _median_ttft_s([call for call in calls if call.prompt_tokens == tokens])
-        for tokens in LONG_TOKENS
+        _ttft_s([call for call in calls if call.prompt_tokens == tokens]) for tokens in LONG_TOKENS
     )
     return longer - shorter
 
@@ -244,16 +277,16 @@ def _both_s(calls: Sequence[CallRecord]) -> float:
     ]
     if not beside:
         raise LikenessError("no decode was over while others prefilled")
-    return sqrt(_median_itl_s(beside) * statistics.fmean(call.ttft_s for call in prompts))
+    return sqrt(_itl_s(beside) * statistics.fmean(call.ttft_s for call in prompts))
 
 
-def _median_ttft_s(calls: Sequence[CallRecord]) -> float:
-    return statistics.median(call.ttft_s for call in calls)
+def _ttft_s(calls: Sequence[CallRecord]) -> float:
+    return statistics.fmean(call.ttft_s for call in calls)
 
 
-def _median_itl_s(calls: Sequence[CallRecord]) -> float:
-    return statistics.median(call.itl_s for call in calls)
+def _itl_s(calls: Sequence[CallRecord]) -> float:
+    return statistics.fmean(call.itl_s for call in calls)
 
 
-def _median_duration_s(calls: Sequence[CallRecord]) -> float:
-    return statistics.median(call.ended_s - call.due_s for call in calls)
+def _duration_s(calls: Sequence[CallRecord]) -> float:
+    return statistics.fmean(call.ended_s - call.due_s for call in calls)

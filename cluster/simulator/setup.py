@@ -56,6 +56,8 @@ class NetworkSetup(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     message_jitter_s: Amount = 0.0
     api_s: Amount = 1e-3
     """What an API process takes to render a request before it submits it."""
+    api_token_s: Amount = 0.0
+    """And what it takes for each token of the prompt: tokenizing, hashing, copying."""
     same_node: Tier = "nvlink"
     same_rack: Tier = "rdma"
     across: Tier = "rdma"

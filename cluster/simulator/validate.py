@@ -2,8 +2,8 @@
 
 Starts a cluster on this machine, replays the workload on it a few times, then simulates the
 same with a cluster made like that one (``likeness``), and prints both beside each other.
-What the simulator is told was measured by a calibration of the engine and by probes before each
-replay; nothing of the replays themselves goes into it.
+What the simulator is told was measured by a calibration of the engine and by probes before and
+after each replay; nothing of the replays themselves goes into it.
 
 Times can only agree as well as the real ones repeat themselves: their spread is shown, and how
 much of the processors other programs used meanwhile.
@@ -88,7 +88,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     runs_per_s: float = RUNS_PER_S
     model: str = "tiny-llama"
     roles: Sequence[str] = ROLES
-    repeats: int = 2
+    repeats: int = 4
     calibration: Path | None = None
 
 
@@ -128,6 +128,7 @@ def measure(options: Options, workload: Workload, console: Console) -> Live:
         live = Live(facts=facts[config.workers[-1].name], calibration=calibration)
         for repeat in range(options.repeats):
             _take_turn(cluster, workload, live, progress, repeat)
+        _probe(cluster, live, progress, "at the end")
         speeds = [link.bytes_per_s for link in cluster.snapshot().links if link.bytes_per_s]
         live.bytes_per_s = statistics.median(speeds) if speeds else 0.0
     return live
@@ -136,12 +137,9 @@ def measure(options: Options, workload: Workload, console: Console) -> Live:
 def _take_turn(
     cluster: LocalCluster, workload: Workload, live: Live, progress: Progress, repeat: int
 ) -> None:
+    _probe(cluster, live, progress, f"round {repeat + 1}")
     task = progress.task_ids[0]
     target = target_of(cluster, live.calibration.shape.vocab)
-    for kind in KINDS:
-        progress.update(task, description=f"round {repeat + 1}: probe {kind}")
-        result = uvloop.run(LiveReplay(target, probe(kind, cluster.config)).run(kind))
-        live.probes.setdefault(kind, []).append(result)
     progress.update(task, description=f"round {repeat + 1}: replay")
     before_s, began_s = _others_s(cluster), time.monotonic()
     replay = LiveReplay(target, workload, progress=lambda ended: progress.advance(task))
@@ -151,6 +149,14 @@ def _take_turn(
         raise ValidationError(f"{failed} calls were not served; the log says why")
     live.results.append(result)
     live.others_share.append(max(0.0, others_s) / (elapsed_s * usable_cores()))
+
+
+def _probe(cluster: LocalCluster, live: Live, progress: Progress, when: str) -> None:
+    target = target_of(cluster, live.calibration.shape.vocab)
+    for kind in KINDS:
+        progress.update(progress.task_ids[0], description=f"{when}: probe {kind}")
+        result = uvloop.run(LiveReplay(target, probe(kind, cluster.config)).run(kind))
+        live.probes.setdefault(kind, []).append(result)
 
 
 def target_of(cluster: LocalCluster, vocabulary: int) -> Target:

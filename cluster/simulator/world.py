@@ -85,6 +85,7 @@ class World:
             block_size=options.block_size,
             tokens_max=self.facts.max_model_len,
             api_s=setup.network.api_s,
+            api_token_s=setup.network.api_token_s,
             aborted=faults.abort,
             aborts_until_s=faults.until_s,
             limited=limited,

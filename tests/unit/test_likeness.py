@@ -58,6 +58,7 @@ TRUE = Constants(
     compute_slower=1.3,
     memory_slower=0.9,
     api_s=7e-3,
+    api_token_s=4e-6,
     transfer_fixed_s=9e-3,
     bytes_per_s=1e9,
     contention=(1.0, 1.25),
@@ -88,6 +89,7 @@ def test_a_cluster_is_found_to_be_what_it_is() -> None:
     assert found.compute_slower == pytest.approx(TRUE.compute_slower, rel=0.02)
     assert found.memory_slower == pytest.approx(TRUE.memory_slower, rel=0.02)
     assert found.api_s == pytest.approx(TRUE.api_s, rel=0.05)
+    assert found.api_token_s == pytest.approx(TRUE.api_token_s, rel=0.05)
     assert found.transfer_fixed_s == pytest.approx(TRUE.transfer_fixed_s, rel=0.1)
     assert found.contention == pytest.approx(TRUE.contention, rel=0.03)
 
