@@ -211,7 +211,9 @@ class Core:
                 self._registry.restore(graph)
             except GraphError as error:
                 problems.append(f"workflow {graph.name!r}: {error}")
-        return problems + self._learner.restore(kept, now_s)
+        problems += self._learner.restore(kept, now_s)
+        self._tracker.restore(kept.runs, now_s)
+        return problems
 
     def learn(self) -> None:
         """Learn from the calls that were handled. A shell does that when nobody waits for it;

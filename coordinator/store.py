@@ -15,14 +15,18 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from msgspec.structs import astuple
+
 from coordinator.workflow.journal import decode_events, encode_events
 from coordinator.workflow.keeping import (
     DropEvents,
     DropGraph,
     DropProfile,
+    DropRun,
     KeepEvents,
     KeepGraph,
     KeepProfile,
+    KeepRun,
     Kept,
     Save,
 )
@@ -42,6 +46,10 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "CREATE TABLE profiles (tenant TEXT, workflow TEXT, profile BLOB NOT NULL,"
         " position INTEGER NOT NULL, PRIMARY KEY (tenant, workflow)) WITHOUT ROWID",
         "CREATE TABLE events (position INTEGER PRIMARY KEY, events BLOB NOT NULL)",
+    ),
+    (
+        "CREATE TABLE runs (tenant TEXT, workflow TEXT, run TEXT, deadline_at_s REAL,"
+        " priority INTEGER NOT NULL, PRIMARY KEY (tenant, workflow, run)) WITHOUT ROWID",
     ),
 )
 """How to get from each version of the schema to the next. Never changed, only added to."""
@@ -74,10 +82,13 @@ class Store:
         columns = "tenant, workflow, profile, position"
         profiles = self._database.execute(f"SELECT {columns} FROM profiles ORDER BY 1, 2")
         events = self._database.execute("SELECT position, events FROM events ORDER BY position")
+        columns = "tenant, workflow, run, deadline_at_s, priority"
+        runs = self._database.execute(f"SELECT {columns} FROM runs ORDER BY 1, 2, 3")
         return Kept(
             [KeepGraph(*row) for row in graphs.fetchall()],
             [KeepProfile(*row) for row in profiles.fetchall()],
             [KeepEvents(position, decode_events(blob)) for position, blob in events.fetchall()],
+            [KeepRun(*row) for row in runs.fetchall()],
         )
 
     def write(self, saves: Sequence[Save], done: Done) -> None:
@@ -151,7 +162,7 @@ def _migrate(database: sqlite3.Connection, path: Path) -> None:
         database.execute("BEGIN EXCLUSIVE")
 
 
-def _statement(save: Save) -> tuple[str, tuple[str | bytes | int, ...]]:
+def _statement(save: Save) -> tuple[str, tuple[str | bytes | float | None, ...]]:
     match save:
         case KeepGraph(name, graph):
             return "INSERT OR REPLACE INTO graphs VALUES (?, ?)", (name, graph)
@@ -163,6 +174,11 @@ def _statement(save: Save) -> tuple[str, tuple[str | bytes | int, ...]]:
         case DropProfile(tenant, workflow):
             statement = "DELETE FROM profiles WHERE tenant = ? AND workflow = ?"
             return statement, (tenant, workflow)
+        case KeepRun():
+            return "INSERT OR REPLACE INTO runs VALUES (?, ?, ?, ?, ?)", astuple(save)
+        case DropRun():
+            statement = "DELETE FROM runs WHERE tenant = ? AND workflow = ? AND run = ?"
+            return statement, astuple(save)
         case KeepEvents(position, events):
             return "INSERT OR REPLACE INTO events VALUES (?, ?)", (position, encode_events(events))
         case DropEvents(position):

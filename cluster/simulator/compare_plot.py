@@ -8,7 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from cluster.simulator.measures import SERVED
 from cluster.simulator.records import Result
@@ -80,7 +82,9 @@ def _curves(ax: Axes, panel: Panel, real: Sequence[Values], simulated: Sequence[
             ax.step(x, y, color=colour, alpha=0.7, label="" if number else label, where="post")
     ax.set_title(panel.title)
     ax.set_xlabel(panel.unit)
-    ax.set_xscale("log" if _is_wide(real) else "linear")
+    if _is_wide(real):
+        ax.set_xscale("log")
+        _plain_ticks(ax.xaxis)
     ax.set_ylim(0, 1)
     ax.grid(alpha=0.3, which="both", linewidth=0.6)
     ax.legend(loc="lower right")
@@ -103,10 +107,19 @@ def _points(ax: Axes, panel: Panel, real: Sequence[Values], simulated: Sequence[
     if _is_wide(real):
         ax.set_xscale("log")
         ax.set_yscale("log")
+        _plain_ticks(ax.xaxis)
+        _plain_ticks(ax.yaxis)
     ax.set_xlabel(f"real, {panel.unit} (line: all replays)")
     ax.set_ylabel(f"simulated, {panel.unit}")
     ax.set_title(f"one by one; band: {BAND:.0%}", fontsize="small")
     ax.grid(alpha=0.3, which="both", linewidth=0.6)
+
+
+def _plain_ticks(axis: Axis) -> None:
+    """1, 2, 5, 10, ... as they are: powers of ten are few and far between here."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _is_wide(replays: Sequence[Values]) -> bool:

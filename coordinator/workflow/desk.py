@@ -245,7 +245,8 @@ class Desk:
             problem = "no more runs can be followed, all of them have calls open"
             self._refuse(peer, message.token, 429, [problem])
             return
-        self._answer(peer, message.token, 201, run_status(run, now_s))
+        then = self._then(peer, message.token, 201, run_status(run, now_s))
+        self._registry.keep(self._tracker.kept(run), then)
 
     def _cancel(self, peer: Peer, message: CancelRun, now_s: float) -> None:
         runs = self._tracker.runs

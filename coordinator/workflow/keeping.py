@@ -44,6 +44,25 @@ class DropProfile(msgspec.Struct, frozen=True, gc=False):
     workflow: str
 
 
+class KeepRun(msgspec.Struct, frozen=True, gc=False):
+    """A run that was started explicitly, on its terms. ``deadline_at_s``: on the clock of events;
+    None for none."""
+
+    tenant: str
+    workflow: str
+    run: str
+    deadline_at_s: float | None = None
+    priority: int = 0
+
+
+class DropRun(msgspec.Struct, frozen=True, gc=False):
+    """An explicit run is over."""
+
+    tenant: str
+    workflow: str
+    run: str
+
+
 class KeepEvents(msgspec.Struct, frozen=True):
     """Events in order; ``position``: the number of the last one."""
 
@@ -57,7 +76,9 @@ class DropEvents(msgspec.Struct, frozen=True, gc=False):
     position: int
 
 
-Save = KeepGraph | DropGraph | KeepProfile | DropProfile | KeepEvents | DropEvents
+Save = (
+    KeepGraph | DropGraph | KeepProfile | DropProfile | KeepRun | DropRun | KeepEvents | DropEvents
+)
 
 
 class Kept(msgspec.Struct, frozen=True):
@@ -66,3 +87,4 @@ class Kept(msgspec.Struct, frozen=True):
     graphs: list[KeepGraph] = []
     profiles: list[KeepProfile] = []
     events: list[KeepEvents] = []
+    runs: list[KeepRun] = []

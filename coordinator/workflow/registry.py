@@ -14,7 +14,14 @@ from collections.abc import Callable
 import msgspec
 
 from coordinator.workflow.graph import Graph, GraphError, checked, name_problem, ways
-from coordinator.workflow.keeping import DropGraph, KeepGraph, KeepProfile, Save
+from coordinator.workflow.keeping import (
+    DropGraph,
+    DropRun,
+    KeepGraph,
+    KeepProfile,
+    KeepRun,
+    Save,
+)
 from coordinator.workflow.learner import Learner
 from coordinator.workflow.limits import WorkflowLimits
 
@@ -40,8 +47,11 @@ class Busy(Exception):
     """Too much waits to be written."""
 
 
+Record = KeepGraph | DropGraph | KeepProfile | KeepRun | DropRun
+
+
 class _Change(msgspec.Struct, frozen=True):
-    save: KeepGraph | DropGraph | KeepProfile
+    save: Record
     declared: Declared | None
     then: Then
 
@@ -87,9 +97,15 @@ class Registry:
         """Declare nothing under this name, as soon as that is written. Busy if too much waits."""
         self._change(DropGraph(name), None, then)
 
-    def keep(self, save: KeepProfile, then: Then) -> None:
+    def keep(self, save: KeepProfile | KeepRun, then: Then) -> None:
         """Have something else written, in its turn. Busy if too much waits."""
         self._change(save, None, then)
+
+    def run_over(self, save: DropRun) -> None:
+        """An explicit run is over. Nobody waits for that: if too much else does it stays in the
+        store until the next core finds that it is silent."""
+        if self._keeps and len(self._unwritten) < UNWRITTEN_MAX:
+            self._change(save, None, _nothing)
 
     def take(self) -> list[Save]:
         """What is to be written now, in order."""
@@ -101,9 +117,7 @@ class Registry:
         for _ in range(min(count, len(self._unwritten) - len(self._saves))):
             self._settle(self._unwritten.popleft(), error)
 
-    def _change(
-        self, save: KeepGraph | DropGraph | KeepProfile, declared: Declared | None, then: Then
-    ) -> None:
+    def _change(self, save: Record, declared: Declared | None, then: Then) -> None:
         change = _Change(save, declared, then)
         if not self._keeps:
             self._settle(change, "")
@@ -122,8 +136,8 @@ class Registry:
                 case DropGraph(name):
                     del self.declared[name]
                     self._learner.declare(name, None)
-                case KeepProfile():
-                    pass  # It counts already; what was learned is not worth to wait for.
+                case KeepProfile() | KeepRun() | DropRun():
+                    pass  # It counts already: it is worth less than waiting for a disk.
         change.then(error)
 
     def _declare(self, name: str, declared: Declared) -> None:
@@ -141,6 +155,10 @@ class Registry:
         """Assert that all is within bounds; for tests."""
         assert len(self._saves) <= len(self._unwritten) <= UNWRITTEN_MAX
         assert self._keeps or not self._unwritten
+
+
+def _nothing(error: str) -> None:
+    """Nobody waits for it."""
 
 
 def _declared(graph: Graph, fixed: bool = False) -> Declared:

@@ -5,11 +5,14 @@ What it costs is paid for every call, so nothing here looks at more than one run
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 
 from coordinator.protocol import CallContext, Finished, Submit
 from coordinator.state import Call, CallKey, CallPhase, State
 from coordinator.workflow.journal import Began, Over
+from coordinator.workflow.keeping import DropRun, KeepRun
 from coordinator.workflow.learner import Learner
 from coordinator.workflow.limits import WorkflowLimits
 from coordinator.workflow.prediction import RunKey
@@ -99,6 +102,7 @@ class Tracker:
         last = done and declared is not None and context.agent in declared.last
         if self.runs.closed(run, call.key, done and context.final, last, now_s):
             self._learner.run_over(run.key, True, now_s)
+            self._dropped(run)
         self._set_due(run)
 
     # --- of runs -----------------------------------------------------------------------
@@ -110,6 +114,23 @@ class Tracker:
         if run is not None:
             self._set_due(run)
         return run
+
+    def restore(self, kept: Sequence[KeepRun], now_s: float) -> None:
+        """Runs that were started with an earlier core and are not over; they have been silent
+        since this one began."""
+        for each in kept:
+            due_s = None
+            if each.deadline_at_s is not None:
+                due_s = now_s + each.deadline_at_s - self._learner.at_s(now_s)
+            key = RunKey(each.tenant, each.workflow, each.run)
+            run = self.runs.start(key, due_s, each.priority, now_s)
+            if run is not None:
+                self._set_due(run)
+
+    def kept(self, run: Run) -> KeepRun:
+        """What of an explicit run is to outlive the core."""
+        deadline_at_s = None if run.deadline_s is None else self._learner.at_s(run.deadline_s)
+        return KeepRun(*run.key, deadline_at_s, run.priority)
 
     def cancel(self, run: Run, now_s: float) -> list[CallKey]:
         """End a run; its open calls, which are to be stopped."""
@@ -164,7 +185,12 @@ class Tracker:
         self.runs.end(run, why, now_s)
         self._learner.run_over(run.key, why is RunEnd.IDLE, now_s)
         self._state.deadlines.drop(("run", *run.key))
+        self._dropped(run)
         return calls
+
+    def _dropped(self, run: Run) -> None:
+        if run.explicit:
+            self._registry.run_over(DropRun(*run.key))
 
     def _set_due(self, run: Run, silent_s: float = 0.0) -> None:
         """``silent_s``: how long it may be silent until it is looked at. What was learned is asked

@@ -37,7 +37,15 @@ from coordinator.protocol import (
     WorkflowAnswer,
 )
 from coordinator.workflow.graph import Graph
-from coordinator.workflow.keeping import KeepEvents, KeepGraph, KeepProfile, Kept, Save
+from coordinator.workflow.keeping import (
+    DropRun,
+    KeepEvents,
+    KeepGraph,
+    KeepProfile,
+    KeepRun,
+    Kept,
+    Save,
+)
 from coordinator.workflow.limits import WorkflowLimits
 
 FACTS = EngineFacts("0.32", "model", "fingerprint", 16, 1000, 4000, 64, 2048)
@@ -255,6 +263,13 @@ def write(saves: list[Save], kept: Kept) -> None:
                 kept.profiles[:] = [*others, save]
             case KeepEvents():
                 kept.events.append(save)
+            case KeepRun() | DropRun():
+                key = save.tenant, save.workflow, save.run
+                kept.runs[:] = [
+                    one for one in kept.runs if (one.tenant, one.workflow, one.run) != key
+                ]
+                if isinstance(save, KeepRun):
+                    kept.runs.append(save)
             case _:
                 position = getattr(save, "position", 0)
                 kept.events[:] = [one for one in kept.events if one.position > position]
@@ -296,6 +311,40 @@ def test_what_was_learned_outlives_the_core(everything: bool, journal_events: in
     assert [agent["name"] for agent in found["agents"]] == ["planner", "explorer", "writer"]
     assert (found["runs_started"], found["runs_ended"]) == (8, 8)
     assert found["edges"] == before["edges"]
+
+
+def test_an_explicit_run_outlives_the_core_on_its_terms() -> None:
+    bed, kept = Bed(keeps=True), Kept([], [], [])
+    assert bed.say("client", StartRun(1, "team", "r", "", 50.0, -3)) == [], "not written yet"
+    bed.say("client", StartRun(2, "team", "over", "", 0.0, 1))
+    write(bed.core.take_saves(), kept)
+    answers = bed._sent(bed.core.saved(2, "", bed.now_s), "client")
+    assert [answer.status for answer in answers] == [201, 201]
+    bed.ask(CancelRun(3, "team", "over"))
+    write(bed.core.take_saves(), kept)
+    assert [run.run for run in kept.runs] == ["r"]
+    after = Bed(keeps=True, now_s=bed.now_s + 20.0)
+    after.core.restore(kept, after.now_s)
+    (run,) = after.body(ShowWorkflow(1, "team"))["runs"]
+    assert (run["run"], run["explicit"], run["deadline_s"], run["priority"]) == (
+        "r",
+        True,
+        30.0,
+        -3,
+    )
+    after.begin("c")
+    after.now_s += 31.0
+    after.core.tick(after.now_s)
+    write(after.core.take_saves(), kept)
+    assert kept.runs == []
+
+
+def test_a_run_that_can_not_be_written_down_is_not_promised() -> None:
+    bed = Bed(keeps=True)
+    bed.say("client", StartRun(1, "team", "r"))
+    bed.core.take_saves()
+    (answer,) = bed._sent(bed.core.saved(1, "the disk is full", bed.now_s), "client")
+    assert (answer.status, answer.problems) == (503, ["the disk is full"])
 
 
 def test_what_was_forgotten_is_not_learned_again_from_events() -> None:

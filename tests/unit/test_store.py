@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,11 @@ from coordinator.workflow.keeping import (
     DropEvents,
     DropGraph,
     DropProfile,
+    DropRun,
     KeepEvents,
     KeepGraph,
     KeepProfile,
+    KeepRun,
     Kept,
     Save,
 )
@@ -102,6 +105,28 @@ def test_what_is_dropped_is_gone_and_only_that(store: Store, path: Path) -> None
     store.close()
     left = [KeepEvents(4, events[2:])]
     assert kept(path) == Kept([KeepGraph("b", GRAPH)], [other], left)
+
+
+def test_runs_are_kept_on_their_terms_until_they_are_over(store: Store, path: Path) -> None:
+    first, second = KeepRun("t", "a", "1", 12.5, -3), KeepRun("t", "a", "2")
+    write(store, first, second, KeepRun("", "a", "1"))
+    write(store, KeepRun("t", "a", "2", 99.0), DropRun("t", "a", "1"), DropRun("u", "a", "1"))
+    store.close()
+    assert kept(path).runs == [KeepRun("", "a", "1"), KeepRun("t", "a", "2", 99.0)]
+
+
+def test_a_file_of_the_first_version_is_brought_to_the_newest(path: Path) -> None:
+    path.parent.mkdir()
+    with closing(sqlite3.connect(path)) as database:
+        for statement in MIGRATIONS[0]:
+            database.execute(statement)
+        database.execute("INSERT INTO graphs VALUES ('a', x'31')")
+        database.execute("PRAGMA user_version = 1")
+        database.commit()
+    store = Store(path)
+    assert store.kept() == Kept([KeepGraph("a", b"1")])
+    assert write(store, KeepRun("", "a", "1")) is None
+    store.close()
 
 
 def test_only_its_owner_may_read_the_file(store: Store, path: Path) -> None:
