@@ -452,6 +452,8 @@ class Calls:
         call.computing.prefill_tokens += choice.uncached_tokens
         call.uncached_tokens = choice.uncached_tokens
         call.cached_blocks = choice.cached_blocks
+        if self.placement.single_flight:
+            self._promise(call)
         call.plans += 1
         call.plan = Plan(
             request=call.request,
@@ -621,6 +623,22 @@ class Calls:
     def _set_due(self, call: Call, due_s: float) -> None:
         self._state.deadlines.set(call.deadline_key, min(due_s, call.deadline_s))
 
+    def _promise(self, call: Call) -> None:
+        """Its prompt counts as held where it is being computed. What an engine has begun with it
+        finds for the next request, too."""
+        assert call.computing is not None
+        prompt_blocks = call.prompt_tokens // self._state.block_size
+        uncached_blocks = -(-call.uncached_tokens // self._state.block_size)
+        call.promised_from = max(0, prompt_blocks - uncached_blocks)
+        self._index.stored(call.computing.name, call.submit.block_hashes)
+
+    def _break_promise(self, call: Call) -> None:
+        """It will not be computed there after all, or not be found by others."""
+        if call.computing is not None and call.promised_from is not None:
+            hashes = call.submit.block_hashes
+            self._index.removed(call.computing.name, hashes, call.promised_from)
+        call.promised_from = None
+
     def _computed(self, call: Call) -> None:
         """Nobody has the prompt to compute any more."""
         if call.computing is None:
@@ -630,6 +648,7 @@ class Calls:
             call.prefill.prefilling -= 1
         self._standing.touch(call.computing)
         call.computing = None
+        call.promised_from = None
         if self._placer is not None:
             # It may be waiting for just that; the configured policies are not.
             self._state.room_changed = True
@@ -644,6 +663,7 @@ class Calls:
 
     def _release(self, call: Call) -> None:
         """Give back all room; nothing happens if there is none."""
+        self._break_promise(call)
         self._release_prefill(call)
         if call.decode is not None:
             del call.decode.decodes[call.key]

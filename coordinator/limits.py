@@ -121,6 +121,9 @@ class Placement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     least loaded, those with the most room, those that hold the most of the prompt."""
     siblings_together: bool = True
     """Calls of one group go to one decode worker while it has room."""
+    single_flight: bool = True
+    """A prompt counts as held by whoever has begun to compute it: calls that share a prefix with
+    it and come meanwhile go there, where the engine computes it once."""
     cached_weight: Factor = 0.1
     """``pythia``: having the whole prompt cached is worth this much of a worker's KV memory
     in load."""

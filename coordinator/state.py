@@ -297,6 +297,9 @@ class Call:
     computing: Worker | None = None
     """Who has the prompt yet to compute; ``uncached_tokens`` of it count there."""
     uncached_tokens: int = 0
+    promised_from: int | None = None
+    """From which block on the prompt counts as held by who computes it though it is not yet; None
+    if it does not."""
     cached_blocks: int = 0
     """What the index believed the decode worker to hold when the call was planned."""
     run: Run | None = None

@@ -241,6 +241,9 @@ BASELINES: Mapping[str, Baseline] = {
         "split",
         {"prefill_policy": "least_loaded"},
     ),
+    "pythia-no-single-flight": Baseline(
+        "a prompt counts as held only when it is computed", "split", {"single_flight": False}
+    ),
     "pythia-no-siblings": Baseline(
         "calls of one group are placed one by one", "split", {"siblings_together": False}
     ),

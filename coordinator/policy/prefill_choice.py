@@ -3,8 +3,9 @@
 
 ``least_tokens``
     the fewest uncached tokens to compute, this prompt included: a queue's length and a cached
-    prefix in one unit. What Dynamo's prefill router comes to as well, whose cost on a worker
-    that decodes nothing is in proportion to these tokens.
+    prefix in one unit; among equals whoever holds more, for whom it is less work. What Dynamo's
+    prefill router comes to as well, whose cost on a worker that decodes nothing is in
+    proportion to these tokens.
 ``least_loaded``
     the fewest tokens to compute before this prompt came, whatever is cached.
 ``round_robin``
@@ -29,13 +30,13 @@ def least_tokens(
 ) -> WorkerView:
     """The shortest queue behind which this prompt's own part is done soonest."""
     useful_blocks = (ask.prompt_tokens - 1) // block_size
-    best, best_tokens = roomy[0], float("inf")
+    best, best_rank = roomy[0], (float("inf"), 0, "")
     for worker in roomy:
-        tokens: float = worker.prefill_tokens
-        if worker.name in held:
-            tokens -= min(held[worker.name], useful_blocks) * block_size
-        if tokens < best_tokens or (tokens == best_tokens and worker.name < best.name):
-            best, best_tokens = worker, tokens
+        name = worker.name
+        tokens = min(held[name], useful_blocks) * block_size if name in held else 0
+        rank = worker.prefill_tokens - tokens, -tokens, name
+        if rank < best_rank:
+            best, best_rank = worker, rank
     return best
 
 

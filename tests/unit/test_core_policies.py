@@ -42,6 +42,60 @@ def run(name: str) -> CallContext:
     return CallContext(workflow="w", run=name)
 
 
+# --- prompts that are being computed ---------------------------------------------------------
+
+
+def shared(made: Bed, request: str, own: int = 0) -> str:
+    """Who computes the prompt of a call: 20 blocks like the others' and ``own`` ones behind."""
+    blocks = [*range(1, 21), *(1000 * len(request) + number for number in range(own))]
+    hashes = b"".join(block.to_bytes(8, "little") for block in blocks)
+    plan = made.plan(request, 16 * len(blocks), block_hashes=hashes)
+    assert plan.prefill is not None
+    return plan.prefill.worker
+
+
+def test_a_prefix_that_is_being_computed_is_computed_once() -> None:
+    made = bed()
+    made.cluster("prefill", "prefill", "decode")
+    assert made.plan("other", 320).prefill.worker == "prefill-0"  # type: ignore[union-attr]
+    assert shared(made, "c1") == "prefill-1"
+    made.say("api", Prefilled("api", "other", 1))
+    assert shared(made, "c2", 1) == "prefill-1"
+    made.say("api", Prefilled("api", "c1", 1))
+    assert shared(made, "c3", 1) == "prefill-1"
+
+
+def test_nobody_waits_for_a_prefix_that_was_given_up() -> None:
+    made = bed()
+    made.cluster("prefill", "prefill", "decode")
+    made.plan("other", 320)
+    assert shared(made, "c1") == "prefill-1"
+    made.say("api", Prefilled("api", "other", 1))
+    made.say("api", Finished("api", "c1", 1, "abort", 0))
+    assert shared(made, "c2", 1) == "prefill-0"
+
+
+def test_what_was_there_before_a_promise_stays_when_it_is_broken() -> None:
+    made = bed()
+    made.cluster("prefill", "prefill", "decode", "decode")
+    made.plan("other", 320)
+    assert shared(made, "c1") == "prefill-1"
+    for message in (Prefilled("api", "other", 1), Prefilled("api", "c1", 1)):
+        made.say("api", message)
+    assert shared(made, "c2", 1) == "prefill-1"
+    made.say("api", Finished("api", "c2", 1, "abort", 0))
+    assert shared(made, "c3", 1) == "prefill-1"
+
+
+def test_without_single_flight_a_prefix_counts_when_it_is_computed() -> None:
+    made = bed(single_flight=False)
+    made.cluster("prefill", "prefill", "decode")
+    made.plan("other", 320)
+    assert shared(made, "c1") == "prefill-1"
+    made.say("api", Prefilled("api", "other", 1))
+    assert shared(made, "c2", 1) == "prefill-0"
+
+
 # --- turns and sessions -----------------------------------------------------------------------
 
 
