@@ -68,8 +68,9 @@ class Ratio(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How many workers prefill and how many decode. Times in seconds, sizes in tokens.
 
     ``reactive`` turns workers of the roles ``prefill`` and ``decode`` into the other one when
-    one side has been overloaded for a while and the other can spare a worker; see
-    ``policy.ratio``. Workers with the role ``mixed`` do both and stay as they are.
+    one side has been overloaded for a while and the other can spare a worker, and back when
+    that is over; see ``policy.ratio``. Workers with the role ``mixed`` do both and stay as they
+    are.
     """
 
     mode: Literal["static", "reactive"] = "static"
@@ -87,9 +88,12 @@ class Ratio(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Prompt tokens yet to compute per prefill worker from which prefill is overloaded."""
     decode_kv_high: Share = 0.9
     """Share of the decode workers' KV in use from which decode is overloaded."""
+    decode_itl_high_s: Seconds = 0.05
+    """Mean time between tokens from which decode is overloaded, whatever KV is in use."""
     spare: Share = 0.8
     """A side can spare a worker if its load per worker, with one less, stays below this
-    share of what counts as overloaded."""
+    share of what counts as overloaded, and its prefill workers below this share of being
+    busy all the time."""
 
 
 class Placement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -127,6 +127,7 @@ class Clients:
             prompt_tokens=call.prompt_tokens,
         )
         self._recorder.calls.append(record)
+        self._recorder.run_began(due.run, self._replay.began_s[due.run])
         open_call = Open(record, self._apis[due.run % len(self._apis)])
         self._open[due.run, due.call] = open_call
         if call.prompt_tokens >= self._tokens_max:

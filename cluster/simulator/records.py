@@ -57,7 +57,9 @@ class CallRecord(msgspec.Struct, gc=False, omit_defaults=True):
 
 
 class RunRecord(msgspec.Struct, gc=False, omit_defaults=True):
-    """One run. ``finished``: all its calls were served."""
+    """One run. ``arrival_s``: when it arrived, or in a closed loop when the run that it follows
+    had ended; pauses before its first calls are counted from then. ``finished``: all its calls
+    were served."""
 
     run: int
     id: str

@@ -99,6 +99,22 @@ def test_a_call_is_sent_its_think_time_after_its_parents_ended() -> None:
     assert result.totals.duration_s == row.ended_s
 
 
+def test_in_a_closed_loop_a_run_counts_from_the_end_of_the_one_before() -> None:
+    setup = cluster("mixed")
+    one = make_call(0, 4 * BLOCK, 8)
+    runs = [run(number, one, arrival_s=100.0 * number) for number in range(3)]
+    runs[1] = run(1, make_call(0, 4 * BLOCK, 8, think_s=2.0))
+    closed = msgspec.structs.replace(workload(*runs), concurrency=1)
+    first, second, third = simulate(setup, closed).runs
+    assert first.arrival_s == 0.0
+    assert second.arrival_s == pytest.approx(first.ended_s)
+    assert third.arrival_s == pytest.approx(second.ended_s)
+    # Its client's pause before the first call is the run's own, as everywhere.
+    assert second.completion_s == pytest.approx(2.0 + third.completion_s, rel=0.01)
+    alone = msgspec.structs.replace(workload(*runs), concurrency=0)
+    assert [each.arrival_s for each in simulate(setup, alone).runs] == [0.0, 0.0, 200.0]
+
+
 def test_what_a_run_had_before_is_found_again_or_counted_as_recomputed() -> None:
     calls = (make_call(0, 3200, 2), make_call(1, 3264, 2, parents=(0,)))
     mixed = simulate(cluster("mixed"), workload(run(0, *calls)))
