@@ -67,7 +67,7 @@ class World:
         self.links = Links(self.events, setup)
         self.notify_s = setup.network.message_s
         self.recorder = Recorder(workload)
-        self._moved_before: dict[Tier, float] = {}
+        self._probed_before: dict[Tier, float] = {}
         self._cost = setup.cost()
         self._cores: dict[tuple[str, str], Cores] = {}
         self.facts = engine_facts(setup)
@@ -203,7 +203,7 @@ class World:
     def run(self, limit_s: float = float("inf")) -> None:
         """Replay the workload to its end, or for ``limit_s`` seconds of it."""
         began_s = self.events.now_s
-        self._moved_before = dict(self.links.moved_bytes)
+        self._probed_before = dict(self.links.probe_bytes)
         self.clients.start(self.apis)
         self.recorder.keep_sampling(self.events, self.workers, self.role)
         if not self.clients.done:
@@ -251,12 +251,13 @@ class World:
             + sum(worker.engine.preemptions for worker in self.workers()),
             recomputed_tokens=recorder.recomputed_tokens,
             flips=counters.get("role_flips", 0),
-            moved_bytes={
-                tier: round(size - self._moved_before.get(tier, 0.0))
-                for tier, size in self.links.moved_bytes.items()
+            moved_bytes={tier: round(size) for tier, size in self.links.moved_bytes.items()},
+            probe_bytes={
+                tier: round(size - self._probed_before.get(tier, 0.0))
+                for tier, size in self.links.probe_bytes.items()
             },
-            decision_s=self.brain.decision_s,
-            decisions=self.brain.decisions,
+            core_s=self.brain.core_s,
+            core_messages=self.brain.core_messages,
             counters=counters,
         )
         return Result(

@@ -247,8 +247,7 @@ def _from_prefill(
     able = [
         worker
         for worker in named
-        if now_s - worker.turned_s >= ratio.dwell_s
-        and (not home or _has_turned(worker, "prefill"))
+        if now_s - worker.turned_s >= ratio.dwell_s and (not home or _has_turned(worker, "prefill"))
     ]
     giver = min(able, key=lambda worker: (worker.prefill_tokens, worker.name), default=None)
     if home:

@@ -51,7 +51,7 @@ def timeless(outcomes: list[Outcome]) -> list[Outcome]:
     """Without what depends on the machine."""
     for outcome in outcomes:
         outcome.real_s = 0.0
-        outcome.figures.pop("decision_us", None)
+        outcome.figures.pop("core_us_per_message", None)
     return outcomes
 
 

@@ -138,9 +138,9 @@ def test_equal_seeds_give_equal_results() -> None:
     assert first == second
     assert len(first.calls) > 100
     measured = simulate(setup, generated_workload(), seed=7, measured=True)
-    assert measured.totals.decisions > 1000
-    assert measured.totals.decision_s > 0.0
-    measured.totals.decisions, measured.totals.decision_s = 0, 0.0
+    assert measured.totals.core_messages > 1000
+    assert measured.totals.core_s > 0.0
+    measured.totals.core_messages, measured.totals.core_s = 0, 0.0
     assert measured == first
     assert simulate(setup, generated_workload(), seed=8).calls != first.calls
 
@@ -179,6 +179,24 @@ def test_bytes_on_the_links_are_those_of_the_tokens_moved() -> None:
         assert known <= record.prompt_tokens
         assert record.computed_tokens >= 1
         assert record.due_s < record.planned_s < record.first_token_s <= record.ended_s
+
+
+def test_what_probes_move_is_not_the_calls() -> None:
+    setup = cluster("prefill", "decode")
+    world = World(setup, generated_workload())
+    world.start()
+    world.warm_up()
+    assert not world.links.moved_bytes
+    assert sum(world.links.probe_bytes.values()) > 0
+    world.run()
+    totals = world.result("x").totals
+    assert sum(totals.moved_bytes.values()) > 0
+    # All pairs were tried before the replay began.
+    assert not any(totals.probe_bytes.values())
+    cold = World(setup, generated_workload())
+    cold.start()
+    cold.run()
+    assert sum(cold.result("x").totals.probe_bytes.values()) > 0
 
 
 def test_samples_are_bounded_however_long_it_takes() -> None:
