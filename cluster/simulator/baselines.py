@@ -20,7 +20,7 @@ from cluster.simulator.records import Result
 from cluster.simulator.setup import ClusterSetup, WorkerSetup
 from cluster.workload.form import Workload
 from coordinator.core import Core
-from coordinator.limits import Limits, Placement, Ratio
+from coordinator.limits import Limits, Placement
 from coordinator.policy.placer import Placer
 from coordinator.protocol import Role
 
@@ -41,8 +41,9 @@ class Baseline(msgspec.Struct, frozen=True):
     """One way to run a cluster.
 
     ``placement`` and ``limits``: fields that differ from the cluster's own. ``roles``: of its
-    workers; ``split`` into prefill and decode. ``placers``: who decide instead of the policy, one
-    for each core of a replay.
+    workers; ``split`` into prefill and decode. ``ratio``: whether they turn; ``own`` is as the
+    cluster's file says, which also has the thresholds for ``reactive``. ``placers``: who decide
+    instead of the policy, one for each core of a replay.
     ``bound``: there is nothing to simulate, it says the result itself.
     """
 
@@ -50,6 +51,7 @@ class Baseline(msgspec.Struct, frozen=True):
     roles: Literal["mixed", "split"]
     placement: Changes = {}
     limits: Changes = {}
+    ratio: Literal["own", "static", "reactive"] = "static"
     placers: MakePlacers | None = None
     bound: Bound | None = None
 
@@ -67,7 +69,7 @@ def applied(baseline: Baseline, setup: ClusterSetup, prefill_count: int) -> Clus
     return msgspec.structs.replace(
         setup,
         workers=tuple(map(_with_role, workers, roles)),
-        placement=msgspec.structs.replace(setup.placement, **baseline.placement),
+        placement=_placement(baseline, setup.placement),
         limits=msgspec.structs.replace(setup.limits, **_limits(baseline, setup.limits)),
     )
 
@@ -118,6 +120,13 @@ def _with_role(worker: WorkerSetup, role: Role) -> WorkerSetup:
     return msgspec.structs.replace(worker, role=role)
 
 
+def _placement(baseline: Baseline, placement: Placement) -> Placement:
+    ratio = placement.ratio
+    if baseline.ratio != "own":
+        ratio = msgspec.structs.replace(ratio, mode=baseline.ratio)
+    return msgspec.structs.replace(placement, ratio=ratio, **baseline.placement)
+
+
 def _limits(baseline: Baseline, limits: Limits) -> Changes:
     """What changes; a prefill or first token may take as long as it and the queue together.
 
@@ -144,7 +153,7 @@ _STATIC = _ROUTED | {"disaggregated": "always"}
 _STICKY: dict[str, object] = {"policy": "cache_aware", "sticky": True}
 
 BASELINES: Mapping[str, Baseline] = {
-    "pythia": Baseline("Pythia's own placement with all its mechanisms", "split"),
+    "pythia": Baseline("Pythia's own placement with all its mechanisms", "split", ratio="own"),
     # --- other systems ---
     "aggregated-round-robin": Baseline(
         "aggregated, one worker after the other",
@@ -189,7 +198,8 @@ BASELINES: Mapping[str, Baseline] = {
     "pd-reactive": Baseline(
         "pd-sticky-conditional whose workers turn to the side that is overloaded",
         "split",
-        _ROUTED | {"disaggregated": "conditional"} | _STICKY | {"ratio": Ratio(mode="reactive")},
+        _ROUTED | {"disaggregated": "conditional"} | _STICKY,
+        ratio="reactive",
     ),
     # --- bounds ---
     "clairvoyant": Baseline(
@@ -207,42 +217,67 @@ BASELINES: Mapping[str, Baseline] = {
         "calls are sent out without free KV room for them",
         "split",
         {"reserve": False},
+        ratio="own",
     ),
     "pythia-no-output-reservation": Baseline(
-        "room is reserved for the prompt and one token only", "split", {"reserve_output_tokens": 1}
+        "room is reserved for the prompt and one token only",
+        "split",
+        {"reserve_output_tokens": 1},
+        ratio="own",
     ),
     "pythia-no-headroom": Baseline(
-        "all KV blocks may be reserved", "split", {"kv_headroom_fraction": 0.0}
+        "all KV blocks may be reserved",
+        "split",
+        {"kv_headroom_fraction": 0.0},
+        ratio="own",
     ),
     "pythia-no-prefill-bound": Baseline(
         "any number of prompts is sent to a prefill worker",
         "split",
         limits={"prefills_per_worker": UNBOUNDED},
+        ratio="own",
     ),
     "pythia-no-cached-weight": Baseline(
-        "what decode workers hold of a prompt does not count", "split", {"cached_weight": 0.0}
+        "what decode workers hold of a prompt does not count",
+        "split",
+        {"cached_weight": 0.0},
+        ratio="own",
     ),
     "pythia-no-load": Baseline(
         "decode workers are chosen in turn, not by load and caches",
         "split",
         {"policy": "round_robin"},
+        ratio="own",
     ),
     "pythia-no-threshold": Baseline(
-        "every prompt is prefilled by a prefill worker", "split", {"disaggregated": "always"}
+        "every prompt is prefilled by a prefill worker",
+        "split",
+        {"disaggregated": "always"},
+        ratio="own",
     ),
     "pythia-no-disaggregation": Baseline(
-        "all workers do both, each call on one", "mixed", {"disaggregated": "never"}
+        "all workers do both, each call on one",
+        "mixed",
+        {"disaggregated": "never"},
+        ratio="own",
     ),
     "pythia-no-least-tokens": Baseline(
-        "prefill workers are chosen in turn", "split", {"prefill_policy": "round_robin"}
+        "prefill workers are chosen in turn",
+        "split",
+        {"prefill_policy": "round_robin"},
+        ratio="own",
     ),
     "pythia-no-prefill-cache": Baseline(
         "what prefill workers hold of a prompt does not count",
         "split",
         {"prefill_policy": "least_loaded"},
+        ratio="own",
     ),
     "pythia-no-siblings": Baseline(
-        "calls of one group are placed one by one", "split", {"siblings_together": False}
+        "calls of one group are placed one by one",
+        "split",
+        {"siblings_together": False},
+        ratio="own",
     ),
 }
 """By name. Those that begin with ``pythia-no-`` are ours with one mechanism switched off."""
