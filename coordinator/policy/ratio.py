@@ -26,10 +26,13 @@ tokens (decode, 50 ms) is above its bound, down where what is left would stay be
 and the KV would fit, with each side's load times N / (N - 1) ("consolidation"); its simpler
 modes compare queued prefill tokens and KV in use with thresholds (docs.nvidia.com/dynamo,
 "Planner", and components/src/dynamo/planner/core/load_scaling.py of ai-dynamo/dynamo). There
-a change is a process started or stopped, and the times come from a regression; here times
-between tokens are those that have been seen, and grow in proportion, which is too high rather
-than too low. That a worker turns at once while its old work runs on is Arrow's (arXiv
-2505.11916).
+a change is a process started or stopped, and the times come from a regression. Here times
+between tokens are those that have been seen, and what they would be with one worker less
+follows from the least that was: with least time a and time t, the share 1 - a/t of it grows
+with the batch, the batch with the calls that are there at a time, and these with t
+(Little's law), so a share s of the workers gives t' = a / (1 - (1 - a/t) / s). Growth by
+N / (N - 1) alone would give away workers until decode breaks down. That a worker turns at once
+while its old work runs on is Arrow's (arXiv 2505.11916).
 
 Pure: what it remembers from look to look is passed in and returned.
 """
@@ -69,6 +72,8 @@ class Trend(msgspec.Struct, frozen=True):
     """Of the prefill workers, those that had something to compute: a mean over ``dwell_s``."""
     decoded: Mapping[str, Decoded] = {}
     """By incarnation of a worker that decodes."""
+    itl_least_s: float = float("inf")
+    """The least mean time between tokens that was seen: an engine's with next to nothing to do."""
 
 
 class Turn(msgspec.Struct, frozen=True):
@@ -92,6 +97,8 @@ class _Loads(msgspec.Struct, frozen=True):
     batch_slots: int
     itl_s: float
     """Mean time between tokens since the last look, 0 where it is not known."""
+    itl_least_s: float
+    """The least of them ever."""
 
 
 def look(
@@ -103,6 +110,7 @@ def look(
         trend,
         looked_s=now_s,
         busy_share=loads.busy_share,
+        itl_least_s=loads.itl_least_s,
         decoded={
             worker.incarnation: Decoded(worker.load.decode_tokens_total, worker.load.running)
             for worker in loads.decoders
@@ -127,6 +135,7 @@ def look(
 
 def _loads(workers: Collection[WorkerView], trend: Trend, ratio: Ratio, now_s: float) -> _Loads:
     up = [worker for worker in workers if worker.up]
+    itl_s = _itl_s([worker for worker in up if worker.role != "prefill"], trend, now_s)
     prefillers = [worker for worker in up if worker.role != "decode"]
     decoders = [worker for worker in up if worker.role != "prefill"]
     return _Loads(
@@ -138,7 +147,8 @@ def _loads(workers: Collection[WorkerView], trend: Trend, ratio: Ratio, now_s: f
         usable_blocks=sum(worker.usable_blocks for worker in decoders),
         requests=sum(worker.load.running + worker.waiting for worker in decoders),
         batch_slots=sum(worker.batch_slots for worker in decoders),
-        itl_s=_itl_s(decoders, trend, now_s),
+        itl_s=itl_s,
+        itl_least_s=min(trend.itl_least_s, itl_s or trend.itl_least_s),
     )
 
 
@@ -167,14 +177,26 @@ def _itl_s(decoders: Sequence[WorkerView], trend: Trend, now_s: float) -> float:
 
 def _decode_load(loads: _Loads, ratio: Ratio, usable_blocks: int, share_left: float) -> float:
     """The largest of decode's loads, 1 for overloaded, if only ``usable_blocks`` and
-    ``share_left`` of the batches were left."""
+    ``share_left`` of the workers were left."""
     if not usable_blocks or not loads.batch_slots or not share_left:
         return float("inf")
+    growth = _growth(loads, share_left)
     return max(
-        loads.used_blocks / (ratio.decode_kv_high * usable_blocks),
-        loads.itl_s / ratio.decode_itl_high_s / share_left,
-        loads.requests / loads.batch_slots / share_left,
+        growth * loads.used_blocks / (ratio.decode_kv_high * usable_blocks),
+        max(growth, 1 / share_left) * loads.itl_s / ratio.decode_itl_high_s,
+        growth * loads.requests / loads.batch_slots / share_left,
     )
+
+
+def _growth(loads: _Loads, share_left: float) -> float:
+    """How many times as long calls would take, and so as many be there, with that share of the
+    workers: as calls keep coming, batches grow with the time that a token takes, and that with
+    the batches."""
+    if not loads.itl_s:
+        return 1.0
+    work = 1.0 - loads.itl_least_s / loads.itl_s
+    left = 1.0 - work / share_left
+    return loads.itl_least_s / loads.itl_s / left if left > 0.0 else float("inf")
 
 
 def _overloaded(loads: _Loads, ratio: Ratio) -> Literal["prefill", "decode", "both", "neither"]:

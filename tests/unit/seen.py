@@ -22,7 +22,7 @@ class Seen:
     usable_blocks: int = 100
     kv_blocks_reserved: int = 0
     kv_blocks_used: int = 0
-    load: Load = Load()
+    load: Load = field(default_factory=Load)
     waiting: int = 0
     decodes: list[str] = field(default_factory=list)
     prefilling: int = 0
