@@ -292,6 +292,8 @@ class Call:
     plan: Plan | None = None
     overdue: int = 0
     """How often the API process was asked, its phase having taken too long, without an answer."""
+    stuck_s: tuple[int, CallPhase, float] | None = None
+    """Attempt and phase in which it was found to get nowhere, and since when."""
     decode: Worker | None = None
     decode_blocks: int = 0
     prefill: Worker | None = None

@@ -287,6 +287,9 @@ class Api:
         if call is None or message.attempt < call.attempt:
             self.stale += 1
             return
+        if message.status == 503 and message.attempt > call.attempt and call.phase == "decoding":
+            self.stale += 1
+            return
         self._fail(call, message.status, 0.0)
 
     def _on_check(self, message: Check) -> None:

@@ -254,6 +254,10 @@ class Calls:
         if call is None or message.attempt < call.attempt:
             self.stale += 1
             return
+        if message.status == 503 and message.attempt > call.attempt and call.phase == "decoding":
+            # The core had no room for another attempt at what it took for stuck. It is not.
+            self.stale += 1
+            return
         self._fail(message.request, message.status, message.reason, 0.0, now_s)
 
     def on_check(self, message: protocol.Check) -> None:
