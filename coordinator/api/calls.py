@@ -526,9 +526,11 @@ class Calls:
             self.wire.to_worker(plan.decode, abort, ())
 
     def _hand_back(self, done: protocol.PrefillDone, holder: Placed) -> None:
-        """A handle that came too late. One without a tombstone has been sent on before."""
+        """A handle that came too late. One without a tombstone has been sent on before, and
+        where all was said with the first token there is none."""
         self.stale += 1
-        if self.tombstones.pop((done.request, done.attempt), None) is not None:
+        abandoned = self.tombstones.pop((done.request, done.attempt), None) is not None
+        if abandoned and done.handle:
             self._discard(done, holder)
 
     def _discard(self, done: protocol.PrefillDone, holder: Placed) -> None:
