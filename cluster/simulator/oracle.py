@@ -68,10 +68,11 @@ class Oracle:
         self._tokens: dict[str, int] = {}
         """What the clients of open calls have got."""
         self._patience_s = _patience_s(limits)
-        self._cores: dict[str, tuple[str, float]] = {}
-        """By API process: the core that took it in last, and when that became another one."""
-        self._planned_s: dict[str, tuple[int, float]] = {}
-        """Attempt and arrival of the latest plan for each open call."""
+        self._cores: dict[str, str] = {}
+        """By API process: the core that took it in last."""
+        self._planned_by: dict[str, tuple[int, str]] = {}
+        """Attempt of the latest plan for each open call, and whom its API process took for the
+        core when it came."""
         self._unknown_s: dict[tuple[str, str, int], float] = {}
         """Since when the core has had calls that no API process has, by request, phase and
         attempt."""
@@ -139,7 +140,7 @@ class Oracle:
 
     def ended(self, request: str, outcome: str, expected_tokens: int) -> None:
         """A call ended for its client."""
-        self._planned_s.pop(request, None)
+        self._planned_by.pop(request, None)
         got = self._tokens.pop(request, None)
         if got is None:
             raise self._error(f"{request} ended twice or was never opened", request)
@@ -162,14 +163,12 @@ class Oracle:
 
     def arrived(self, api: Api, message: object) -> None:
         """An API process has just got a word of the core, and done what it does about it."""
-        now_s = self._network.now_s
         if isinstance(message, Welcome):
-            core, _ = self._cores.setdefault(api.name, (message.core, float("-inf")))
-            if core != message.core:
-                self._cores[api.name] = message.core, now_s
+            self._cores[api.name] = message.core
         elif isinstance(message, Plan):
             if message.request in self._tokens:
-                self._planned_s[message.request] = message.attempt, now_s
+                core = self._cores.get(api.name, "")
+                self._planned_by[message.request] = message.attempt, core
         elif isinstance(message, Stop):
             call = api.calls.get(message.request)
             if call is None or message.attempt < call.attempt:
@@ -181,10 +180,10 @@ class Oracle:
 
     def failed(self, api: str, message: Failed) -> None:
         """An API process asks the core for another plan: it must be the one that made the first."""
-        attempt, planned_s = self._planned_s.get(message.request, (0, 0.0))
-        known = self._cores.get(api)
-        if attempt == message.attempt and known is not None and planned_s < known[1]:
-            what = f"{api} asks {known[0]} for {message.request}, which another core had planned"
+        attempt, planned_by = self._planned_by.get(message.request, (0, ""))
+        core = self._cores.get(api, "")
+        if attempt == message.attempt and planned_by not in ("", core):
+            what = f"{api} asks {core} for {message.request}, which another core had planned"
             raise self._error(what, message.request)
 
     def served_well(self, calls: Iterable[CallRecord], after_s: float) -> None:
