@@ -51,7 +51,7 @@ class Baseline(msgspec.Struct, frozen=True):
     roles: Literal["mixed", "split"]
     placement: Changes = {}
     limits: Changes = {}
-    ratio: Literal["own", "static", "reactive"] = "static"
+    ratio: Literal["own", "static", "reactive"] = "own"
     placers: MakePlacers | None = None
     bound: Bound | None = None
 
@@ -153,47 +153,55 @@ _STATIC = _ROUTED | {"disaggregated": "always"}
 _STICKY: dict[str, object] = {"policy": "cache_aware", "sticky": True}
 
 BASELINES: Mapping[str, Baseline] = {
-    "pythia": Baseline("Pythia's own placement with all its mechanisms", "split", ratio="own"),
+    "pythia": Baseline("Pythia's own placement with all its mechanisms", "split"),
     # --- other systems ---
     "aggregated-round-robin": Baseline(
         "aggregated, one worker after the other",
         "mixed",
         _AGGREGATED | {"policy": "round_robin"},
+        ratio="static",
     ),
     "aggregated-least-loaded": Baseline(
         "aggregated, the worker with the fewest open calls",
         "mixed",
         _AGGREGATED | {"policy": "least_loaded"},
+        ratio="static",
     ),
     "aggregated-sticky": Baseline(
         "aggregated, cache-aware and session-sticky with bounded loads, chunked prefill",
         "mixed",
         _AGGREGATED | _STICKY,
+        ratio="static",
     ),
     "pd-round-robin": Baseline(
         "static prefill and decode workers, each one after the other",
         "split",
         _STATIC | {"policy": "round_robin", "prefill_policy": "round_robin"},
+        ratio="static",
     ),
     "pd-sticky": Baseline(
         "static prefill and decode workers, cache-aware and session-sticky",
         "split",
         _STATIC | _STICKY,
+        ratio="static",
     ),
     "pd-sticky-conditional": Baseline(
         "the same, short uncached prompts are prefilled where they are decoded",
         "split",
         _ROUTED | {"disaggregated": "conditional"} | _STICKY,
+        ratio="static",
     ),
     "aggregated-cost": Baseline(
         "aggregated, least cost of blocks to prefill and to decode (Dynamo's KV router)",
         "mixed",
         _AGGREGATED | {"policy": "cost"},
+        ratio="static",
     ),
     "pd-cost": Baseline(
         "static prefill and decode workers, least cost of each (Dynamo's KV router)",
         "split",
         _STATIC | {"policy": "cost"},
+        ratio="static",
     ),
     "pd-reactive": Baseline(
         "pd-sticky-conditional whose workers turn to the side that is overloaded",
@@ -206,78 +214,55 @@ BASELINES: Mapping[str, Baseline] = {
         "knows every run's future; an informed policy, not proven optimal",
         "mixed",
         placers=clairvoyants,
+        ratio="static",
     ),
     CONFIGURATION: Baseline(
         "infinite resources: the longest path through each run, nothing waits",
         "mixed",
         bound=critical_path,
+        ratio="static",
     ),
     # --- Pythia with one mechanism less ---
     "pythia-no-reservation": Baseline(
         "calls are sent out without free KV room for them",
         "split",
         {"reserve": False},
-        ratio="own",
     ),
     "pythia-no-output-reservation": Baseline(
-        "room is reserved for the prompt and one token only",
-        "split",
-        {"reserve_output_tokens": 1},
-        ratio="own",
+        "room is reserved for the prompt and one token only", "split", {"reserve_output_tokens": 1}
     ),
     "pythia-no-headroom": Baseline(
-        "all KV blocks may be reserved",
-        "split",
-        {"kv_headroom_fraction": 0.0},
-        ratio="own",
+        "all KV blocks may be reserved", "split", {"kv_headroom_fraction": 0.0}
     ),
     "pythia-no-prefill-bound": Baseline(
         "any number of prompts is sent to a prefill worker",
         "split",
         limits={"prefills_per_worker": UNBOUNDED},
-        ratio="own",
     ),
     "pythia-no-cached-weight": Baseline(
-        "what decode workers hold of a prompt does not count",
-        "split",
-        {"cached_weight": 0.0},
-        ratio="own",
+        "what decode workers hold of a prompt does not count", "split", {"cached_weight": 0.0}
     ),
     "pythia-no-load": Baseline(
         "decode workers are chosen in turn, not by load and caches",
         "split",
         {"policy": "round_robin"},
-        ratio="own",
     ),
     "pythia-no-threshold": Baseline(
-        "every prompt is prefilled by a prefill worker",
-        "split",
-        {"disaggregated": "always"},
-        ratio="own",
+        "every prompt is prefilled by a prefill worker", "split", {"disaggregated": "always"}
     ),
     "pythia-no-disaggregation": Baseline(
-        "all workers do both, each call on one",
-        "mixed",
-        {"disaggregated": "never"},
-        ratio="own",
+        "all workers do both, each call on one", "mixed", {"disaggregated": "never"}
     ),
     "pythia-no-least-tokens": Baseline(
-        "prefill workers are chosen in turn",
-        "split",
-        {"prefill_policy": "round_robin"},
-        ratio="own",
+        "prefill workers are chosen in turn", "split", {"prefill_policy": "round_robin"}
     ),
     "pythia-no-prefill-cache": Baseline(
         "what prefill workers hold of a prompt does not count",
         "split",
         {"prefill_policy": "least_loaded"},
-        ratio="own",
     ),
     "pythia-no-siblings": Baseline(
-        "calls of one group are placed one by one",
-        "split",
-        {"siblings_together": False},
-        ratio="own",
+        "calls of one group are placed one by one", "split", {"siblings_together": False}
     ),
 }
 """By name. Those that begin with ``pythia-no-`` are ours with one mechanism switched off."""
