@@ -523,10 +523,32 @@ class Calls:
             call.overdue = 0
             self._set_due(call, now_s + self._phase_s(call))
         else:
-            stuck = call.prefill if call.phase is CallPhase.PREFILLING else call.decode
-            assert stuck is not None
-            call.avoid.add((stuck.name, stuck.incarnation))
-            self._replan(call, now_s, f"stuck {call.phase.value} on {stuck.name}")
+            self._stuck(call, now_s)
+
+    def _stuck(self, call: Call, now_s: float) -> None:
+        """Another plan for a call that gets nowhere, if there is one: else it stays a while.
+
+        Its worker may just be slow, and its client be served at any moment. Were it to wait in
+        the queue instead, its first token would be a former attempt's, of which nobody takes
+        notice, and what is being said to the client be stopped for want of room.
+        """
+        limits = self._state.limits
+        worker = call.prefill if call.phase is CallPhase.PREFILLING else call.decode
+        assert worker is not None
+        call.avoid.add((worker.name, worker.incarnation))
+        why = f"stuck {call.phase.value} on {worker.name}"
+        if call.stuck_s is None or call.stuck_s[:2] != (call.attempt, call.phase):
+            call.stuck_s = call.attempt, call.phase, now_s
+        if call.plans >= limits.attempts or now_s - call.stuck_s[2] >= limits.queue_s:
+            self._replan(call, now_s, why)
+            return
+        decision = self._place(call, now_s)
+        if isinstance(decision, Choice):
+            self._next_attempt(call, now_s, why)
+            self._plan(call, decision, now_s)
+        else:
+            call.overdue = 0
+            self._set_due(call, now_s + limits.check_s)
 
     def _blame(self, call: Call, name: str) -> Worker | None:
         """The worker of the call's plan that has this name; it is avoided from now on."""
@@ -541,12 +563,16 @@ class Calls:
         if call.plans >= self._state.limits.attempts:
             self._refuse(call, 503, f"given up after {call.plans} attempts: {why}", now_s)
             return
+        self._next_attempt(call, now_s, why)
+        self._wait(call, now_s)
+
+    def _next_attempt(self, call: Call, now_s: float, why: str) -> None:
+        """The current one is over for us."""
         self._release(call)
         call.move(CallPhase.QUEUED, now_s, why)
         call.attempt += 1
         call.overdue = 0
         self._state.counters["replans"] += 1
-        self._wait(call, now_s)
 
     def _refuse(self, call: Call, status: int, reason: str, now_s: float) -> None:
         """End a call with an error: ``Rejected`` if it never had a plan, else ``Stop``."""

@@ -68,12 +68,13 @@ class Ratio(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How many workers prefill and how many decode. Times in seconds, sizes in tokens.
 
     ``reactive`` turns workers of the roles ``prefill`` and ``decode`` into the other one when
-    one side has been overloaded for a while and the other can spare a worker; see
-    ``policy.ratio``. Workers with the role ``mixed`` do both and stay as they are.
+    one side has been overloaded for a while and the other can spare a worker, and back when
+    that is over; see ``policy.ratio``. Workers with the role ``mixed`` do both and stay as they
+    are.
     """
 
     mode: Literal["static", "reactive"] = "static"
-    interval_s: Seconds = 5.0
+    interval_s: Seconds = 2.0
     """Time between two looks at the load."""
     looks: Positive = 3
     """How often in a row a side must be found overloaded before a worker turns to it."""
@@ -83,13 +84,17 @@ class Ratio(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Workers with the role prefill that are left at least."""
     decode_workers_min: Positive = 1
     """Workers with the role decode that are left at least."""
-    prefill_tokens_high: Positive = 16384
+    prefill_tokens_high: Positive = 32768
     """Prompt tokens yet to compute per prefill worker from which prefill is overloaded."""
     decode_kv_high: Share = 0.9
     """Share of the decode workers' KV in use from which decode is overloaded."""
+    decode_itl_high_s: Seconds = 0.025
+    """Mean time between tokens from which decode is overloaded, whatever KV is in use: what
+    has been promised, or less of it."""
     spare: Share = 0.8
     """A side can spare a worker if its load per worker, with one less, stays below this
-    share of what counts as overloaded."""
+    share of what counts as overloaded, and its prefill workers below this share of being
+    busy all the time."""
 
 
 class Placement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -165,6 +165,8 @@ class Worker:
     tokens_max: int = field(init=False)
     """Prompt and output that its engine can hold for one call."""
     batch_slots: int = field(init=False)
+    started_role: Role = field(init=False)
+    """The one that it registered with."""
     turned_s: float = float("-inf")
     """When its role last changed since it registered."""
     phase: WorkerPhase = WorkerPhase.UP
@@ -195,7 +197,7 @@ class Worker:
     def __post_init__(self) -> None:
         facts = self.facts
         self.name, self.incarnation = self.ready.worker, self.ready.incarnation
-        self.role = self.ready.role
+        self.role = self.started_role = self.ready.role
         self.tokens_max = min(facts.max_model_len, facts.kv_blocks * facts.block_size)
         self.batch_slots = facts.max_num_seqs
 
@@ -290,6 +292,8 @@ class Call:
     plan: Plan | None = None
     overdue: int = 0
     """How often the API process was asked, its phase having taken too long, without an answer."""
+    stuck_s: tuple[int, CallPhase, float] | None = None
+    """Attempt and phase in which it was found to get nowhere, and since when."""
     decode: Worker | None = None
     decode_blocks: int = 0
     prefill: Worker | None = None

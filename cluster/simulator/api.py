@@ -57,6 +57,8 @@ TOMBSTONE_S = 300.0
 CORE_AWAY_S = 30.0
 CLOCK_SKEW_S = 1.0
 """These five are ``coordinator.api.calls``'s."""
+NO_ANSWER = 0
+"""``CallRecord.status`` of a call whose API process is gone."""
 
 
 class Client(Protocol):
@@ -110,6 +112,19 @@ class Api:
             beat=lambda: ApiBeat(name, len(self.calls)),
             on_message=self._on_core,
         )
+
+    def crash(self) -> None:
+        """It is gone, and with it its calls: their clients' connections break, and workers learn
+        of it from theirs."""
+        self._network.detach(self.name)
+        self._network.deafen(self.name)
+        self._control.stop()
+        self._network.close_all(self.name)
+        for call in list(self.calls.values()):
+            self._catch_up(call)
+            call.record.status = NO_ANSWER
+            self._forget(call, "error")
+            self._client.ended(call.record, 0.0)
 
     def start(self, after_s: float) -> None:
         """Ask the core to be taken in."""
@@ -287,6 +302,9 @@ class Api:
         if call is None or message.attempt < call.attempt:
             self.stale += 1
             return
+        if message.status == 503 and message.attempt > call.attempt and call.phase == "decoding":
+            self.stale += 1
+            return
         self._fail(call, message.status, 0.0)
 
     def _on_check(self, message: Check) -> None:
@@ -462,6 +480,7 @@ class Api:
     def _ask(self, call: Call) -> None:
         """Ask the core, once more, for the plan that this call waits for."""
         if call.failed is not None:
+            self._oracle.failed(self.name, call.failed)
             self._control.send(call.failed)
             return
         call.submitted_tokens = call.tokens
@@ -520,12 +539,7 @@ class Api:
     ) -> None:
         """The one way out for a call. ``recorded``: the record's outcome if not the core's."""
         record, now_s = call.record, self._events.now_s
-        del self.calls[call.request]
-        self._events.cancel(call.repeat)
-        self._events.cancel(call.overdue)
-        record.outcome = recorded or outcome
-        record.ended_s = now_s
-        record.output_tokens = call.tokens
+        self._forget(call, recorded or outcome)
         started = record.first_token_s
         self._control.send(
             Finished(
@@ -542,5 +556,15 @@ class Api:
                 undecoded=undecoded,
             )
         )
-        self._oracle.ended(call.request, record.outcome, call.output_tokens)
         self._client.ended(record, retry_after_s)
+
+    def _forget(self, call: Call, outcome: str) -> None:
+        """Nothing more comes of a call."""
+        record = call.record
+        del self.calls[call.request]
+        self._events.cancel(call.repeat)
+        self._events.cancel(call.overdue)
+        record.outcome = outcome
+        record.ended_s = self._events.now_s
+        record.output_tokens = call.tokens
+        self._oracle.ended(call.request, record.outcome, call.output_tokens)

@@ -20,7 +20,7 @@ from cluster.simulator.records import Result
 from cluster.simulator.setup import ClusterSetup, WorkerSetup
 from cluster.workload.form import Workload
 from coordinator.core import Core
-from coordinator.limits import Limits, Placement, Ratio
+from coordinator.limits import Limits, Placement
 from coordinator.policy.placer import Placer
 from coordinator.protocol import Role
 
@@ -41,8 +41,9 @@ class Baseline(msgspec.Struct, frozen=True):
     """One way to run a cluster.
 
     ``placement`` and ``limits``: fields that differ from the cluster's own. ``roles``: of its
-    workers; ``split`` into prefill and decode. ``placers``: who decide instead of the policy, one
-    for each core of a replay.
+    workers; ``split`` into prefill and decode. ``ratio``: whether they turn; ``own`` is as the
+    cluster's file says, which also has the thresholds for ``reactive``. ``placers``: who decide
+    instead of the policy, one for each core of a replay.
     ``bound``: there is nothing to simulate, it says the result itself.
     """
 
@@ -50,6 +51,7 @@ class Baseline(msgspec.Struct, frozen=True):
     roles: Literal["mixed", "split"]
     placement: Changes = {}
     limits: Changes = {}
+    ratio: Literal["own", "static", "reactive"] = "own"
     placers: MakePlacers | None = None
     bound: Bound | None = None
 
@@ -67,7 +69,7 @@ def applied(baseline: Baseline, setup: ClusterSetup, prefill_count: int) -> Clus
     return msgspec.structs.replace(
         setup,
         workers=tuple(map(_with_role, workers, roles)),
-        placement=msgspec.structs.replace(setup.placement, **baseline.placement),
+        placement=_placement(baseline, setup.placement),
         limits=msgspec.structs.replace(setup.limits, **_limits(baseline, setup.limits)),
     )
 
@@ -118,6 +120,13 @@ def _with_role(worker: WorkerSetup, role: Role) -> WorkerSetup:
     return msgspec.structs.replace(worker, role=role)
 
 
+def _placement(baseline: Baseline, placement: Placement) -> Placement:
+    ratio = placement.ratio
+    if baseline.ratio != "own":
+        ratio = msgspec.structs.replace(ratio, mode=baseline.ratio)
+    return msgspec.structs.replace(placement, ratio=ratio, **baseline.placement)
+
+
 def _limits(baseline: Baseline, limits: Limits) -> Changes:
     """What changes; a prefill or first token may take as long as it and the queue together.
 
@@ -150,57 +159,68 @@ BASELINES: Mapping[str, Baseline] = {
         "aggregated, one worker after the other",
         "mixed",
         _AGGREGATED | {"policy": "round_robin"},
+        ratio="static",
     ),
     "aggregated-least-loaded": Baseline(
         "aggregated, the worker with the fewest open calls",
         "mixed",
         _AGGREGATED | {"policy": "least_loaded"},
+        ratio="static",
     ),
     "aggregated-sticky": Baseline(
         "aggregated, cache-aware and session-sticky with bounded loads, chunked prefill",
         "mixed",
         _AGGREGATED | _STICKY,
+        ratio="static",
     ),
     "pd-round-robin": Baseline(
         "static prefill and decode workers, each one after the other",
         "split",
         _STATIC | {"policy": "round_robin", "prefill_policy": "round_robin"},
+        ratio="static",
     ),
     "pd-sticky": Baseline(
         "static prefill and decode workers, cache-aware and session-sticky",
         "split",
         _STATIC | _STICKY,
+        ratio="static",
     ),
     "pd-sticky-conditional": Baseline(
         "the same, short uncached prompts are prefilled where they are decoded",
         "split",
         _ROUTED | {"disaggregated": "conditional"} | _STICKY,
+        ratio="static",
     ),
     "aggregated-cost": Baseline(
         "aggregated, least cost of blocks to prefill and to decode (Dynamo's KV router)",
         "mixed",
         _AGGREGATED | {"policy": "cost"},
+        ratio="static",
     ),
     "pd-cost": Baseline(
         "static prefill and decode workers, least cost of each (Dynamo's KV router)",
         "split",
         _STATIC | {"policy": "cost"},
+        ratio="static",
     ),
     "pd-reactive": Baseline(
         "pd-sticky-conditional whose workers turn to the side that is overloaded",
         "split",
-        _ROUTED | {"disaggregated": "conditional"} | _STICKY | {"ratio": Ratio(mode="reactive")},
+        _ROUTED | {"disaggregated": "conditional"} | _STICKY,
+        ratio="reactive",
     ),
     # --- bounds ---
     "clairvoyant": Baseline(
         "knows every run's future; an informed policy, not proven optimal",
         "mixed",
         placers=clairvoyants,
+        ratio="static",
     ),
     CONFIGURATION: Baseline(
         "infinite resources: the longest path through each run, nothing waits",
         "mixed",
         bound=critical_path,
+        ratio="static",
     ),
     # --- Pythia with one mechanism less ---
     "pythia-no-reservation": Baseline(

@@ -27,8 +27,9 @@ class Brain:
         measured: bool = False,
     ) -> None:
         self.cores = 0
-        self.decision_s = 0.0
-        self.decisions = 0
+        self.core_s = 0.0
+        self.core_messages = 0
+        """Deadlines that came are counted too."""
         self._counters: dict[str, int] = {}
         """Of cores that are gone."""
         self._events = events
@@ -75,8 +76,8 @@ class Brain:
         began_s = perf_counter() if self._measured else 0.0
         sends = self.core.handle(peer, message, self._events.now_s)
         if self._measured:
-            self.decision_s += perf_counter() - began_s
-            self.decisions += 1
+            self.core_s += perf_counter() - began_s
+            self.core_messages += 1
         self._send(sends)
 
     def _tick(self) -> None:
@@ -87,8 +88,8 @@ class Brain:
             began_s = perf_counter() if self._measured else 0.0
             sends = self.core.tick(now_s)
             if self._measured:
-                self.decision_s += perf_counter() - began_s
-                self.decisions += 1
+                self.core_s += perf_counter() - began_s
+                self.core_messages += 1
             self._send(sends)
         else:
             self._plan_tick()

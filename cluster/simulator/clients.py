@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 
-from cluster.simulator.api import Api
+from cluster.simulator.api import NO_ANSWER, Api
 from cluster.simulator.call import RETRIES_MAX, request_id
 from cluster.simulator.events import Event, Events
 from cluster.simulator.recorder import Recorder
@@ -23,7 +23,7 @@ from coordinator.protocol import BLOCK_HASH_BYTES
 
 RETRY_S_MIN = 0.5
 """A client's pause before it tries again where the server names none (openai-python's)."""
-RETRIED = frozenset({429, 500, 502, 503, 504})
+RETRIED = frozenset({NO_ANSWER, 429, 500, 502, 503, 504})
 ABORT_S_MAX = 4.0
 PROGRESS_CALLS = 100
 
@@ -34,11 +34,10 @@ Progress = Callable[[int, int, float], None]
 class Open:
     """A call that was sent."""
 
-    __slots__ = ("api", "record", "request", "retries")
+    __slots__ = ("record", "request", "retries")
 
-    def __init__(self, record: CallRecord, api: Api) -> None:
+    def __init__(self, record: CallRecord) -> None:
         self.record = record
-        self.api = api
         self.retries = 0
         self.request = ""
 
@@ -86,12 +85,12 @@ class Clients:
         self._calls_left = [len(run.calls) for run in workload.runs]
         self._failed_runs: set[int] = set()
         self._open: dict[tuple[int, int], Open] = {}
-        self._apis: Sequence[Api] = ()
+        self._apis: Sequence[Api | None] = ()
         self._wake: Event | None = None
         self._wake_s = float("inf")
 
-    def start(self, apis: Sequence[Api]) -> None:
-        """The replay begins now."""
+    def start(self, apis: Sequence[Api | None]) -> None:
+        """The replay begins now. ``apis``: None where one is gone, until there is another."""
         self._apis = apis
         self.began_s = self._events.now_s
         self._look()
@@ -130,7 +129,8 @@ class Clients:
             prompt_tokens=call.prompt_tokens,
         )
         self._recorder.calls.append(record)
-        open_call = Open(record, self._apis[due.run % len(self._apis)])
+        self._recorder.run_began(due.run, self._replay.began_s[due.run])
+        open_call = Open(record)
         self._open[due.run, due.call] = open_call
         if call.prompt_tokens >= self._tokens_max:
             # vLLM's front half refuses it before anybody is asked for a plan.
@@ -142,6 +142,11 @@ class Clients:
 
     def _submit(self, open_call: Open) -> None:
         record = open_call.record
+        api = self._apis[record.run % len(self._apis)]
+        if api is None:
+            # Nobody listens there: as any client it tries again.
+            self._events.after(RETRY_S_MIN, self._submit, open_call)
+            return
         run = self._workload.runs[record.run]
         call = run.calls[record.call]
         limit = self._tokens_max - call.prompt_tokens
@@ -152,7 +157,7 @@ class Clients:
         open_call.request = request_id(record.run, record.call, open_call.retries)
         chain, hashes = self._hashes(run, call, record.output_tokens)
         self._recorder.opened(open_call.request, record)
-        open_call.api.open(
+        api.open(
             open_call.request,
             record,
             chain,
@@ -164,7 +169,7 @@ class Clients:
         now_s = self._events.now_s
         if self._aborted and now_s < self._aborts_until_s and self._rng.random() < self._aborted:
             pause_s = self._rng.random() * ABORT_S_MAX
-            self._events.after(pause_s, open_call.api.end, open_call.request, "abort")
+            self._events.after(pause_s, api.end, open_call.request, "abort")
 
     def _hashes(self, run: Run, call: Call, output_tokens: int) -> tuple[bytes, bytes]:
         """Of all full blocks of prompt and output, and of the prompt alone."""

@@ -40,7 +40,7 @@ GOOD_S = 90.0
 CHECK_S = 2.0
 """Between two looks of the oracle at everything."""
 WATCH_S = 0.5
-"""Between two looks of the oracle at what the core believes."""
+"""Between two looks of the oracle at what the core believes, and at what engines do."""
 RUNS = 16
 CALLS_MAX = 200
 """Runs beyond this number of calls are left out."""
@@ -165,11 +165,18 @@ def random_workload(rng: random.Random, seed: int, tokens_max: int) -> Workload:
     return msgspec.structs.replace(workload, runs=tuple(kept))
 
 
-def run_fault_seed(seed: int) -> FaultReport:
-    """Simulate what a seed says. OracleError if anything happens that must not, or breaks."""
+def run_fault_seed(seed: int, api_crashes: bool = True) -> FaultReport:
+    """Simulate what a seed says. OracleError if anything happens that must not, or breaks.
+
+    ``api_crashes``: API processes crash, too, if the seed says so.
+    """
     began_s = time.perf_counter()
     rng = random.Random(f"{seed}/faults")
     setup, faults = random_setup(rng), random_faults(rng)
+    if api_crashes:
+        # By chance of its own: all else is as it would be without.
+        every_s = random.Random(f"{seed}/api crashes").choice((0.0, 0.0, 10.0, 30.0))
+        faults = msgspec.structs.replace(faults, api_crash_every_s=every_s)
     workload = random_workload(rng, seed, engine_facts(setup).max_model_len)
     world = World(setup, workload, faults, seed, letters=LETTERS)
     trouble = Trouble(world, rng)
@@ -209,8 +216,8 @@ def _keep_checking(world: World) -> None:
 def _keep_watching(world: World) -> None:
     if world.brain.running:
         world.oracle.watch(world.brain.core, world.apis)
-    if world.events.now_s < FAULTY_S:
-        world.events.after(WATCH_S, _keep_watching, world)
+    world.oracle.watch_engines(world.workers(), world.apis)
+    world.events.after(WATCH_S, _keep_watching, world)
 
 
 def run_many(

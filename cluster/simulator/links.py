@@ -39,6 +39,7 @@ class Read:
         "event",
         "left_bytes",
         "pipes",
+        "probe",
         "size_bytes",
         "source",
         "target",
@@ -55,7 +56,9 @@ class Read:
         pipes: tuple[Pipe, ...],
         began_s: float,
         done: Callable[[Read], None],
+        probe: bool,
     ) -> None:
+        self.probe = probe
         self.source, self.target, self.tier = source, target, tier
         self.size_bytes = self.left_bytes = size_bytes
         self.pipes = pipes
@@ -78,7 +81,9 @@ class Links:
         self._pipes: dict[tuple[str, str, str], Pipe] = {}
         self._reads: dict[Read, None] = {}
         self.moved_bytes: dict[Tier, float] = {}
-        """By tier, reads that were broken off included."""
+        """By tier, for calls; reads that were broken off included."""
+        self.probe_bytes: dict[Tier, float] = {}
+        """For probes of pairs of workers."""
         for tier in self._tiers(setup.workers):
             if tier not in self._links:
                 raise ValueError(f"{setup.hardware.name} has no {tier} link, and none is given")
@@ -103,12 +108,20 @@ class Links:
         return self._network.same_rack if one.node != other.node else self._network.same_node
 
     def read(
-        self, source: str, target: str, size_bytes: float, done: Callable[[Read], None]
+        self,
+        source: str,
+        target: str,
+        size_bytes: float,
+        done: Callable[[Read], None],
+        probe: bool = False,
     ) -> Read:
-        """Begin a read of ``target`` from ``source``; ``done`` is called when all is there."""
+        """Begin a read of ``target`` from ``source``; ``done`` is called when all is there.
+
+        ``probe``: it is no call's.
+        """
         tier = self.tier(source, target)
         pipes = self._path(source, target, tier)
-        read = Read(source, target, tier, size_bytes, pipes, self._events.now_s, done)
+        read = Read(source, target, tier, size_bytes, pipes, self._events.now_s, done, probe)
         self._reads[read] = None
         fixed_s = self._links[tier].latency_s + self._network.transfer_fixed_s
         read.event = self._events.after(fixed_s, self._flow, read)
@@ -179,7 +192,8 @@ class Links:
         if arrived:
             read.left_bytes = 0.0
         moved = read.size_bytes - read.left_bytes
-        self.moved_bytes[read.tier] = self.moved_bytes.get(read.tier, 0.0) + moved
+        book = self.probe_bytes if read.probe else self.moved_bytes
+        book[read.tier] = book.get(read.tier, 0.0) + moved
         del self._reads[read]
         for pipe in read.pipes:
             pipe.reads.pop(read, None)

@@ -190,7 +190,7 @@ class LiveReplay:
             seed=seed,
             where="live",
             calls=calls,
-            runs=run_records(self._workload, calls, self._failed_runs),
+            runs=run_records(self._workload, calls, self._replay.began_s, self._failed_runs),
             samples=[],
             gaps=self._gaps,
             totals=totals,

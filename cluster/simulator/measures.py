@@ -66,6 +66,7 @@ CACHES = (
     Measure("prefix_hit_tokens", "prefix hits", "Mtok", "higher", 1e-6),
     Measure("recomputed_tokens", "recomputed", "Mtok", "lower", 1e-6),
     *(Measure(f"moved_bytes_{tier}", tier, "GB moved", "", 1e-9) for tier in get_args(Tier)),
+    Measure("probe_bytes", "probes", "GB moved", "", 1e-9),
 )
 ENGINES = (
     Measure("decode_kv_mean", "decode KV", "% mean", "", 100),
@@ -73,7 +74,7 @@ ENGINES = (
     Measure("preemptions", "preemptions", "", "lower"),
     Measure("flips", "flips"),
     Measure("wasted_warmups", "warm-ups", "wasted", "lower"),
-    Measure("decision_us", "core, us", "a message", "lower"),
+    Measure("core_us_per_message", "core, us", "a message", "lower"),
 )
 
 
@@ -86,9 +87,12 @@ def figures(result: Result, slo: Slo) -> dict[str, float]:
     * ``goodput_*``: a call is good if it was served within ``slo``, a run if all its calls were.
       Rates are of calls that ended within ``window_s``, see ``WINDOW_SHARE``.
     * ``prefix_hit_tokens``: prompt tokens that nobody had to compute; their share is of the
-      prompts of served calls. ``moved_bytes_*`` by tier.
+      prompts of served calls. ``moved_bytes_*``: KV moved for calls, by tier; ``probe_bytes``:
+      that which the core had moved to see whether two workers can, by any.
     * ``decode_kv_*``: share of KV blocks in use on workers that decode, in that time.
-    * ``decision_us``: real time in the core per message that it handled, if it was measured.
+    * ``wasted_warmups``: left out if nothing was warmed up.
+    * ``core_us_per_message``: real time in the core per message that it handled (or deadline
+      that came), if it was measured. Most messages need no decision.
     """
     served = [call for call in result.calls if call.outcome in SERVED]
     finished = [run for run in result.runs if run.finished]
@@ -193,6 +197,7 @@ def _work(result: Result, served: Sequence[CallRecord]) -> dict[str, float]:
         "moved_tokens": sum(call.moved_tokens for call in served),
     }
     found |= {f"moved_bytes_{tier}": totals.moved_bytes.get(tier, 0) for tier in get_args(Tier)}
+    found["probe_bytes"] = sum(totals.probe_bytes.values())
     prompts = sum(call.prompt_tokens for call in served)
     if prompts:
         found["prefix_hit_share"] = hits / prompts
@@ -204,8 +209,9 @@ def _engines(result: Result, window_s: float) -> dict[str, float]:
     found: dict[str, float] = {
         "preemptions": totals.preemptions,
         "flips": totals.flips,
-        "wasted_warmups": totals.wasted_warmups,
     }
+    if totals.warmups:
+        found["wasted_warmups"] = totals.wasted_warmups
     used = [
         sample.kv_used
         for sample in result.samples
@@ -214,6 +220,6 @@ def _engines(result: Result, window_s: float) -> dict[str, float]:
     if used:
         found["decode_kv_mean"] = float(np.mean(used))
         found["decode_kv_p95"] = float(np.quantile(used, 0.95))
-    if totals.decisions and totals.decision_s:
-        found["decision_us"] = 1e6 * totals.decision_s / totals.decisions
+    if totals.core_messages and totals.core_s:
+        found["core_us_per_message"] = 1e6 * totals.core_s / totals.core_messages
     return found

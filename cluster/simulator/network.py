@@ -80,6 +80,8 @@ class Network:
         self._heals_s = 0.0
         self._control_faults = bool(faults.loss or faults.duplication or faults.delay)
         self.letters: deque[Letter] = deque(maxlen=letters)
+        self.arrived: Callable[[str, Any], None] = lambda _target, _message: None
+        """Is told what an address has just got."""
 
     @property
     def now_s(self) -> float:
@@ -137,6 +139,7 @@ class Network:
         receive = self._peers.get(target)
         if receive is not None:
             receive(source, message)
+            self.arrived(target, message)
 
     # --- data --------------------------------------------------------------------------
 
@@ -216,6 +219,11 @@ class Network:
         for connection in [each for each in self._connections if each.placed.worker == worker]:
             self.break_off(connection)
 
+    def close_all(self, api: str) -> None:
+        """An API process is gone, and its ends of all connections with it."""
+        for connection in [each for each in self._connections if each.api == api]:
+            self.disconnect(connection)
+
     def _tell_broken(self, process: str, connection: Connection) -> None:
         broken = self._on_broken.get(process)
         if broken is not None:
@@ -236,7 +244,7 @@ class Network:
         """Whether a partition is between two processes."""
         if not self._cut:
             return False
-        return (_process(one) in self._cut) != (_process(other) in self._cut)
+        return (process_at(one) in self._cut) != (process_at(other) in self._cut)
 
 
 def peer_address(placed: Placed) -> str:
@@ -244,5 +252,6 @@ def peer_address(placed: Placed) -> str:
     return f"{placed.worker}#{placed.incarnation}"
 
 
-def _process(address: str) -> str:
+def process_at(address: str) -> str:
+    """Whose address it is, whichever incarnation is there."""
     return address.partition("#")[0]

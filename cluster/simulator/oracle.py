@@ -16,11 +16,15 @@ from cluster.simulator.frames import Handle, Tokens, Work
 from cluster.simulator.network import Letter, Network
 from cluster.simulator.records import CallRecord
 from coordinator.core import Core
+from coordinator.limits import Limits
 from coordinator.protocol import (
     BLOCK_HASH_BYTES,
     Abort,
+    Failed,
+    Plan,
     Rejected,
     Stop,
+    Welcome,
     engine_request_id,
     split_engine_request_id,
 )
@@ -34,6 +38,11 @@ BELIEFS = {"loading": ("loading", "decoding"), "decoding": ("decoding",)}
 """Where a call must be in its API process if the core takes it for that."""
 WANT = ("no room", "given up after 4 attempts: stuck")
 """What the core says for want of room: a worker that is too busy for a call looks stuck."""
+OVER_S = 6.0
+"""How long a call that is over may still be in an engine that hears of it: a message's longest way
+(``Faults.delay_s`` is 5 s at most here), and a step."""
+SLACK_S = 2.0
+"""Between a deadline of the core's and its last word."""
 LETTERS_TOLD = 40
 MADE_MAX = 65536
 
@@ -45,7 +54,7 @@ class OracleError(AssertionError):
 class Oracle:
     """One simulation's. ``now_s`` is had from the network's clock."""
 
-    def __init__(self, seed: int, network: Network, block_size: int) -> None:
+    def __init__(self, seed: int, network: Network, block_size: int, limits: Limits) -> None:
         self.seed = seed
         self.reads = 0
         self.reads_failed = 0
@@ -58,6 +67,17 @@ class Oracle:
         """Handles whose KV has been read lately, and for which request."""
         self._tokens: dict[str, int] = {}
         """What the clients of open calls have got."""
+        self._patience_s = _patience_s(limits)
+        self._cores: dict[str, str] = {}
+        """By API process: the core that took it in last."""
+        self._planned_by: dict[str, tuple[int, str]] = {}
+        """Attempt of the latest plan for each open call, and whom its API process took for the
+        core when it came."""
+        self._unknown_s: dict[tuple[str, str, int], float] = {}
+        """Since when the core has had calls that no API process has, by request, phase and
+        attempt."""
+        self._undead_s: dict[tuple[str, str], float] = {}
+        """Since when engines have worked for calls that are over, by incarnation and request."""
 
     # --- KV -----------------------------------------------------------------------------
 
@@ -120,6 +140,7 @@ class Oracle:
 
     def ended(self, request: str, outcome: str, expected_tokens: int) -> None:
         """A call ended for its client."""
+        self._planned_by.pop(request, None)
         got = self._tokens.pop(request, None)
         if got is None:
             raise self._error(f"{request} ended twice or was never opened", request)
@@ -139,6 +160,31 @@ class Oracle:
         if self._last_word(call.request) is None:
             what = f"{call.request} is {call.phase} and the core has forgotten it"
             raise self._error(what, call.request)
+
+    def arrived(self, api: Api, message: object) -> None:
+        """An API process has just got a word of the core, and done what it does about it."""
+        if isinstance(message, Welcome):
+            self._cores[api.name] = message.core
+        elif isinstance(message, Plan):
+            if message.request in self._tokens:
+                core = self._cores.get(api.name, "")
+                self._planned_by[message.request] = message.attempt, core
+        elif isinstance(message, Stop):
+            call = api.calls.get(message.request)
+            if call is None or message.attempt < call.attempt:
+                return
+            # What is being said goes on if it is another attempt that there was no room for.
+            served = message.status == 503 and message.attempt > call.attempt
+            goes_on = served and call.phase == "decoding"
+            self._assert(goes_on, f"{message.request} was stopped and goes on", message.request)
+
+    def failed(self, api: str, message: Failed) -> None:
+        """An API process asks the core for another plan: it must be the one that made the first."""
+        attempt, planned_by = self._planned_by.get(message.request, (0, ""))
+        core = self._cores.get(api, "")
+        if attempt == message.attempt and planned_by not in ("", core):
+            what = f"{api} asks {core} for {message.request}, which another core had planned"
+            raise self._error(what, message.request)
 
     def served_well(self, calls: Iterable[CallRecord], after_s: float) -> None:
         """Calls sent after ``after_s``, when nothing goes wrong, fail only for want of room
@@ -176,27 +222,68 @@ class Oracle:
             raise self._error(f"{type(error).__name__}: {error}") from error
 
     def watch(self, core: Core, apis: Iterable[Api]) -> None:
-        """The core believes of a call nothing that its API process has not said."""
+        """The core believes of a call nothing that its API process has not said, and keeps none
+        that nobody has any more for longer than it may be in doubt."""
+        now_s = self._network.now_s
         calls = {request: call for api in apis for request, call in api.calls.items()}
-        for row in core.snapshot(0, self._network.now_s).calls:
+        unknown_s: dict[tuple[str, str, int], float] = {}
+        for row in core.snapshot(0, now_s).calls:
             call = calls.get(row.request)
+            if call is None and row.phase in self._patience_s:
+                key = row.request, row.phase, row.attempt
+                since_s = unknown_s[key] = self._unknown_s.get(key, now_s)
+                in_time = now_s - since_s <= self._patience_s[row.phase]
+                what = f"the core has had {row.request} {row.phase} for {now_s - since_s:.1f} s"
+                self._assert(in_time, f"{what}, and nobody else", row.request)
             said = BELIEFS.get(row.phase)
             if call is None or said is None or call.attempt != row.attempt or call.failed:
                 continue
             known = call.phase in said or (row.phase == "loading" and not row.prefill)
             self._assert(known, f"the core takes {row.request} for {row.phase}", row.request)
+        self._unknown_s = unknown_s
+
+    def watch_engines(self, workers: Iterable[Worker], apis: Iterable[Api]) -> None:
+        """No engine works for long for a call that is over, or for a former attempt."""
+        now_s = self._network.now_s
+        attempts = {
+            request: call.attempt if call.phase != "waiting" else call.attempt + 1
+            for api in apis
+            for request, call in api.calls.items()
+        }
+        undead_s: dict[tuple[str, str], float] = {}
+        for worker in workers:
+            for job in worker.jobs.values():
+                # A worker that hears nothing can't know.
+                if job.connection is None or worker.hung:
+                    continue
+                if self._network.is_cut(worker.name, job.connection.api):
+                    continue
+                request, attempt = split_engine_request_id(job.engine_id)
+                if attempt >= attempts.get(request, attempt + 1):
+                    continue
+                key = worker.incarnation, job.engine_id
+                since_s = undead_s[key] = self._undead_s.get(key, now_s)
+                in_time = now_s - since_s <= OVER_S
+                what = (
+                    f"{worker.address} has worked for {now_s - since_s:.1f} s for {job.engine_id}"
+                )
+                self._assert(in_time, f"{what}, which is over", request)
+        self._undead_s = undead_s
 
     def quiet(self, core: Core, workers: Iterable[Worker], apis: Iterable[Api]) -> None:
         """What must be true when all calls have ended and all leases are over."""
         now_s = self._network.now_s
         workers = list(workers)
         self.check(core, workers)
+        apis = list(apis)
         for api in apis:
             for request in api.calls:
                 raise self._error(f"{request} is stuck in {api.name}", request)
         for request in self._tokens:
             raise self._error(f"the client of {request} still waits", request)
         snapshot = core.snapshot(0, now_s)
+        alive = f"{snapshot.apis} API processes for alive, there are {len(apis)}"
+        self._assert(snapshot.apis == len(apis), f"the core takes {alive}")
         for row in snapshot.calls[len(snapshot.calls) - snapshot.active - snapshot.queued :]:
             raise self._error(f"the core still has {row}", row.request)
         for status in snapshot.workers:
@@ -223,6 +310,19 @@ class Oracle:
             letters = [each for each in self._network.letters if _is_about(each.message, request)]
             lines += [_line(letter) for letter in letters[-LETTERS_TOLD:]]
         return OracleError("\n".join(lines))
+
+
+def _patience_s(limits: Limits) -> dict[str, float]:
+    """How long the core may have a call in a phase whose API process does not know it: until
+    the phase is overdue, and some questions have had no answer."""
+    asked_s = 2 * limits.check_s + SLACK_S
+    return {
+        "queued": limits.queue_s + SLACK_S,
+        "prefilling": limits.prefill_s + asked_s,
+        "loading": limits.first_token_s + asked_s,
+        "decoding": limits.decode_check_s + asked_s,
+        "resuming": limits.check_s + asked_s,
+    }
 
 
 def _is_about(message: Any, request: str) -> bool:

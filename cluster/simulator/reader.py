@@ -50,9 +50,10 @@ class Neighbours(Protocol):
 class Reading:
     """A handle that has been given to the engine, and how far it is."""
 
-    __slots__ = ("chain", "event", "handle", "read", "size_bytes", "tokens")
+    __slots__ = ("chain", "event", "handle", "probe", "read", "size_bytes", "tokens")
 
-    def __init__(self, handle: Handle, chain: bytes, size_bytes: int) -> None:
+    def __init__(self, handle: Handle, chain: bytes, size_bytes: int, probe: bool) -> None:
+        self.probe = probe
         self.handle = handle
         self.chain = chain
         self.size_bytes = size_bytes
@@ -118,9 +119,9 @@ class Reader:
 
     # --- reading ----------------------------------------------------------------------
 
-    def started(self, engine_id: str, handle: Handle, chain: bytes) -> None:
-        """The engine gets a handle, for a prompt with these blocks."""
-        reading = Reading(handle, chain, int(handle.tokens * self._token_bytes))
+    def started(self, engine_id: str, handle: Handle, chain: bytes, *, probe: bool = False) -> None:
+        """The engine gets a handle, for a prompt with these blocks; ``probe``: it is no call's."""
+        reading = Reading(handle, chain, int(handle.tokens * self._token_bytes), probe)
         self._open[engine_id] = reading
         self._books.started(handle.incarnation, reading.size_bytes)
         self._report = None
@@ -143,7 +144,7 @@ class Reader:
             size_bytes = pull.tokens * self._token_bytes
             done: Callable[[Read], None] = lambda read: self._done(pull.id, reading, read)  # noqa: E731
             reading.read = self._neighbours.links.read(
-                handle.worker, self._worker.name, size_bytes, done
+                handle.worker, self._worker.name, size_bytes, done, reading.probe
             )
 
     def lost(self, read: Read) -> None:

@@ -18,7 +18,7 @@ RoleOf = Callable[[Worker], Role]
 
 
 class Recorder:
-    """Records of one simulation. Times are the clock's until ``shift``."""
+    """Records of one simulation. Times are the clock's until ``shift``, but for arrivals."""
 
     def __init__(self, workload: Workload) -> None:
         self.calls: list[CallRecord] = []
@@ -62,6 +62,11 @@ class Recorder:
         seen = self._seen.get(record.run)
         if seen is not None:
             seen.add(call.blocks + call.continued)
+
+    def run_began(self, run: int, arrival_s: float) -> None:
+        """A run's first calls are due, counted from ``arrival_s`` of the replay: in a closed
+        loop that is not what the workload says."""
+        self.runs[run].arrival_s = arrival_s
 
     def run_ended(self, run: int, at_s: float, finished: bool) -> None:
         """Nothing more comes of a run."""

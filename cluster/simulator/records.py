@@ -57,7 +57,9 @@ class CallRecord(msgspec.Struct, gc=False, omit_defaults=True):
 
 
 class RunRecord(msgspec.Struct, gc=False, omit_defaults=True):
-    """One run. ``finished``: all its calls were served."""
+    """One run. ``arrival_s``: when it arrived, or in a closed loop when the run that it follows
+    had ended; pauses before its first calls are counted from then. ``finished``: all its calls
+    were served."""
 
     run: int
     id: str
@@ -162,11 +164,19 @@ class Totals(msgspec.Struct):
     recomputed_tokens: int = 0
     """Computed again: lost by eviction of what a run's earlier call had, preemption, failure."""
     flips: int = 0
+    warmups: int = 0
+    """Prefixes computed or moved before any call asked for them."""
     wasted_warmups: int = 0
+    """Those of them that none used."""
     moved_bytes: dict[Tier, int] = {}
-    decision_s: float = 0.0
+    """KV that calls had moved."""
+    probe_bytes: dict[Tier, int] = {}
+    """KV that the core had moved to see whether two workers can: not the calls' affair. A live
+    cluster counts it together with the calls'."""
+    core_s: float = 0.0
     """Real seconds spent in the core (0 where they were not measured)."""
-    decisions: int = 0
+    core_messages: int = 0
+    """What it spent them on: messages that it handled, and deadlines that came."""
     counters: dict[str, int] = {}
     """The core's own."""
 

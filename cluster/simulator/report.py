@@ -41,6 +41,8 @@ COMPARED = (
     "tokens_per_s_per_gpu",
 )
 """Figures whose difference to the reference is shown and written."""
+SHOWN = ("wasted_warmups",)
+"""Figures that have their column even if there is nothing in it."""
 BEST = "*"
 PARTLY = "!"
 
@@ -269,7 +271,10 @@ def _table(comparison: Comparison, panel: Panel) -> Table | None:
 
 
 def _tells(comparison: Comparison, measure: Measure) -> bool:
-    """Measured, and not nothing everywhere where nothing is the usual."""
+    """Measured, and not nothing everywhere where nothing is the usual. What nobody did is shown
+    as such."""
+    if measure.name in SHOWN:
+        return True
     values = [
         value
         for name in comparison.configurations
@@ -279,7 +284,7 @@ def _tells(comparison: Comparison, measure: Measure) -> bool:
 
 
 def _may_be_hidden(measure: Measure) -> bool:
-    return measure.name.startswith(("moved_bytes", "flips", "wasted", "failed", "unfinished"))
+    return measure.name.startswith(("moved_bytes", "probe_bytes", "flips", "failed", "unfinished"))
 
 
 def _pauses(comparison: Comparison) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 from cluster.simulator.recorder import think_path_s
 from cluster.simulator.records import CallRecord, RunRecord
@@ -10,9 +10,13 @@ from cluster.workload.form import Workload
 
 
 def run_records(
-    workload: Workload, calls: Iterable[CallRecord], failed: Collection[int]
+    workload: Workload,
+    calls: Iterable[CallRecord],
+    began_s: Mapping[int, float],
+    failed: Collection[int],
 ) -> list[RunRecord]:
-    """One for each run of which a call was sent. ``failed``: runs that were given up."""
+    """One for each run of which a call was sent. ``began_s``: the replay's; ``failed``: runs
+    that were given up."""
     found: dict[int, list[CallRecord]] = {}
     for record in calls:
         found.setdefault(record.run, []).append(record)
@@ -21,7 +25,7 @@ def run_records(
             run=position,
             id=workload.runs[position].id,
             workflow=workload.runs[position].workflow,
-            arrival_s=_arrival_s(workload, position, records),
+            arrival_s=began_s[position],
             ended_s=max(record.ended_s for record in records),
             calls=len(records),
             think_s=think_path_s(workload.runs[position]),
@@ -29,15 +33,3 @@ def run_records(
         )
         for position, records in sorted(found.items())
     ]
-
-
-def _arrival_s(workload: Workload, position: int, records: Iterable[CallRecord]) -> float:
-    """When the run was due; where runs follow each other, when the one before had ended."""
-    run = workload.runs[position]
-    if not workload.concurrency:
-        return run.arrival_s
-    return min(
-        record.due_s - run.calls[record.call].think_s
-        for record in records
-        if not run.calls[record.call].parents
-    )

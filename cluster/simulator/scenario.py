@@ -54,10 +54,11 @@ class WorkersEntry(Section, frozen=True, kw_only=True):
 
 
 class WorkloadEntry(Section, frozen=True, kw_only=True):
-    """``source``: a line as ``cluster.workload.source`` reads it. ``slo``: if not the file's."""
+    """``source``: a line as ``cluster.workload.source`` reads it, or a list of them for all at
+    once. ``slo``: if not the file's."""
 
     name: Name
-    source: Text
+    source: Text | list[Text]
     slo: Slo | None = None
 
 
@@ -85,10 +86,10 @@ class ScenarioFile(Section, frozen=True, kw_only=True):
 
 
 class Source(msgspec.Struct, frozen=True):
-    """A workload by its resolved line, and what its users expect."""
+    """A workload by its resolved line or lines, and what its users expect."""
 
     name: str
-    source: str
+    source: str | tuple[str, ...]
     slo: Slo = Slo()
 
 
@@ -289,13 +290,22 @@ def _sources(
     for index, entry in enumerate(file.workloads):
         if entry.name in [source.name for source in sources]:
             document.problem(("workloads", index, "name"), "given twice")
-        try:
-            line = resolved(entry.source, folder, overrides.traces)
-            line = with_options(line, {"runs": overrides.runs, "calls": overrides.calls})
-        except SourceError as error:
-            document.problem(("workloads", index, "source"), str(error))
-            line = ""
-        sources.append(Source(entry.name, line, entry.slo or file.slo))
+        several = isinstance(entry.source, list)
+        given = entry.source if isinstance(entry.source, list) else [entry.source]
+        lines: list[str] = []
+        for number, line in enumerate(given):
+            path = ("workloads", index, "source")
+            try:
+                line = resolved(line, folder, overrides.traces)
+            except SourceError as error:
+                document.problem((*path, number) if several else path, str(error))
+                continue
+            lines.append(with_options(line, {"runs": overrides.runs, "calls": overrides.calls}))
+        if not given:
+            document.problem(("workloads", index, "source"), "there is none")
+        complete = lines if len(lines) == len(given) else []
+        found = tuple(complete) if several else "".join(complete)
+        sources.append(Source(entry.name, found, entry.slo or file.slo))
     return sources
 
 

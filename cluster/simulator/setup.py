@@ -86,6 +86,7 @@ class Faults(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     slow_s: Amount = 10.0
     slow_factor: Annotated[float, msgspec.Meta(ge=1.0)] = 4.0
     core_restart_every_s: Amount = 0.0
+    api_crash_every_s: Amount = 0.0
     partition_every_s: Amount = 0.0
     partition_s: Amount = 8.0
     abort: Share = 0.0

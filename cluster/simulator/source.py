@@ -6,15 +6,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import parse_qsl, urlencode
 
-from cluster.workload.form import Workload
-from cluster.workload.source import READERS, open_workload
+from cluster.workload.change import mixed
+from cluster.workload.form import Workload, WorkloadError
+from cluster.workload.source import FORMATS, open_workload
 
-SUFFIXES = ("", ".jsonl.gz", ".jsonl")
+SUFFIXES = ("", ".jsonl.gz", ".jsonl", ".csv.gz", ".csv")
 """What may be left out of a trace's file name."""
 
 
 class SourceError(ValueError):
     """A workload's file is not there; the text says where it was looked for."""
+
+
+PART_SEEDS = 1_000_003
+"""Between the seeds of a workload's several sources."""
 
 
 def resolved(source: str, folder: Path, traces: Path | None) -> str:
@@ -26,7 +31,7 @@ def resolved(source: str, folder: Path, traces: Path | None) -> str:
     kind, colon, name = place.partition(":")
     if colon and kind == "generator":
         return source
-    if colon and kind in READERS:
+    if colon and kind in FORMATS:
         return f"{kind}:{_file(name, folder, traces)}{mark}{query}"
     return f"{_file(place, folder, traces)}{mark}{query}"
 
@@ -52,10 +57,25 @@ def with_options(source: str, options: Mapping[str, int | None]) -> str:
     return f"{place}?{urlencode({**dict(parse_qsl(query, keep_blank_values=True)), **changes})}"
 
 
-def open_source(source: str, seed: int) -> Workload:
+def open_source(source: str | tuple[str, ...], seed: int) -> Workload:
     """The workload of ``seed``, which decides what is drawn, when runs arrive and what is
-    generated; a line with a seed of its own always means the same. WorkloadError."""
+    generated; a line with a seed of its own always means the same. WorkloadError.
+
+    Several lines mean all of them at once, each with chance of its own: their runs have to
+    arrive at times.
+    """
+    if not isinstance(source, str):
+        return mixed([_part(line, seed + at * PART_SEEDS) for at, line in enumerate(source)])
     _, _, query = source.partition("?")
     if "seed" in dict(parse_qsl(query)):
         return open_workload(source)
     return open_workload(with_options(source, {"seed": seed}))
+
+
+def _part(source: str, seed: int) -> Workload:
+    workload = open_source(source, seed)
+    if workload.concurrency:
+        raise WorkloadError(f"{source}: a closed loop can't be mixed with others; say rate=")
+    if not workload.arrivals_known:
+        raise WorkloadError(f"{source}: its runs have no arrivals to mix them by; say rate=")
+    return workload

@@ -11,11 +11,13 @@ from collections import Counter
 from collections.abc import Callable
 
 from cluster.simulator.host import Host
-from cluster.simulator.network import CORE
+from cluster.simulator.network import CORE, process_at
 from cluster.simulator.world import World
 
 CORE_AWAY_S_MAX = 2.0
 """Longest time from a core's end to the next one's start."""
+API_AWAY_S_MAX = 4.0
+"""Longest time from an API process's end to the next one's start."""
 
 
 class Trouble:
@@ -38,6 +40,7 @@ class Trouble:
             (faults.slow_every_s, self._slow),
             (faults.core_restart_every_s, self._restart_core),
             (faults.partition_every_s, self._partition),
+            (faults.api_crash_every_s, self._crash_api),
         ):
             if every_s:
                 self._again(every_s, happen)
@@ -85,12 +88,19 @@ class Trouble:
             brain.crash()
             self._events.after(self._rng.random() * CORE_AWAY_S_MAX, brain.start)
 
+    def _crash_api(self) -> None:
+        apis = self._world.apis
+        if apis:
+            self.happened["API crash"] += 1
+            away_s = self._rng.random() * API_AWAY_S_MAX
+            self._world.crash_api(self._rng.choice(apis), away_s)
+
     def _partition(self) -> None:
         if self._partitioned:
             return
         self.happened["partition"] += 1
         self._partitioned = True
-        processes = [CORE, *(api.name for api in self._world.apis), *self._world.hosts]
+        processes = [CORE, *(process_at(api.name) for api in self._world.apis), *self._world.hosts]
         cut = self._rng.sample(processes, self._rng.randrange(1, len(processes)))
         for_s = self._rng.uniform(0.1, 2.0) * self._faults.partition_s
         self._world.partition(frozenset(cut), for_s)

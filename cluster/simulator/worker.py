@@ -221,7 +221,7 @@ class Worker:
         )
         job.source = handle.holder
         request = self._probe_request(engine_id, message)
-        self.reader.started(engine_id, handle, request.chain)
+        self.reader.started(engine_id, handle, request.chain, probe=True)
         self._submit(job, msgspec.structs.replace(request, pull_tokens=handle.tokens))
 
     def _probe_request(self, engine_id: str, message: Probe | ProbeRead) -> EngineRequest:

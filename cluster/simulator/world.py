@@ -63,11 +63,13 @@ class World:
         self.network = Network(
             self.events, setup.network, faults, random.Random(f"{seed}/network"), letters
         )
-        self.oracle = Oracle(seed, self.network, options.block_size)
+        self.oracle = Oracle(seed, self.network, options.block_size, setup.limits)
         self.links = Links(self.events, setup)
         self.notify_s = setup.network.message_s
         self.recorder = Recorder(workload)
-        self._moved_before: dict[Tier, float] = {}
+        self.overdue = 0
+        """Calls that API processes which are gone had given up by themselves."""
+        self._probed_before: dict[Tier, float] = {}
         self._cost = setup.cost()
         self._cores: dict[tuple[str, str], Cores] = {}
         self.facts = engine_facts(setup)
@@ -96,18 +98,10 @@ class World:
             worker.name: Host(worker, self.events, self._make_worker, options.startup_s)
             for worker in setup.workers
         }
-        self.apis = [
-            Api(
-                f"api-{number}",
-                self.events,
-                self.network,
-                setup.limits,
-                self.clients,
-                self.oracle,
-                reliable=faults == NO_FAULTS,
-            )
-            for number in range(setup.api_servers)
-        ]
+        self._api_starts = [0] * setup.api_servers
+        self._apis: list[Api | None] = [self._make_api(at) for at in range(setup.api_servers)]
+        if faults != NO_FAULTS:
+            self.network.arrived = self._arrived
 
     # --- parts ---------------------------------------------------------------------------
 
@@ -120,6 +114,11 @@ class World:
     def workers(self) -> list[Worker]:
         """All workers that are alive."""
         return [host.current for host in self.hosts.values() if host.current is not None]
+
+    @property
+    def apis(self) -> list[Api]:
+        """All API processes that are alive."""
+        return [api for api in self._apis if api is not None]
 
     def role(self, worker: Worker) -> Role:
         """What the core uses it for by now; while it has lost it, what it was started for."""
@@ -138,6 +137,37 @@ class World:
             target = self.hosts[read.target].current
             if target is not None:
                 target.reader.lost(read)
+
+    def crash_api(self, api: Api, away_s: float) -> None:
+        """An API process crashes, and another one is started in its place."""
+        at = self._apis.index(api)
+        self._apis[at] = None
+        self.overdue += api.overdue
+        self.events.after(away_s, self._start_api, at)
+        api.crash()
+
+    def _start_api(self, at: int) -> None:
+        api = self._apis[at] = self._make_api(at)
+        api.start(0.0)
+
+    def _make_api(self, at: int) -> Api:
+        """Another process at that place: it has a name of its own, as in a live cluster."""
+        self._api_starts[at] += 1
+        starts = self._api_starts[at]
+        return Api(
+            f"api-{at}" if starts == 1 else f"api-{at}#{starts}",
+            self.events,
+            self.network,
+            self.setup.limits,
+            self.clients,
+            self.oracle,
+            reliable=self.faults == NO_FAULTS,
+        )
+
+    def _arrived(self, target: str, message: object) -> None:
+        for api in self.apis:
+            if api.name == target:
+                self.oracle.arrived(api, message)
 
     def partition(self, cut: frozenset[str], for_s: float) -> None:
         """These processes and all others are cut off from each other for a while."""
@@ -204,8 +234,8 @@ class World:
     def run(self, limit_s: float = float("inf")) -> None:
         """Replay the workload to its end, or for ``limit_s`` seconds of it."""
         began_s = self.events.now_s
-        self._moved_before = dict(self.links.moved_bytes)
-        self.clients.start(self.apis)
+        self._probed_before = dict(self.links.probe_bytes)
+        self.clients.start(self._apis)
         self.recorder.keep_sampling(self.events, self.workers, self.role)
         if not self.clients.done:
             self.events.run(began_s + limit_s)
@@ -233,7 +263,8 @@ class World:
             if worker.jobs or load.running or load.waiting or load.kv_blocks_used:
                 return False
         snapshot = self.brain.core.snapshot(0, now_s)
-        return not snapshot.queued and not snapshot.active
+        # Those that are gone will have been missed, too.
+        return not snapshot.queued and not snapshot.active and snapshot.apis == len(self.apis)
 
     def result(self, configuration: str) -> Result:
         """What it left behind. To be asked once, at the end."""
@@ -243,7 +274,7 @@ class World:
         counters |= {
             "handles_read": self.oracle.reads,
             "reads_failed": self.oracle.reads_failed,
-            "calls_overdue": sum(api.overdue for api in self.apis),
+            "calls_overdue": self.overdue + sum(api.overdue for api in self.apis),
         }
         totals = Totals(
             duration_s=max((call.ended_s for call in recorder.calls), default=0.0),
@@ -252,12 +283,13 @@ class World:
             + sum(worker.engine.preemptions for worker in self.workers()),
             recomputed_tokens=recorder.recomputed_tokens,
             flips=counters.get("role_flips", 0),
-            moved_bytes={
-                tier: round(size - self._moved_before.get(tier, 0.0))
-                for tier, size in self.links.moved_bytes.items()
+            moved_bytes={tier: round(size) for tier, size in self.links.moved_bytes.items()},
+            probe_bytes={
+                tier: round(size - self._probed_before.get(tier, 0.0))
+                for tier, size in self.links.probe_bytes.items()
             },
-            decision_s=self.brain.decision_s,
-            decisions=self.brain.decisions,
+            core_s=self.brain.core_s,
+            core_messages=self.brain.core_messages,
             counters=counters,
         )
         return Result(

@@ -66,4 +66,9 @@ def lines(path: Path) -> Iterator[Line]:
 
 def workload_name(path: Path) -> str:
     """The file's name without what says how it is written."""
-    return path.name.removesuffix(".gz").removesuffix(".jsonl").removesuffix(".json")
+    return (
+        path.name.removesuffix(".gz")
+        .removesuffix(".jsonl")
+        .removesuffix(".json")
+        .removesuffix(".csv")
+    )

@@ -35,6 +35,9 @@ class Replay:
         self._children: dict[tuple[int, int], list[int]] = {}
         self._open_calls: dict[int, int] = {}
         self._next_run = 0
+        self.began_s: dict[int, float] = {}
+        """When runs began, by position: at their arrival, or in a closed loop when the one that
+        they follow had ended."""
         self.calls_left = call_count(workload)
         arrive = workload.concurrency or len(workload.runs)
         while self._next_run < min(arrive, len(workload.runs)):
@@ -93,6 +96,7 @@ class Replay:
     def _begin_next(self, arrival_s: float) -> list[Due]:
         run, self._next_run = self._next_run, self._next_run + 1
         calls = self._workload.runs[run].calls
+        self.began_s[run] = arrival_s
         self._open_calls[run] = len(calls)
         scheduled: list[Due] = []
         for call in calls:

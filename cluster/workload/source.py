@@ -5,6 +5,7 @@
     traces/weka_single.jsonl.gz                    a file; its format is found out
     mooncake:requests.jsonl?rate=2&scale=16        a file of a named format, changed
     generator:review?runs=100&seed=1&rate=0.5      generated
+    servegen:windows.csv?model=m&windows=6&share=0.01     drawn from rates and mean lengths
 
 After ``?``, joined by ``&``:
 
@@ -14,7 +15,8 @@ out runs with longer prompts (in tokens, after scaling); ``sample`` of the runs 
 drawn; ``rate`` runs per second arrive, with ``burst`` (variation of gaps) in bursts; ``closed``
 runs are kept going; ``speed`` replays recorded arrivals; ``seed`` is all the chance there is.
 Generators also take ``width``, ``stages`` and ``rounds``, and generate ``runs`` runs of
-``calls`` calls.
+``calls`` calls. Of ServeGen's windows ``model``, ``first`` (number of a window), ``windows`` (how
+many) and ``share`` (of the requests) say which; see ``servegen``.
 """
 
 from __future__ import annotations
@@ -47,12 +49,15 @@ from cluster.workload.generators import GENERATORS, Options, generated
 from cluster.workload.habits import load_habits
 from cluster.workload.lines import lines
 from cluster.workload.mooncake import read_mooncake
+from cluster.workload.servegen import HEADER, Windows, read_servegen
 
 READERS: Mapping[str, Callable[[Path], Workload]] = {
     "common": read_common,
     "mooncake": read_mooncake,
     "dag_jsonl": read_dag,
 }
+SERVEGEN = "servegen"
+FORMATS = (*READERS, SERVEGEN)
 MARKS = {"meta": "common", "hash_ids": "mooncake", "turns": "dag_jsonl", "session_id": "dag_jsonl"}
 """Keys of a file's first line that tell its format."""
 
@@ -85,14 +90,14 @@ def open_workload(spec: str) -> Workload:
     kind, colon, name = place.partition(":")
     if colon and kind == "generator":
         return _generated(spec, name, options)
+    path = Path(name) if colon and kind in FORMATS else Path(place)
+    if colon and path == Path(place) and not path.exists():
+        raise WorkloadError(f"{spec}: {_unknown('format', kind, [*FORMATS, 'generator'])}")
+    form = kind if colon and kind in FORMATS else detected(path)
+    if form == SERVEGEN:
+        return _servegen(spec, path, options)
     changes = _converted(spec, options, Changes)
-    if colon and kind in READERS:
-        workload = READERS[kind](Path(name))
-    elif colon and not Path(place).exists():
-        raise WorkloadError(f"{spec}: {_unknown('format', kind, [*READERS, 'generator'])}")
-    else:
-        workload = READERS[detected(Path(place))](Path(place))
-    return _changed(spec, workload, changes)
+    return _changed(spec, READERS[form](path), changes)
 
 
 def detected(path: Path) -> str:
@@ -100,17 +105,32 @@ def detected(path: Path) -> str:
     line = next(lines(path), None)
     if line is None:
         raise WorkloadError(f"{path}: empty")
+    if line.data.strip() == HEADER:
+        return SERVEGEN
     first = line.read(msgspec.json.Decoder(dict[str, Any]))
     for key, found in MARKS.items():
         if key in first:
             return found
-    raise line.wrong(f"of no known format ({', '.join(READERS)})")
+    raise line.wrong(f"of no known format ({', '.join(FORMATS)})")
 
 
 def _generated(spec: str, name: str, options: dict[str, str]) -> Workload:
     if name not in GENERATORS:
         raise WorkloadError(f"{spec}: {_unknown('generator', name, list(GENERATORS))}")
-    shape = Options.__struct_fields__
+    wanted, changes = _divided(spec, options, Options)
+    workload = generated(name, load_habits(), wanted, random.Random(changes.seed))
+    return _changed(spec, workload, changes)
+
+
+def _servegen(spec: str, path: Path, options: dict[str, str]) -> Workload:
+    wanted, changes = _divided(spec, options, Windows)
+    rng = random.Random(f"{changes.seed} windows")
+    return _changed(spec, read_servegen(path, wanted, rng), changes)
+
+
+def _divided(spec: str, options: dict[str, str], kind: type[T]) -> tuple[T, Changes]:
+    """What a source is told, and what is changed of what it gives."""
+    shape = kind.__struct_fields__
     for option in options:
         known = [*shape, *Changes.__struct_fields__]
         if option not in known:
@@ -118,9 +138,7 @@ def _generated(spec: str, name: str, options: dict[str, str]) -> Workload:
     own = {key: value for key, value in options.items() if key in shape}
     rest = {key: value for key, value in options.items() if key not in shape}
     changes = _converted(spec, rest, Changes)
-    wanted = _converted(spec, own, Options)
-    workload = generated(name, load_habits(), wanted, random.Random(changes.seed))
-    return _changed(spec, workload, changes)
+    return _converted(spec, own, kind), changes
 
 
 def _changed(spec: str, workload: Workload, changes: Changes) -> Workload:

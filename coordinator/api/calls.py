@@ -254,6 +254,10 @@ class Calls:
         if call is None or message.attempt < call.attempt:
             self.stale += 1
             return
+        if message.status == 503 and message.attempt > call.attempt and call.phase == "decoding":
+            # The core had no room for another attempt at what it took for stuck. It is not.
+            self.stale += 1
+            return
         self._fail(message.request, message.status, message.reason, 0.0, now_s)
 
     def on_check(self, message: protocol.Check) -> None:
@@ -522,9 +526,11 @@ class Calls:
             self.wire.to_worker(plan.decode, abort, ())
 
     def _hand_back(self, done: protocol.PrefillDone, holder: Placed) -> None:
-        """A handle that came too late. One without a tombstone has been sent on before."""
+        """A handle that came too late. One without a tombstone has been sent on before, and
+        where all was said with the first token there is none."""
         self.stale += 1
-        if self.tombstones.pop((done.request, done.attempt), None) is not None:
+        abandoned = self.tombstones.pop((done.request, done.attempt), None) is not None
+        if abandoned and done.handle:
             self._discard(done, holder)
 
     def _discard(self, done: protocol.PrefillDone, holder: Placed) -> None:

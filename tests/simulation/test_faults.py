@@ -6,11 +6,18 @@ read that is another's or not held any more, and nothing is left in the end.
 
 from __future__ import annotations
 
+import re
 from functools import cache
 
 import pytest
 
+from cluster.simulator.api import Api
 from cluster.simulator.faults import FaultReport, run_fault_seed, run_many
+from cluster.simulator.worker import Worker
+from coordinator.calls import Calls
+from coordinator.core import Core
+from coordinator.state import Api as RegisteredApi
+from coordinator.state import CallPhase
 
 SEEDS = 200
 CHUNK = 10
@@ -23,6 +30,8 @@ NAMED_SEEDS = {
     "plans are lost, one of each core": 1728,
 }
 """Seeds that failed once, by what they bring about."""
+BROKEN_SEEDS = 40
+"""At most so many are needed until one shows that something is broken."""
 
 
 @cache
@@ -41,15 +50,22 @@ def test_all_comes_to_a_good_end(first: int) -> None:
 
 @pytest.mark.parametrize("name", NAMED_SEEDS)
 def test_seeds_that_failed_once(name: str) -> None:
-    assert run_fault_seed(NAMED_SEEDS[name]).calls > 0
+    assert run_fault_seed(NAMED_SEEDS[name], api_crashes=False).calls > 0
 
 
 def test_the_seeds_do_go_wrong() -> None:
     """Each kind of trouble happens, and calls are lost in each phase, or nothing is tested."""
     reports = [*reports_from(0), *reports_from(CHUNK)]
     happened = {kind for report in reports for kind in report.happened}
-    assert happened == {"crash", "hang", "slow", "core restart", "partition"}
-    for counter in ("workers_lost", "replans", "checks_sent", "handles_read", "reads_failed"):
+    assert happened == {"crash", "hang", "slow", "core restart", "partition", "API crash"}
+    for counter in (
+        "workers_lost",
+        "apis_lost",
+        "replans",
+        "checks_sent",
+        "handles_read",
+        "reads_failed",
+    ):
         assert sum(report.counters[counter] for report in reports) > 0, counter
     assert sum(report.counters["replans"] for report in reports) > 100
 
@@ -69,3 +85,77 @@ def test_several_processes_give_the_same_reports_as_one() -> None:
     assert [(report.seed, report.counters) for report in both] == [
         (report.seed, report.counters) for report in alone
     ]
+
+
+# --- what is broken is found ---------------------------------------------------------------------
+
+
+def _ignores(*_arguments: object) -> None:
+    """Somebody does nothing where something is to be done."""
+
+
+def _asks_once(self: Api, call: object) -> None:
+    """An API process asks for a plan and never again."""
+
+
+def _checks_nothing(self: Calls, key: tuple[str, str], now_s: float) -> None:
+    """The core ends what is over its time, and asks about nothing."""
+    call = self._state.calls[key]
+    if now_s >= call.deadline_s:
+        self._refuse(call, 504, "the call is over its deadline", now_s)
+    elif call.phase is CallPhase.QUEUED:
+        self._refuse(call, 503, "no room within the longest wait", now_s)
+    else:
+        self._set_due(call, now_s + self._state.limits.check_s)
+
+
+def _goes_on_as_before(self: Api, core: str) -> None:
+    """An API process takes a core that was restarted for the one that it knew."""
+    self.core, self.welcomed_s = core, self._events.now_s
+
+
+def _never_lost(self: Core, api: RegisteredApi, now_s: float) -> None:
+    """The core waits for an API process for ever."""
+    self._state.deadlines.set(("api", api.name), now_s + 1.0)
+
+
+BROKEN: dict[str, tuple[type, str, object, str]] = {
+    "an API process ignores Stop": (Api, "_on_stop", _ignores, "was stopped and goes on"),
+    "an API process never asks again": (Api, "_repeat", _asks_once, "the core has forgotten it"),
+    "the core does not ask about what is overdue": (
+        Calls,
+        "due",
+        _checks_nothing,
+        "the core has had .*, and nobody else",
+    ),
+    "an API process does not catch up with another core": (
+        Api,
+        "_welcomed",
+        _goes_on_as_before,
+        "which another core had planned",
+    ),
+    "a worker ignores Abort": (Worker, "_abort", _ignores, "which is over"),
+    "a worker goes on for an API process that is gone": (
+        Worker,
+        "_on_broken",
+        _ignores,
+        "which is over",
+    ),
+    "the core does not notice that an API process is gone": (
+        Core,
+        "_api_due",
+        _never_lost,
+        "the core takes .* for alive",
+    ),
+}
+"""Class, method, what it does instead, what the oracle says."""
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_is_broken_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner, method, instead, words = BROKEN[name]
+    assert callable(getattr(owner, method))
+    monkeypatch.setattr(owner, method, instead)
+    errors = (run_many([seed])[0].error for seed in range(BROKEN_SEEDS))
+    found = [error for error in errors if re.search(words, error.partition("\n")[0])]
+    assert found, "no seed shows it"

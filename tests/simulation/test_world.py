@@ -99,6 +99,22 @@ def test_a_call_is_sent_its_think_time_after_its_parents_ended() -> None:
     assert result.totals.duration_s == row.ended_s
 
 
+def test_in_a_closed_loop_a_run_counts_from_the_end_of_the_one_before() -> None:
+    setup = cluster("mixed")
+    one = make_call(0, 4 * BLOCK, 8)
+    runs = [run(number, one, arrival_s=100.0 * number) for number in range(3)]
+    runs[1] = run(1, make_call(0, 4 * BLOCK, 8, think_s=2.0))
+    closed = msgspec.structs.replace(workload(*runs), concurrency=1)
+    first, second, third = simulate(setup, closed).runs
+    assert first.arrival_s == 0.0
+    assert second.arrival_s == pytest.approx(first.ended_s)
+    assert third.arrival_s == pytest.approx(second.ended_s)
+    # Its client's pause before the first call is the run's own, as everywhere.
+    assert second.completion_s == pytest.approx(2.0 + third.completion_s, rel=0.01)
+    alone = msgspec.structs.replace(workload(*runs), concurrency=0)
+    assert [each.arrival_s for each in simulate(setup, alone).runs] == [0.0, 0.0, 200.0]
+
+
 def test_what_a_run_had_before_is_found_again_or_counted_as_recomputed() -> None:
     calls = (make_call(0, 3200, 2), make_call(1, 3264, 2, parents=(0,)))
     mixed = simulate(cluster("mixed"), workload(run(0, *calls)))
@@ -122,9 +138,9 @@ def test_equal_seeds_give_equal_results() -> None:
     assert first == second
     assert len(first.calls) > 100
     measured = simulate(setup, generated_workload(), seed=7, measured=True)
-    assert measured.totals.decisions > 1000
-    assert measured.totals.decision_s > 0.0
-    measured.totals.decisions, measured.totals.decision_s = 0, 0.0
+    assert measured.totals.core_messages > 1000
+    assert measured.totals.core_s > 0.0
+    measured.totals.core_messages, measured.totals.core_s = 0, 0.0
     assert measured == first
     assert simulate(setup, generated_workload(), seed=8).calls != first.calls
 
@@ -163,6 +179,24 @@ def test_bytes_on_the_links_are_those_of_the_tokens_moved() -> None:
         assert known <= record.prompt_tokens
         assert record.computed_tokens >= 1
         assert record.due_s < record.planned_s < record.first_token_s <= record.ended_s
+
+
+def test_what_probes_move_is_not_the_calls() -> None:
+    setup = cluster("prefill", "decode")
+    world = World(setup, generated_workload())
+    world.start()
+    world.warm_up()
+    assert not world.links.moved_bytes
+    assert sum(world.links.probe_bytes.values()) > 0
+    world.run()
+    totals = world.result("x").totals
+    assert sum(totals.moved_bytes.values()) > 0
+    # All pairs were tried before the replay began.
+    assert not any(totals.probe_bytes.values())
+    cold = World(setup, generated_workload())
+    cold.start()
+    cold.run()
+    assert sum(cold.result("x").totals.probe_bytes.values()) > 0
 
 
 def test_samples_are_bounded_however_long_it_takes() -> None:

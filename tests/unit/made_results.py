@@ -42,8 +42,8 @@ def made_result(
         preemptions=rng.randrange(20),
         recomputed_tokens=rng.randrange(100_000),
         moved_bytes={"nvlink": 10**11, "rdma": 3 * 10**10},
-        decision_s=1e-4 * len(calls),
-        decisions=len(calls),
+        core_s=1e-4 * len(calls),
+        core_messages=len(calls),
     )
     samples = [
         sample for at_s in range(0, int(end_s), 2) for sample in _samples(rng, float(at_s), end_s)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from coordinator.protocol import Role
+from coordinator.protocol import Load, Role
 
 
 @dataclass
@@ -13,6 +13,7 @@ class Seen:
 
     name: str
     role: Role = "decode"
+    started_role: Role = ""  # type: ignore[assignment]
     incarnation: str = "1"
     up: bool = True
     turned_s: float = float("-inf")
@@ -21,8 +22,12 @@ class Seen:
     usable_blocks: int = 100
     kv_blocks_reserved: int = 0
     kv_blocks_used: int = 0
+    load: Load = field(default_factory=Load)
     waiting: int = 0
     decodes: list[str] = field(default_factory=list)
     prefilling: int = 0
     prefill_tokens: int = 0
     warm_sources: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.started_role = self.started_role or self.role

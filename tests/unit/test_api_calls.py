@@ -606,6 +606,28 @@ def test_a_stop_ends_a_running_call_with_its_status(bench: Bench) -> None:
     bench.calls.on_stop(Stop("r", 1, 504, "over its deadline"), bench.now_s)
 
 
+def test_what_is_being_said_is_not_stopped_for_want_of_another_attempt(bench: Bench) -> None:
+    bench.submit()
+    bench.plan(prefill=None)
+    no_room = Stop("r", 2, 503, "no room within the longest wait")
+    bench.tokens([7])
+    bench.forget()
+    bench.calls.on_stop(no_room, bench.now_s)
+    assert not bench.wire.failures
+    assert not bench.wire.workers
+    # Other reasons count, and so does this one for the attempt that is under way.
+    bench.calls.on_stop(Stop("r", 2, 504, "over its deadline"), bench.now_s)
+    assert bench.wire.failures == {"r": Failure(504, "over its deadline")}
+
+
+def test_a_call_that_waits_or_loads_is_stopped_for_want_of_another_attempt(bench: Bench) -> None:
+    bench.submit()
+    bench.plan(prefill=None)
+    bench.calls.on_stop(Stop("r", 2, 503, "no room within the longest wait"), bench.now_s)
+    assert bench.wire.failures["r"].status == 503
+    assert not bench.calls.calls
+
+
 @pytest.mark.parametrize("reached", ["prefilling", "loading", "decoding", "gone"])
 def test_a_check_is_answered_with_the_phase(bench: Bench, reached: str) -> None:
     if reached != "gone":

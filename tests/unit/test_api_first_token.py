@@ -109,6 +109,14 @@ def test_nothing_is_given_back_where_nothing_was_held() -> None:
     assert not bench.wire.take_workers()
 
 
+def test_nothing_is_given_back_for_a_call_that_is_over_before_it_hears_so() -> None:
+    bench = begun(max_tokens=1)
+    bench.calls.end(["r"], "abort", bench.now_s)
+    bench.forget()
+    bench.prefilled(first=first_token(FinishReason.LENGTH), handle=b"")
+    assert not bench.wire.take_workers()
+
+
 def test_a_decode_worker_lost_after_the_first_token_is_replaced() -> None:
     bench = begun()
     bench.prefilled(first=first_token())

@@ -18,7 +18,7 @@ from cluster.simulator.baselines import (
 from cluster.simulator.setup import ClusterSetup, EngineOptions, WorkerSetup
 from cluster.workload.form import Workload
 from coordinator.core import Core
-from coordinator.limits import Limits, Placement
+from coordinator.limits import Limits, Placement, Ratio
 from coordinator.protocol import CallContext, Finished, Plan, Prefilled, Rejected, Started
 from tests.unit.test_core import Bed, hashes
 from tests.unit.test_critical_path import SHAPE
@@ -89,7 +89,9 @@ def test_every_baseline_is_a_valid_configuration(name: str) -> None:
 
 
 def test_no_two_baselines_are_the_same() -> None:
-    configured = [(each.roles, each.placement, each.limits) for each in BASELINES.values()]
+    configured = [
+        (each.roles, each.placement, each.limits, each.ratio) for each in BASELINES.values()
+    ]
     known = [each for each in BASELINES.values() if each.placers or each.bound]
     assert len(known) == 2
     for number, each in enumerate(configured):
@@ -268,6 +270,15 @@ def test_reactive_flips_after_a_sustained_backlog_and_not_before() -> None:
 @pytest.mark.parametrize("name", [n for n in BASELINES if n != "pd-reactive"])
 def test_only_the_reactive_baseline_flips(name: str) -> None:
     assert applied(BASELINES[name], setup_of(4), 1).placement.ratio.mode == "static"
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_file_that_asks_for_reactive_turns_ours_and_no_static_baseline(name: str) -> None:
+    asked = Placement(ratio=Ratio(mode="reactive", dwell_s=7.0))
+    made = applied(BASELINES[name], msgspec.structs.replace(setup_of(4), placement=asked), 1)
+    turns = name == "pd-reactive" or name.startswith("pythia")
+    assert made.placement.ratio.mode == ("reactive" if turns else "static")
+    assert made.placement.ratio.dwell_s == 7.0
 
 
 @pytest.mark.parametrize("name", ABLATIONS)

@@ -918,6 +918,64 @@ def test_the_answer_to_a_check_is_believed(
         assert bed.heard(Check) == [Check("r", 1)]
 
 
+class Stuck(Bed):
+    """A call that gets nowhere on one worker, and another worker that has no room."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive = "api", *self.cluster("decode", "decode")
+        assert self.plan("r").decode.worker == "decode-0"
+        self.fill("decode-1")
+        self.say("api", Started("api", "fill-decode-1", 1))
+        self.pass_by(120.0)
+
+    def pass_by(self, elapsed_s: float) -> list[object]:
+        """Time passes, and the other call is decoded; what the core said meanwhile."""
+        told: Told = []
+        for _ in range(round(elapsed_s / 2)):
+            told += self.wait(2.0, *self.alive)
+            told += self.say("api", Checked("api", "fill-decode-1", 1, "decoding"))
+        return [message for _, message in told]
+
+    def answer(self, phase: CheckedPhase) -> tuple[str, int]:
+        """Phase and attempt of the call after this answer to a check."""
+        self.say("api", Checked("api", "r", 1, phase))
+        row = self.row("r")
+        return row.phase, row.attempt
+
+
+def test_a_stuck_call_stays_where_it_is_while_there_is_no_room_elsewhere() -> None:
+    bed = Stuck()
+    assert bed.answer("loading") == ("loading", 1)
+    # It is asked about again, and served at last: that is no former attempt's affair.
+    assert Check("r", 1) in bed.pass_by(12.0)
+    bed.say("api", Started("api", "r", 1))
+    assert (bed.row("r").phase, bed.row("r").attempt) == ("decoding", 1)
+    for _ in range(4):
+        assert not [each for each in bed.pass_by(62.0) if isinstance(each, Stop)]
+        assert bed.answer("decoding") == ("decoding", 1)
+
+
+def test_a_stuck_call_goes_where_room_becomes_free() -> None:
+    bed = Stuck()
+    assert bed.answer("loading") == ("loading", 1)
+    bed.say("api", Finished("api", "fill-decode-1", 1, "stop", 3))
+    bed.pass_by(12.0)
+    assert bed.answer("loading") == ("loading", 2)
+    assert (bed.only(Plan).attempt, bed.only(Plan).decode.worker) == (2, "decode-1")
+    assert bed.reserved() == [0, 4]
+
+
+def test_a_stuck_call_does_not_hold_its_room_for_ever() -> None:
+    bed = Stuck()
+    for _ in range(10):
+        assert bed.answer("loading") == ("loading", 1)
+        bed.pass_by(12.0)
+    assert bed.answer("loading") == ("queued", 2)
+    (stop,) = (each for each in bed.pass_by(122.0) if isinstance(each, Stop))
+    assert (stop.request, stop.status, stop.attempt) == ("r", 503, 2)
+
+
 def test_an_answer_that_nobody_asked_for_ends_no_attempt() -> None:
     bed = planned("prefilling")
     bed.say("api", Checked("api", "r", 1, "prefilling"))

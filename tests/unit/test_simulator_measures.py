@@ -123,6 +123,13 @@ def test_hits_are_counted_where_the_prompt_was_computed() -> None:
     assert found["prefix_hit_share"] == 900 / 2000
     assert (found["moved_bytes_rdma"], found["moved_bytes_nvlink"]) == (5, 7)
     assert found["moved_bytes_tcp"] == 0
+    probed = figures(replay([remote], [], probe_bytes={"rdma": 3, "tcp": 4}), Slo())
+    assert (probed["probe_bytes"], probed["moved_bytes_rdma"]) == (7, 0)
+
+
+def test_warm_ups_are_wasted_only_where_there_were_some() -> None:
+    assert figures(replay([], [], warmups=4, wasted_warmups=0), Slo())["wasted_warmups"] == 0
+    assert figures(replay([], [], warmups=4, wasted_warmups=3), Slo())["wasted_warmups"] == 3
 
 
 def test_kv_use_is_of_workers_that_decode() -> None:
@@ -133,11 +140,17 @@ def test_kv_use_is_of_workers_that_decode() -> None:
 
 def test_what_can_not_be_measured_is_left_out() -> None:
     found = figures(replay([], []), Slo())
-    for name in ("completion_s_mean", "ttft_s_p50", "gap_s_p50", "decision_us"):
+    for name in (
+        "completion_s_mean",
+        "ttft_s_p50",
+        "gap_s_p50",
+        "core_us_per_message",
+        "wasted_warmups",
+    ):
         assert name not in found
     assert all(math.isfinite(value) for value in found.values())
-    measured = figures(replay([], [], decision_s=0.01, decisions=100), Slo())
-    assert measured["decision_us"] == pytest.approx(100.0)
+    measured = figures(replay([], [], core_s=0.01, core_messages=100), Slo())
+    assert measured["core_us_per_message"] == pytest.approx(100.0)
 
 
 def test_gaps_are_all_there_are() -> None:

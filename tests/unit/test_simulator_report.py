@@ -61,6 +61,19 @@ def printed(comparison: Comparison) -> str:
 # --- tables ---------------------------------------------------------------------------
 
 
+def test_what_nobody_warmed_up_is_not_shown_as_nothing_wasted() -> None:
+    found = [figures_only(name, 0, preemptions=2.0) for name in ("sticky", "quick")]
+    found[1].figures["wasted_warmups"] = 3.0
+    panel = printed(Comparison(found, "sticky")).partition("engines and core")[2]
+    (sticky,) = (line for line in panel.splitlines() if line.startswith(" sticky"))
+    (quick,) = (line for line in panel.splitlines() if line.startswith(" quick"))
+    assert sticky.split()[-1] == "-"
+    assert quick.split()[-1] == "3.00"
+    del found[1].figures["wasted_warmups"]
+    panel = printed(Comparison(found, "sticky")).partition("engines and core")[2]
+    assert "warm-ups" in panel
+
+
 def test_a_panel_as_people_see_it() -> None:
     found = [
         figures_only(name, seed, ttft_s_mean=mean, ttft_s_p50=1.0)

@@ -200,6 +200,45 @@ def test_a_bad_trace_line_names_file_line_and_field(tmp_path: Path) -> None:
     assert found.startswith(f"5: workloads[0].source: {traces / 'bad.jsonl'}:2: input_length")
 
 
+def test_several_sources_are_one_workload(tmp_path: Path) -> None:
+    both = """source:
+      - generator:review?runs=5&rate=1&prompt_max=100000
+      - generator:chain?runs=7&rate=2&prompt_max=100000"""
+    text = GOOD.replace("source: generator:review?runs=5&rate=1&prompt_max=100000", both)
+    assert text != GOOD
+    scenario = load(written(tmp_path, text))
+    source = scenario.workloads[0].source
+    assert isinstance(source, tuple)
+    workload = open_source(source, seed=3)
+    assert [run.arrival_s for run in workload.runs] == sorted(
+        run.arrival_s for run in workload.runs
+    )
+    names = [run.id.partition("/")[0] for run in workload.runs]
+    assert (names.count("review"), names.count("chain")) == (5, 7)
+    assert workload == open_source(source, seed=3) != open_source(source, seed=4)
+    # Alike as they are, two of one kind are not the same runs at the same times.
+    line = "generator:chain?runs=7&rate=2"
+    twice = open_source((line, line), seed=0)
+    assert len({run.arrival_s for run in twice.runs}) == 14
+    assert msgspec.json.decode(msgspec.json.encode(scenario), type=type(scenario)) == scenario
+
+
+def test_sources_that_can_not_be_mixed(tmp_path: Path) -> None:
+    def found(*lines: str) -> str:
+        listed = "".join(f"\n      - {line}" for line in lines) or " []"
+        head, _, _ = GOOD.partition(" generator:review")
+        (problem,) = problems(tmp_path, f"{head}{listed}\n")
+        return problem
+
+    chain = "generator:chain?runs=3"
+    said = found(f"{chain}&rate=1", f"{chain}&closed=2")
+    assert f"{chain}&closed=2: a closed loop can't be mixed" in said
+    said = found(f"{chain}&rate=1", chain)
+    assert f"{chain}: its runs have no arrivals to mix them by" in said
+    assert "workloads[0].source[1]: no file 'nowhere'" in found(f"{chain}&rate=1", "nowhere")
+    assert "workloads[0].source: there is none" in found()
+
+
 def test_the_command_line_shortens_workloads(tmp_path: Path) -> None:
     text = GOOD.replace("generator:review?runs=5&", "generator:assistant?runs=5&")
     scenario = load(written(tmp_path, text), Overrides(runs=2, calls=3))
