@@ -37,6 +37,7 @@ from coordinator.protocol import (
     Checked,
     DeclareWorkflow,
     DropWorkflow,
+    EndRun,
     Failed,
     Finished,
     Hello,
@@ -165,6 +166,7 @@ class Core:
                 | ImportWorkflow()
                 | StartRun()
                 | CancelRun()
+                | EndRun()
             ):
                 self._desk.asked(peer, message, now_s)
             case _:

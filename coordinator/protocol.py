@@ -373,6 +373,17 @@ class CancelRun(Message, frozen=True, gc=False, tag=True):
     tenant: str = ""
 
 
+class EndRun(Message, frozen=True, gc=False, tag=True):
+    """A run gets no more calls; those that are open go on. ``completed``: it came to its own
+    end, so that its end is worth learning."""
+
+    token: int
+    workflow: str
+    run: str
+    tenant: str = ""
+    completed: bool = True
+
+
 # --- core -> worker -------------------------------------------------------------
 
 
@@ -705,6 +716,7 @@ AboutWorkflows = (
     | ImportWorkflow
     | StartRun
     | CancelRun
+    | EndRun
 )
 ToCore = WorkerToCore | ApiToCore | Inspect | AboutWorkflows
 CoreToWorker = Welcome | Refused | Unknown | Probe | ProbeRead | Leave

@@ -26,6 +26,7 @@ from coordinator.protocol import (
     CancelRun,
     DeclareWorkflow,
     DropWorkflow,
+    EndRun,
     ListWorkflows,
     ShowWorkflow,
     StartRun,
@@ -49,6 +50,12 @@ class RunTerms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     id: Annotated[str, msgspec.Meta(max_length=TEXT_MAX)] = ""
     deadline_s: Annotated[float, msgspec.Meta(gt=0, le=1e9)] | None = None
     priority: Annotated[int, msgspec.Meta(gt=-(1 << 31), lt=1 << 31)] = 0
+
+
+class RunEndTerms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How a run ended. ``completed``: it came to its own end, it was not given up."""
+
+    completed: bool = True
 
 
 @router.get("/schemas/workflow")
@@ -110,6 +117,21 @@ async def cancel_run(request: Request, name: str, run: str) -> Response:
     """Stop all calls of a run and refuse further ones."""
     tenant = _tenant(request)
     return await _ask(request, lambda token: CancelRun(token, bounded(name), bounded(run), tenant))
+
+
+@router.post("/workflows/{name}/runs/{run}/end")
+async def end_run(request: Request, name: str, run: str) -> Response:
+    """No more calls follow in a run; open ones go on. For clients that do not know beforehand
+    which call is the last."""
+    body = await request.body()
+    try:
+        terms = msgspec.json.decode(body, type=RunEndTerms) if body.strip() else RunEndTerms()
+    except BAD_FRAME as error:
+        return _refusal(request, 422, [str(error)])
+    tenant, completed = _tenant(request), terms.completed
+    return await _ask(
+        request, lambda token: EndRun(token, bounded(name), bounded(run), tenant, completed)
+    )
 
 
 @cache

@@ -18,6 +18,7 @@ from coordinator.protocol import (
     CancelRun,
     DeclareWorkflow,
     DropWorkflow,
+    EndRun,
     ImportWorkflow,
     ListWorkflows,
     RunStatus,
@@ -122,6 +123,8 @@ class Desk:
                 self._start(peer, message, now_s)
             case CancelRun():
                 self._cancel(peer, message, now_s)
+            case EndRun():
+                self._end(peer, message, now_s)
 
     # --- declaring ------------------------------------------------------------------------
 
@@ -265,6 +268,20 @@ class Desk:
         self._answer(
             peer, message.token, 200, answer | {"ended": "cancelled", "stopped": len(calls)}
         )
+
+    def _end(self, peer: Peer, message: EndRun, now_s: float) -> None:
+        runs = self._tracker.runs
+        key = runs.resolve(RunKey(message.tenant, message.workflow, message.run))
+        run = runs.live.get(key)
+        if run is None and key not in runs.ended:
+            self._refuse(peer, message.token, 404, [f"no run {message.run!r} is known"])
+            return
+        if run is not None:
+            self._tracker.finish(run, message.completed, now_s)
+        how = runs.ended[key][0].value if key in runs.ended and key not in runs.live else ""
+        open_calls = len(run.open) if run is not None else 0
+        answer = {"workflow": message.workflow, "run": message.run, "ended": how}
+        self._answer(peer, message.token, 200, answer | {"open_calls": open_calls})
 
     # --- answering ------------------------------------------------------------------------
 

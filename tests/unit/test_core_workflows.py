@@ -17,6 +17,7 @@ from coordinator.protocol import (
     CancelRun,
     DeclareWorkflow,
     DropWorkflow,
+    EndRun,
     EngineFacts,
     Finished,
     Hello,
@@ -509,6 +510,50 @@ def test_cancelling_a_waiting_call_rejects_it() -> None:
     bed.begin("one")
     bed.say("client", CancelRun(1, "team", "r"))
     assert [type(message) for peer, message in bed.told if peer == "api"] == [Rejected]
+
+
+def test_a_run_that_is_said_to_be_over_ends_with_its_last_open_call() -> None:
+    bed = Bed()
+    bed.begin("one")
+    bed.begin("two")
+    answer = bed.body(EndRun(1, "team", "r"))
+    assert answer == {"workflow": "team", "run": "r", "ended": "", "open_calls": 2}
+    assert [peer for peer, _ in bed.told] == ["client"], "open calls go on"
+    bed.finish("one")
+    assert bed.runs().keys() == {"r"}
+    bed.finish("two")
+    assert bed.runs() == {}
+    assert bed.body(EndRun(2, "team", "r"))["ended"] == "final", "asked again, it is the same"
+    assert bed.body(ShowWorkflow(3, "team"))["learned"]["runs_ended"] == 1
+    assert isinstance(bed.begin("three")[0], Plan), "the id may be used again"
+
+
+@pytest.mark.parametrize("open_calls", [False, True])
+def test_the_end_of_a_run_that_was_given_up_is_not_learned(open_calls: bool) -> None:
+    bed = Bed()
+    bed.begin("one")
+    if not open_calls:
+        bed.finish("one")
+    bed.body(EndRun(1, "team", "r", completed=False))
+    if open_calls:
+        bed.finish("one", outcome="abort")
+    assert bed.runs() == {}
+    assert bed.body(ShowWorkflow(2, "team"))["learned"]["runs_ended"] == 0
+
+
+def test_a_run_that_is_started_anew_after_its_end_is_a_whole_one() -> None:
+    bed = Bed()
+    bed.begin("one")
+    bed.body(EndRun(1, "team", "r", completed=False))
+    bed.body(StartRun(2, "team", "r"), 201)
+    bed.finish("one")
+    assert bed.runs().keys() == {"r"}
+    bed.body(EndRun(3, "team", "r"))
+    assert bed.body(ShowWorkflow(4, "team"))["learned"]["runs_ended"] == 1
+
+
+def test_an_unknown_run_can_not_end() -> None:
+    assert Bed().ask(EndRun(1, "team", "r")).status == 404
 
 
 def test_an_unknown_run_can_not_be_cancelled() -> None:

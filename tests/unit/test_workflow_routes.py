@@ -248,6 +248,20 @@ async def test_a_run_is_started_and_cancelled(cluster: Cluster) -> None:
     assert error_of(missing)["code"] == 404
 
 
+async def test_a_run_is_said_to_be_over(cluster: Cluster) -> None:
+    assert call(cluster, "c", "run-1") == []
+    ended = await cluster.client.post("/v1/workflows/team/runs/run-1/end")
+    assert ended.json() == {"workflow": "team", "run": "run-1", "ended": "", "open_calls": 1}
+    given_up = await cluster.client.post(
+        "/v1/workflows/team/runs/run-1/end", json={"completed": False}
+    )
+    assert given_up.status_code == 200
+    missing = await cluster.client.post("/v1/workflows/team/runs/other/end")
+    assert error_of(missing)["code"] == 404
+    odd = await cluster.client.post("/v1/workflows/team/runs/run-1/end", json={"finished": 1})
+    assert error_of(odd)["code"] == 422
+
+
 async def test_a_run_gets_an_id_if_it_has_none(cluster: Cluster) -> None:
     one, two = [
         (await cluster.client.post("/v1/workflows/team/runs")).json()["run"] for _ in range(2)
