@@ -79,7 +79,9 @@ class Team:
         loop = result.run_loop_task
         if loop is not None:
             loop.add_done_callback(
-                lambda task: server.send_later(run_end(self.workflow, run.id, _went_well(task)))
+                lambda task: server.send_later(
+                    run_end(self.workflow, run.id, _went_well(task, result))
+                )
             )
         return result
 
@@ -87,8 +89,9 @@ class Team:
         return run_of(self._client, self.workflow, graph=self.graph)
 
 
-def _went_well(task: asyncio.Task[Any]) -> bool:
-    return not task.cancelled() and task.exception() is None
+def _went_well(task: asyncio.Task[Any], result: RunResultStreaming) -> bool:
+    """Whether a stream has come to an answer; some errors are kept for whoever reads it."""
+    return not task.cancelled() and task.exception() is None and result.final_output is not None
 
 
 # --- the graph ----------------------------------------------------------------------------------

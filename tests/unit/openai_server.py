@@ -7,6 +7,7 @@ and arguments of tools.
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 import time
@@ -130,6 +131,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Nothing: the tests look at what was seen."""
 
 
+_numbers = itertools.count()
 _HEAD = {"id": "chatcmpl-1", "created": 1, "model": "m"}
 
 
@@ -138,11 +140,11 @@ def _message(said: str | list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
         return {"role": "assistant", "content": said}
     calls = [
         {
-            "id": f"call_{number}",
+            "id": f"call_{next(_numbers)}",
             "type": "function",
             "function": {"name": name, "arguments": json.dumps(arguments)},
         }
-        for number, (name, arguments) in enumerate(said)
+        for name, arguments in said
     ]
     return {"role": "assistant", "content": None, "tool_calls": calls}
 
