@@ -55,6 +55,7 @@ from coordinator.protocol import (
     Snapshot,
     Started,
     StartRun,
+    StaticPrefixes,
     Submit,
     ToCore,
     Unknown,
@@ -160,6 +161,7 @@ class Core:
                 self._state.send(peer, self.snapshot(message.token, now_s))
             case (
                 DeclareWorkflow()
+                | StaticPrefixes()
                 | DropWorkflow()
                 | ListWorkflows()
                 | ShowWorkflow()

@@ -51,6 +51,7 @@ from coordinator.protocol import (
     ShowWorkflow,
     Started,
     StartRun,
+    StaticPrefixes,
     Submit,
     ToCore,
 )
@@ -408,6 +409,7 @@ sayings: st.SearchStrategy[ToCore] = st.one_of(
     ),
     st.builds(StartRun, numbers, names, names, names, times, numbers),
     st.builds(CancelRun, numbers, names, names, names),
+    st.builds(StaticPrefixes, numbers, names, names, st.just([])),
     st.builds(EndRun, numbers, names, names, names, st.booleans()),
 )
 

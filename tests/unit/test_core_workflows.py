@@ -32,6 +32,8 @@ from coordinator.protocol import (
     ShowWorkflow,
     Snapshot,
     StartRun,
+    StaticPrefix,
+    StaticPrefixes,
     Stop,
     Submit,
     ToCore,
@@ -40,6 +42,7 @@ from coordinator.protocol import (
 from coordinator.workflow.graph import Graph
 from coordinator.workflow.keeping import KeepEvents, KeepGraph, KeepProfile, Kept, Save
 from coordinator.workflow.limits import WorkflowLimits
+from coordinator.workflow.registry import digest_of
 
 FACTS = EngineFacts("0.32", "model", "fingerprint", 16, 1000, 4000, 64, 2048)
 TEAM = {
@@ -128,6 +131,52 @@ class Bed:
 
 
 # --- declaring -----------------------------------------------------------------------------------
+
+
+def static_of(bed: Bed, name: str = "team") -> dict[str, StaticPrefix]:
+    return bed.core._registry.static.get(name, {})
+
+
+def say_static(bed: Bed, *prefixes: StaticPrefix, name: str = "team", graph: object = TEAM) -> int:
+    digest = digest_of(msgspec.convert(graph, Graph))
+    return bed.ask(StaticPrefixes(1, name, digest, list(prefixes))).status
+
+
+def test_static_prompts_are_those_of_the_graph_that_is_declared() -> None:
+    bed = Bed()
+    prefix = StaticPrefix("planner", 40, b"12345678" * 2)
+    assert say_static(bed, prefix) == 404
+    bed.declare("team")
+    assert say_static(bed, prefix, graph={"agents": {"planner": {}}}) == 409
+    assert static_of(bed) == {}
+    assert say_static(bed, prefix, StaticPrefix("nobody", 1), prefix) == 200
+    assert static_of(bed) == {"planner": prefix}
+    assert bed.body(ShowWorkflow(2, "team"))["static_tokens"] == {"planner": 40}
+    bed.declare("team", {"agents": {"planner": {}}})
+    assert static_of(bed) == {}
+
+
+def test_of_static_prompts_without_room_only_lengths_are_kept() -> None:
+    bed = Bed(WorkflowLimits(static_hashes_bytes=40))
+    bed.declare("team")
+    prefixes = [StaticPrefix(agent, 40, b"12345678" * 3) for agent in TEAM["agents"]]
+    assert say_static(bed, *prefixes) == 200
+    assert [len(prefix.block_hashes) for prefix in static_of(bed).values()] == [24, 0, 0]
+    assert say_static(bed, *prefixes) == 200, "room is given back"
+    assert len(static_of(bed)["planner"].block_hashes) == 24
+
+
+def test_what_begins_as_declared_is_known_to_be_shared_at_the_first_call() -> None:
+    bed = Bed()
+    bed.declare("team")
+    static = b"".join(number.to_bytes(8) for number in range(1, 5))
+    say_static(bed, StaticPrefix("planner", 64, static))
+    hashes = static + b"".join(number.to_bytes(8) for number in (8, 9))
+    bed.begin("one", agent="planner", block_hashes=hashes)
+    learned = bed.body(ShowWorkflow(2, "team"))["learned"]
+    (edge,) = [edge for edge in learned["edges"] if edge["target"] == "planner"]
+    kept = {each["origin"]: each for each in edge["kept"]}
+    assert kept.keys() == {"static"}
 
 
 def test_a_declared_workflow_is_shown_as_it_was_declared_and_can_be_dropped() -> None:
