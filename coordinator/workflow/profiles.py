@@ -110,7 +110,7 @@ class Profiles:
         symbol = profile.symbol(agent)
         prompt = hashes_of(block_hashes)
         named = profile.known_symbol(parent) if parent else NOBODY
-        before = run.followed_by(symbol, prompt, named)
+        before = run.followed_by(symbol, prompt, named, prompt_tokens)
         live = LiveCall(symbol, path_after(before[0], symbol), now_s)
         live.prompt_tokens = prompt_tokens = max(0, prompt_tokens)
         live.sketch = Sketch(prompt)

@@ -20,6 +20,8 @@ from tests.e2e.harness import API_KEY, Server
 EXAMPLES = Path(__file__).parents[2] / "examples"
 LONGEST_S = 300
 RUNS = 2
+MAX_TOKENS = {"openai-client": 8, "langgraph": 8, "agents-sdk": 96}
+"""Of each example. A handoff is a call of a tool, whose name the tiny model spells in pieces."""
 DEMO = "research-team"
 DEMO_TOKENS = 8
 WRONG: dict[str, Any] = {
@@ -76,14 +78,19 @@ def edges_of(shown: Any) -> dict[tuple[str, str], Any]:
     return {(edge["source"], edge["target"]): edge for edge in shown["learned"]["edges"]}
 
 
+def calls_of(shown: Any) -> dict[str, int]:
+    """How often each agent has asked; old calls count a little less."""
+    return {agent["name"]: round(agent["calls"]) for agent in shown["learned"]["agents"]}
+
+
 @pytest.fixture(scope="module")
 def shown(cluster: Server, http: httpx.Client) -> dict[str, Any]:
     """What is known of each example's workflow after a few runs of it."""
     found = {}
-    for kind in ("openai-client", "langgraph", "agents-sdk"):
+    for kind, tokens in MAX_TOKENS.items():
         http.delete(f"/v1/workflows/{kind}-team")
         example = f"{kind.replace('-', '_')}_team.py"
-        done = run_example(cluster, example, "--max-tokens", "8", "--runs", str(RUNS))
+        done = run_example(cluster, example, "--max-tokens", str(tokens), "--runs", str(RUNS))
         assert done.stderr == "", "nothing went wrong, nothing was warned of"
         assert done.stdout.count("run ") == RUNS
         found[kind] = known(http, f"{kind}-team")
@@ -105,7 +112,7 @@ def test_the_team_is_seen_as_it_is(shown: dict[str, Any], kind: str) -> None:
     assert edges.keys() == STEPS | {("reviewer", "writer")}
     assert edges["planner", "explorer"]["calls"] == [{"value": 3, "share": 1.0}]
     agents = {agent["name"]: agent for agent in shown[kind]["learned"]["agents"]}
-    assert {name: agent["calls"] for name, agent in agents.items()} == {
+    assert calls_of(shown[kind]) == {
         "planner": RUNS,
         "explorer": 3 * RUNS,
         "engineer": 2 * RUNS,
@@ -136,11 +143,7 @@ def test_the_agents_sdk_declares_agents_with_what_they_are_told(
         ("planner", "engineer"),
         ("engineer", "writer"),
     }
-    assert {agent["name"]: agent["calls"] for agent in team["learned"]["agents"]} == {
-        "planner": RUNS,
-        "engineer": RUNS,
-        "writer": RUNS,
-    }
+    assert calls_of(team) == {"planner": RUNS, "engineer": RUNS, "writer": RUNS}
     declared = team["declared"]["agents"]
     for name, tokens in team["static_tokens"].items():
         prompts = [_tokens(http, declared[name], said) for said in ("Why?", "It depends.")]
