@@ -138,13 +138,20 @@ def _edges(
         ends = {"from": link.source, "to": link.target}
         if (link.source, link.target) in backward:
             edges.append(
-                {"kind": "loop", **ends, "most": rounds_max, "probability": _share(link, siblings)}
+                {
+                    "kind": "loop",
+                    **ends,
+                    "most": rounds_max,
+                    "probability": _share(link, siblings, backward),
+                }
             )
         elif link in _at_once(siblings, backward):
             most = FAN_OUT_MAX if link.conditional else 1
             edges.append({"kind": "fan_out", **ends, "least": 1, "most": most})
         elif link.conditional:
-            edges.append({"kind": "branch", **ends, "probability": _share(link, siblings)})
+            edges.append(
+                {"kind": "branch", **ends, "probability": _share(link, siblings, backward)}
+            )
         elif link.source in at_once:
             joins.setdefault(link.target, []).append(link.source)
         else:
@@ -165,9 +172,12 @@ def _at_once(siblings: Sequence[Link], backward: Collection[tuple[str, str]]) ->
     return found
 
 
-def _share(link: Link, siblings: Sequence[Link]) -> float:
-    """How probable a link is among those out of its agent."""
-    if not link.conditional:
-        return 1.0
-    choices = sum(1 for other in siblings if other.conditional)
-    return 0.5 if choices == 1 else 1.0 / choices
+def _share(link: Link, siblings: Sequence[Link], backward: Collection[tuple[str, str]]) -> float:
+    """How probable a link is among those out of its agent: all that may be taken are equally so,
+    and what always goes forward is one of them."""
+    loops = [one for one in siblings if (one.source, one.target) in backward]
+    forward = [one for one in siblings if one not in loops]
+    choices = sum(1 for one in forward if one.conditional) + len(loops)
+    choices += any(not one.conditional for one in forward)
+    # A condition with one way out may not hold.
+    return 1.0 / (2 if choices == 1 and link.conditional else choices)

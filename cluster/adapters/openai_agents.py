@@ -100,19 +100,20 @@ def _went_well(task: asyncio.Task[Any], result: RunResultStreaming) -> bool:
 def declared(start: Agent[Any], rounds_max: int = graphs.ROUNDS_MAX) -> dict[str, Any]:
     """Agents that ``start`` may come to, as a workflow that can be declared."""
     agents: dict[str, dict[str, Any]] = {}
-    links: list[Link] = []
+    links = [Link(start.name, graphs.END, conditional=True)]
     waiting = [start]
     while waiting:
         agent = waiting.pop()
         if agent.name in agents:
             continue
         agents[agent.name] = _known(agent)
-        links.append(Link(agent.name, graphs.END, conditional=True))
         for other in _handoffs(agent):
             links.append(Link(agent.name, other.name, conditional=True))
+            links.append(Link(other.name, graphs.END, conditional=True))
             waiting.append(other)
         for other in _agents_as_tools(agent):
             links.append(Link(agent.name, other.name, conditional=True))
+            # It answers to whoever uses it, and does not end the run.
             links.append(Link(other.name, agent.name, conditional=True))
             waiting.append(other)
         if any(getattr(tool, "_agent_instance", None) is None for tool in agent.tools):

@@ -14,6 +14,8 @@ import httpx
 import openai
 import pytest
 
+from cluster.workflow_files import read_workflows
+from coordinator.workflow.limits import WorkflowLimits
 from examples.research_team import ROUNDS_MAX, run_workflow
 from tests.e2e.harness import API_KEY, Server
 
@@ -204,6 +206,8 @@ def test_the_demo_is_learned(learned: Any) -> None:
     assert 0.5 < again["probability"] < 0.8, "two of three reviews lead back"
     assert 0.2 < over["probability"] < 0.5
     agents = {agent["name"]: agent for agent in learned["learned"]["agents"]}
+    believed = read_workflows([str(EXAMPLES / "workflows/research-team.yaml")], WorkflowLimits())
+    assert agents.keys() == believed[DEMO].agents.keys()
     assert agents["summariser"]["end_probability"] > 0.5
     assert all(
         agent["end_probability"] < 0.2 for agent in agents.values() if agent["name"] != "summariser"
@@ -248,3 +252,4 @@ def test_what_is_declared_is_refined(learned: Any, cluster: Server, http: httpx.
     assert planner["declared"]
     assert planner["output_tokens"]["p50"] == pytest.approx(DEMO_TOKENS, abs=1)
     assert shown["declared"]["agents"]["planner"]["output_tokens"] == 500
+    assert http.delete(f"/v1/workflows/{DEMO}").status_code == 200
