@@ -123,7 +123,11 @@ def spread(values: Spread, unit: str) -> str:
     """The middle and the bound of a distribution; a question mark for a guess."""
     if not values.samples:
         return f"? {unit}"
-    return f"{_short(values.p50)} (to {_short(values.p95)}) {unit}"
+    low, high = (
+        (f"{value:.0f}" if unit == "tokens" else _short(value))
+        for value in (values.p50, values.p95)
+    )
+    return f"{low} (to {high}) {unit}"
 
 
 def _short(value: float) -> str:

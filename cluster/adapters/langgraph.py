@@ -125,11 +125,12 @@ def _drawn(graph: Any) -> tuple[list[Link], list[str]]:
 @dataclass
 class _Run:
     """A run that goes on. ``asked``: agents that have called a model; ``ended``: those of them
-    that have ended, numbered in the order in which they did."""
+    that have ended, numbered in the order in which they did; ``steps``: those that go on."""
 
     id: str
     asked: set[str] = field(default_factory=set)
     ended: dict[str, int] = field(default_factory=dict)
+    steps: set[UUID] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -265,18 +266,26 @@ class Handler(BaseCallbackHandler):
 
     def _begin(self, step_id: UUID, step: _Step) -> None:
         self._steps[step_id] = step
+        step.run.steps.add(step_id)
         while len(self._steps) > STEPS_MAX:
-            self._steps.popitem(last=False)
+            oldest, forgotten = self._steps.popitem(last=False)
+            forgotten.run.steps.discard(oldest)
 
     def _end(self, step_id: UUID, completed: bool) -> None:
         with self._lock:
             step = self._steps.pop(step_id, None)
-            if step is None or not step.outermost:
+            if step is None:
+                return
+            step.run.steps.discard(step_id)
+            if not step.outermost:
                 return
             if step.agent:
                 if step.agent in step.run.asked:
                     step.run.ended[step.agent] = next(self._numbers)
                 return
+            # What was cancelled is not always told to have ended.
+            for left in step.run.steps:
+                del self._steps[left]
         self._server.send_later(run_end(self._workflow, step.run.id, completed))
 
     def _parent(self, run: _Run, agent: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pydantic import ValidationError
 from vllm.entrypoints.serve.tokenize.protocol import (
     TokenizeChatRequest,
     TokenizeCompletionRequest,
@@ -17,7 +18,13 @@ def prompt_tokens(serving: ServingTokenization) -> Tokenize:
     """Tokenizes as the server's own endpoints do."""
 
     async def tokenize(agent: Agent, more: str) -> list[int]:
-        answer = await serving.create_tokenize(_request(agent, more), None)
+        try:
+            request = _request(agent, more)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            raise ValueError(f"no chat request takes it: {place}: {first['msg']}") from error
+        answer = await serving.create_tokenize(request, None)
         if not isinstance(answer, TokenizeResponse):
             raise ValueError(answer.error.message)
         tokens: list[int] = answer.tokens

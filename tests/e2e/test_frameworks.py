@@ -17,7 +17,7 @@ import pytest
 from cluster.workflow_files import read_workflows
 from coordinator.workflow.limits import WorkflowLimits
 from examples.research_team import ROUNDS_MAX, run_workflow
-from tests.e2e.harness import API_KEY, Server
+from tests.e2e.harness import API_KEY, MAX_MODEL_LEN, Server
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 LONGEST_S = 300
@@ -162,6 +162,23 @@ def _tokens(http: httpx.Client, agent: dict[str, Any], said: str) -> list[int]:
     body = {"messages": messages, "tools": agent.get("tools")}
     tokens: list[int] = http.post("/tokenize", json=body).json()["tokens"]
     return tokens
+
+
+def test_a_static_prompt_that_no_request_takes_is_refused(http: httpx.Client) -> None:
+    agents = {
+        "odd": {"static_prompt": [{"role": 5}]},
+        "long": {"static_prompt": "word " * MAX_MODEL_LEN},
+        "text": {"static_prompt": "Once upon a time"},
+    }
+    edges = [{"kind": "next", "from": "odd", "to": "long"}]
+    edges += [{"kind": "next", "from": "long", "to": "text"}]
+    refused = http.put("/v1/workflows/refused", json={"agents": agents, "edges": edges})
+    assert refused.status_code == 422
+    odd, long = refused.json()["error"]["problems"]
+    assert odd.startswith("agents.odd.static_prompt: no chat request takes it: messages.0")
+    assert long.startswith("agents.long.static_prompt: ")
+    assert str(MAX_MODEL_LEN) in long
+    assert http.get("/v1/workflows/refused").status_code == 404
 
 
 def test_a_plain_server_serves_the_team_all_the_same(oracle: Server) -> None:

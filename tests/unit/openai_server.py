@@ -7,6 +7,7 @@ and arguments of tools.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import threading
@@ -124,8 +125,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("content-type", kind)
         self.send_header("content-length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+        with contextlib.suppress(ConnectionError):  # whoever asked may have gone
+            self.end_headers()
+            self.wfile.write(body)
 
     def log_message(self, format: str, *arguments: object) -> None:
         """Nothing: the tests look at what was seen."""

@@ -379,3 +379,19 @@ def test_who_names_no_model_is_told() -> None:
     builder.add_edge(START, "a")
     with pytest.raises(ValueError, match="say which models the graph calls"):
         with_pythia(builder.compile(), workflow="w")
+
+
+async def test_runs_that_are_given_up_leave_nothing_behind(server: Seen, model: ChatOpenAI) -> None:
+    server.delay_s = 0.3
+    graph = with_pythia(team(model, asynchronous=True), model, workflow="research")
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.1):
+            await graph.ainvoke({"name": "n"})
+    stream = graph.astream({"name": "n"})
+    async for _ in stream:
+        break
+    await stream.aclose()
+    await asyncio.to_thread(flush)
+    (handler,) = graph.config["callbacks"]
+    assert not handler._steps
+    assert set(server.ended().values()) == {False}
