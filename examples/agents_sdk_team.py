@@ -6,7 +6,9 @@
 
 Agents and handoffs are declared as the SDK knows them, with their instructions, before the first
 run; every call says which run and agent it belongs to. The handoffs are forced, so that the
-smallest model does its part.
+smallest model does its part. They are calls of tools, for which the server needs a parser: in the
+cluster file ``api: {arguments: {enable_auto_tool_choice: true, tool_call_parser: hermes}}``, or the
+model's own.
 """
 
 from __future__ import annotations
@@ -73,7 +75,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--base-url", default="http://127.0.0.1:8000/v1", help="with its /v1")
     parser.add_argument("--api-key", default="none")
     parser.add_argument("--model", default="", help="default: the first of /v1/models")
-    parser.add_argument("--max-tokens", type=int, default=28, help="of each answer")
+    parser.add_argument("--max-tokens", type=int, default=64, help="of each answer or handoff")
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--question", default="How should a cluster spend its memory?")
     return parser.parse_args()
