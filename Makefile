@@ -90,7 +90,8 @@ lock: $(INSTALLED_DEVELOPMENT)
 	$(UV_LOCK) --override requirements/cpu.overrides pyproject.toml requirements/cpu.in -o requirements/cpu.txt
 	sed -i 's/^\(torch==.*\)+cpu$$/\1/' requirements/cpu.txt
 	$(UV_LOCK) --override requirements/gpu.overrides pyproject.toml requirements/gpu.in -o requirements/gpu.txt
-	$(UV_LOCK) -c requirements/cpu.txt -c requirements/gpu.txt requirements/dev.in -o requirements/dev.txt
+	$(UV_LOCK) -c requirements/cpu.txt -c requirements/gpu.txt --override requirements/dev.overrides \
+	  requirements/dev.in -o requirements/dev.txt
 
 clean:
 	rm -rf $(VENV) run dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,6 +1,6 @@
 """A workflow to look at: as a tree in a terminal, as a picture, or as Graphviz's text.
 
-Pictures (SVG, PNG, PDF) are made by networkx and matplotlib, which need no program beside
+Pictures (SVG, PNG, PDF) are made by matplotlib (``workflow_figure``), which needs no program beside
 Python; the text is for whoever has Graphviz and wants its layout.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import deque
 from pathlib import Path
-from typing import Any
 
 from rich.text import Text
 from rich.tree import Tree
@@ -21,8 +20,6 @@ from coordinator.workflow.prediction import AgentView, EdgeView, Number, Spread,
 START = "(start)"
 GRAPHVIZ_SUFFIXES = (".dot", ".gv")
 END_SHOWN_LEAST = 0.05
-NODE_AREA = 6500
-COLUMN_INCHES, ROW_INCHES = 3.2, 1.7
 
 
 class NoPicture(CommandFailure):
@@ -63,9 +60,7 @@ def tree(shown: Shown) -> Tree:
     view = shown.learned
     if view is None:
         return Tree(Text(f"{shown.name}: nothing is learned yet", "bold"))
-    known = "declared" if shown.declared else "learned"
-    title = f"{shown.name} ({known}, {view.runs_ended} runs seen)"
-    root = Tree(Text(title, "bold"))
+    root = Tree(Text(_title(shown.name, shown.declared, view), "bold"))
     links = Links(view, shown.declared)
     seen: set[str] = set()
     waiting = deque([(START, root)])
@@ -87,6 +82,11 @@ def tree(shown: Shown) -> Tree:
         if name not in seen:
             root.add(Text(f"{name} (nothing is known to lead there)", "dim"))
     return root
+
+
+def _title(name: str, declared: Graph | None, view: WorkflowView) -> str:
+    known = "declared" if declared else "learned"
+    return f"{name} ({known}, {view.runs_ended} runs seen)"
 
 
 def _line(edge: EdgeView, agent: AgentView | None, new: bool) -> Text:
@@ -123,7 +123,11 @@ def spread(values: Spread, unit: str) -> str:
     """The middle and the bound of a distribution; a question mark for a guess."""
     if not values.samples:
         return f"? {unit}"
-    return f"{_short(values.p50)} (to {_short(values.p95)}) {unit}"
+    low, high = (
+        (f"{value:.0f}" if unit == "tokens" else _short(value))
+        for value in (values.p50, values.p95)
+    )
+    return f"{low} (to {high}) {unit}"
 
 
 def _short(value: float) -> str:
@@ -139,12 +143,9 @@ def draw(shown: Shown, path: Path) -> None:
     if path.suffix in GRAPHVIZ_SUFFIXES:
         path.write_text(graphviz(shown.name, Links(view, shown.declared)), encoding="utf-8")
         return
-    try:
-        import networkx
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise NoPicture(f"{error}; pip install 'pythia-serve[draw]'") from error
-    figure = _figure(shown.name, Links(view, shown.declared), networkx, Figure)
+    from cluster.workflow_figure import figure_of  # matplotlib takes long to import
+
+    figure = figure_of(_title(shown.name, shown.declared, view), Links(view, shown.declared))
     try:
         figure.savefig(path, bbox_inches="tight", dpi=150)
     except (ValueError, OSError) as error:
@@ -155,12 +156,12 @@ def graphviz(name: str, links: Links) -> str:
     """The workflow in Graphviz's language."""
     lines = [f"digraph {_quoted(name)} {{", "  rankdir=LR; node [shape=box, style=rounded];"]
     for agent in links.agents.values():
-        lines.append(f"  {_quoted(agent.name)} [label={_quoted(_node_label(agent))}];")
+        lines.append(f"  {_quoted(agent.name)} [label={_quoted(node_label(agent))}];")
     for edges in links.edges.values():
         for edge in edges:
             ends = f"{_quoted(edge.source)} -> {_quoted(edge.target)}"
-            style = "dashed" if not any(number.value for number in edge.calls) else "solid"
-            lines.append(f"  {ends} [label={_quoted(_edge_label(edge))}, style={style}];")
+            style = "solid" if is_seen(edge) else "dashed"
+            lines.append(f"  {ends} [label={_quoted(edge_label(edge))}, style={style}];")
     return "\n".join([*lines, "}", ""])
 
 
@@ -169,50 +170,23 @@ def _quoted(text: str) -> str:
     return f'"{escaped}"'
 
 
-def _node_label(agent: AgentView | None, name: str = "") -> str:
+def node_label(agent: AgentView | None, name: str = "") -> str:
+    """What an agent's box says."""
     if agent is None:
         return name
-    return f"{agent.name}\n{spread(agent.output_tokens, 'tokens')}"
+    lines = [agent.name, spread(agent.output_tokens, "tokens")]
+    if agent.end_probability >= END_SHOWN_LEAST:
+        lines.append(f"end {percent(agent.end_probability)}")
+    return "\n".join(lines)
 
 
-def _edge_label(edge: EdgeView) -> str:
+def is_seen(edge: EdgeView) -> bool:
+    """Whether it was taken, not only declared."""
+    return any(number.value for number in edge.calls)
+
+
+def edge_label(edge: EdgeView) -> str:
+    """What stands at an edge."""
     calls = counts(edge.calls)
     label = percent(edge.probability) + (f" x {calls}" if calls else "")
     return label if edge.source == START else f"{label}\n{spread(edge.gap_s, 's')}"
-
-
-def _figure(name: str, links: Links, networkx: Any, figure_of: Any) -> Any:
-    graph = networkx.DiGraph()
-    depths = links.depths()
-    for agent, depth in depths.items():
-        graph.add_node(agent, layer=depth)
-    for edges in links.edges.values():
-        for edge in edges:
-            graph.add_edge(edge.source, edge.target, label=_edge_label(edge))
-    layers = list(depths.values())
-    rows = max(layers.count(layer) for layer in set(layers))
-    size = (COLUMN_INCHES * (max(layers) + 1), ROW_INCHES * (rows + 1))
-    figure = figure_of(figsize=size)
-    axes = figure.add_subplot()
-    axes.set_title(name)
-    axes.set_axis_off()
-    axes.margins(0.12, 0.25)
-    places = networkx.multipartite_layout(graph, subset_key="layer")
-    bend = "arc3,rad=0.15"
-    labels = {agent: _node_label(links.agents.get(agent), agent) for agent in graph}
-    networkx.draw_networkx_nodes(
-        graph, places, ax=axes, node_size=NODE_AREA, node_color="#dbe9f6", edgecolors="#4a6fa5"
-    )
-    networkx.draw_networkx_labels(graph, places, labels, font_size=7, ax=axes)
-    networkx.draw_networkx_edges(
-        graph, places, ax=axes, node_size=NODE_AREA, connectionstyle=bend, edge_color="#555555"
-    )
-    networkx.draw_networkx_edge_labels(
-        graph,
-        places,
-        networkx.get_edge_attributes(graph, "label"),
-        font_size=6,
-        connectionstyle=bend,
-        ax=axes,
-    )
-    return figure

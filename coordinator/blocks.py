@@ -13,6 +13,12 @@ from hashlib import blake2b
 from coordinator.protocol import BLOCK_HASH_BYTES
 
 
+def salt_of(cache_salt: str = "", adapter: str = "", images: str = "") -> str:
+    """What separates the blocks of one prompt from those of equal tokens: the tenant's salt, the
+    LoRA adapter, and the images that stand behind placeholder tokens."""
+    return "\0".join((cache_salt, adapter, images))
+
+
 def hash_blocks(tokens: Sequence[int], block_size: int, salt: str = "") -> bytes:
     """Hashes of the full blocks of ``tokens``, each over its own tokens and all before.
 

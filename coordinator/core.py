@@ -37,6 +37,7 @@ from coordinator.protocol import (
     Checked,
     DeclareWorkflow,
     DropWorkflow,
+    EndRun,
     Failed,
     Finished,
     Hello,
@@ -54,6 +55,7 @@ from coordinator.protocol import (
     Snapshot,
     Started,
     StartRun,
+    StaticPrefixes,
     Submit,
     ToCore,
     Unknown,
@@ -163,12 +165,14 @@ class Core:
                 self._state.send(peer, self.snapshot(message.token, now_s))
             case (
                 DeclareWorkflow()
+                | StaticPrefixes()
                 | DropWorkflow()
                 | ListWorkflows()
                 | ShowWorkflow()
                 | ImportWorkflow()
                 | StartRun()
                 | CancelRun()
+                | EndRun()
             ):
                 self._desk.asked(peer, message, now_s)
             case _:

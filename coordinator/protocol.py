@@ -319,6 +319,28 @@ class DeclareWorkflow(Message, frozen=True, gc=False, tag=True):
     graph: bytes
 
 
+class StaticPrefix(msgspec.Struct, frozen=True, gc=False):
+    """With what all prompts of a declared agent begin: how many tokens, and the hashes of their
+    full blocks as in ``Submit``, without salt."""
+
+    agent: str
+    tokens: Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
+    block_hashes: bytes = b""
+
+
+class StaticPrefixes(Message, frozen=True, gc=False, tag=True):
+    """An API process has templated the static prompts of a declared workflow.
+
+    ``graph_digest``: of the graph that they are of (``workflow.registry.digest_of``); if another
+    one is declared by now, they are refused.
+    """
+
+    token: int
+    name: str
+    graph_digest: str
+    prefixes: list[StaticPrefix]
+
+
 class DropWorkflow(Message, frozen=True, gc=False, tag=True):
     """A workflow is not declared any more, and what ``tenant`` taught of it is forgotten."""
 
@@ -371,6 +393,17 @@ class CancelRun(Message, frozen=True, gc=False, tag=True):
     workflow: str
     run: str
     tenant: str = ""
+
+
+class EndRun(Message, frozen=True, gc=False, tag=True):
+    """A run gets no more calls; those that are open go on. ``completed``: it came to its own
+    end, so that its end is worth learning."""
+
+    token: int
+    workflow: str
+    run: str
+    tenant: str = ""
+    completed: bool = True
 
 
 # --- core -> worker -------------------------------------------------------------
@@ -699,12 +732,14 @@ WorkerToCore = Ready | Beat | Leaving | Probed | ProbeFinished
 ApiToCore = Hello | ApiBeat | Submit | Prefilled | Started | Finished | Failed | Checked
 AboutWorkflows = (
     DeclareWorkflow
+    | StaticPrefixes
     | DropWorkflow
     | ListWorkflows
     | ShowWorkflow
     | ImportWorkflow
     | StartRun
     | CancelRun
+    | EndRun
 )
 ToCore = WorkerToCore | ApiToCore | Inspect | AboutWorkflows
 CoreToWorker = Welcome | Refused | Unknown | Probe | ProbeRead | Leave

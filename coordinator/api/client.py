@@ -153,6 +153,16 @@ class ClusterEngineCore(EngineCoreClient):
         self._snapshots: dict[int, asyncio.Future[protocol.Snapshot]] = {}
         self._numbers = itertools.count(1)
 
+    @property
+    def core(self) -> str:
+        """The core that has taken us in; empty before one has."""
+        return self.calls.core
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block, as the workers have it; 0 before one is known."""
+        return self.calls.block_size
+
     async def run(self) -> None:
         """Keep in touch with core and workers until refused or closed. Raises if we erred."""
         async with self._group as group:

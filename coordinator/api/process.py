@@ -27,6 +27,8 @@ from coordinator.api import workflows
 from coordinator.api.client import ClusterClient, ClusterEngineCore
 from coordinator.api.front import Front
 from coordinator.api.routes import router
+from coordinator.api.static import StaticPrompts
+from coordinator.api.templating import prompt_tokens
 from coordinator.server import ApiStart, CoordinatorConfig
 
 logger = logging.getLogger("pythia.api")
@@ -96,10 +98,16 @@ async def _serve(start: ApiStart) -> int:
         app.middleware_stack or app.build_middleware_stack(), config.body_bytes_max
     )
     await init_app_state(client, app.state, arguments, ("generate",))
+    prompts = StaticPrompts(core, prompt_tokens(app.state.serving_tokenization))
+    app.state.static_prompts = prompts
+    telling = asyncio.create_task(prompts.keep_told(), name="static prompts")
     running = asyncio.create_task(core.run(), name="core link")
     serving = asyncio.create_task(_serve_http(app, arguments, start), name="HTTP server")
     # Told to stop, the server ends the link first, then itself.
-    await asyncio.wait({running, serving}, return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait({running, serving, telling}, return_when=asyncio.FIRST_COMPLETED)
+    if telling.done():
+        telling.result()  # it never ends by itself but by an error of ours
+    telling.cancel()
     failed = running.done() and (running.exception() is not None or bool(core.link.refused))
     if core.link.refused:
         logger.error("the core refused this API process: %s", core.link.refused)

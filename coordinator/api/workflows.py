@@ -20,12 +20,14 @@ from coordinator.api.errors import error_body
 from coordinator.api.exchange import Failure
 from coordinator.api.identity import TEXT_MAX, bounded
 from coordinator.api.questions import Questions
+from coordinator.api.static import StaticPrompts, static_question
 from coordinator.link import BAD_FRAME
 from coordinator.protocol import (
     AboutWorkflows,
     CancelRun,
     DeclareWorkflow,
     DropWorkflow,
+    EndRun,
     ListWorkflows,
     ShowWorkflow,
     StartRun,
@@ -51,6 +53,12 @@ class RunTerms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     priority: Annotated[int, msgspec.Meta(gt=-(1 << 31), lt=1 << 31)] = 0
 
 
+class RunEndTerms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How a run ended. ``completed``: it came to its own end, it was not given up."""
+
+    completed: bool = True
+
+
 @router.get("/schemas/workflow")
 async def schema() -> Response:
     """The JSON Schema of a workflow."""
@@ -69,10 +77,17 @@ async def declare(request: Request, name: str) -> Response:
     """Declare a workflow, or declare it anew: 201 or 200 once it is on disk."""
     try:
         graph = _declared(await request.body(), _limits(request))
+        prefixes = await _static(request).of(graph)
     except GraphError as error:
         return _refusal(request, 422, error.problems)
     as_json = msgspec.json.encode(graph)
-    return await _ask(request, lambda token: DeclareWorkflow(token, name, as_json))
+    answer = await _answer(request, lambda token: DeclareWorkflow(token, name, as_json))
+    if prefixes and not answer.problems:
+        told = await _answer(request, static_question(name, graph, prefixes))
+        # Declared otherwise or dropped meanwhile: whoever did that has told the rest.
+        if told.status not in (200, 404, 409):
+            return _response(request, told)
+    return _response(request, answer)
 
 
 @router.get("/workflows/{name}")
@@ -112,6 +127,21 @@ async def cancel_run(request: Request, name: str, run: str) -> Response:
     return await _ask(request, lambda token: CancelRun(token, bounded(name), bounded(run), tenant))
 
 
+@router.post("/workflows/{name}/runs/{run}/end")
+async def end_run(request: Request, name: str, run: str) -> Response:
+    """No more calls follow in a run; open ones go on. For clients that do not know beforehand
+    which call is the last."""
+    body = await request.body()
+    try:
+        terms = msgspec.json.decode(body, type=RunEndTerms) if body.strip() else RunEndTerms()
+    except BAD_FRAME as error:
+        return _refusal(request, 422, [str(error)])
+    tenant, completed = _tenant(request), terms.completed
+    return await _ask(
+        request, lambda token: EndRun(token, bounded(name), bounded(run), tenant, completed)
+    )
+
+
 @cache
 def _schema() -> bytes:
     return msgspec.json.encode(graph_schema())
@@ -141,12 +171,20 @@ def _tenant(request: Request) -> str:
     return tenant_of(request.headers.get(SALT_HEADER, "").strip())
 
 
+def _static(request: Request) -> StaticPrompts:
+    prompts: StaticPrompts = request.app.state.static_prompts
+    return prompts
+
+
 async def _ask(request: Request, question: Callable[[int], AboutWorkflows]) -> Response:
+    return _response(request, await _answer(request, question))
+
+
+async def _answer(request: Request, question: Callable[[int], AboutWorkflows]) -> WorkflowAnswer:
     try:
-        answer = await _cluster(request).questions.ask(question)
+        return await _cluster(request).questions.ask(question)
     except TimeoutError:
-        return _refusal(request, 503, ["the coordinator's core does not answer"])
-    return _response(request, answer)
+        return WorkflowAnswer(0, 503, problems=["the coordinator's core does not answer"])
 
 
 def _response(request: Request, answer: WorkflowAnswer) -> Response:

@@ -77,8 +77,9 @@ class Automaton:
         found: dict[int, float] = {}
         prior = self._prior.get(path[-1]) if path else None
         if prior:
+            # It knows this agent, which what is seen after any agent does not.
             found = dict(prior)
-        for length in range(min(ORDER, len(path)) + 1):
+        for length in range(1 if prior else 0, min(ORDER, len(path)) + 1):
             followers = self._contexts.get(path[len(path) - length :])
             if followers is not None and followers.total:
                 found = _interpolated(followers, found, PRIOR_STRENGTH if prior else 0.0)

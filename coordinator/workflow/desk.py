@@ -18,11 +18,13 @@ from coordinator.protocol import (
     CancelRun,
     DeclareWorkflow,
     DropWorkflow,
+    EndRun,
     ImportWorkflow,
     ListWorkflows,
     RunStatus,
     ShowWorkflow,
     StartRun,
+    StaticPrefixes,
     WorkflowAnswer,
 )
 from coordinator.state import CallKey, Peer, State
@@ -55,7 +57,8 @@ class WorkflowRow(msgspec.Struct, frozen=True):
 
 
 class Shown(msgspec.Struct, frozen=True):
-    """What is known of a workflow: declared, learned, and its live runs."""
+    """What is known of a workflow: declared, learned, and its live runs. ``static_tokens``: of the
+    declared static prompts, by agent, as far as they have been templated."""
 
     name: str
     declared: Graph | None
@@ -63,6 +66,7 @@ class Shown(msgspec.Struct, frozen=True):
     learned: WorkflowView | None
     runs_live: int
     runs: list[RunStatus]
+    static_tokens: dict[str, int] = {}
 
 
 class Exported(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -110,6 +114,8 @@ class Desk:
         match message:
             case DeclareWorkflow(token, name, graph):
                 self._declare(peer, token, name, self._registry.read(name, graph))
+            case StaticPrefixes():
+                self._know_static(peer, message)
             case DropWorkflow():
                 self._drop(peer, message)
             case ListWorkflows(token, tenant):
@@ -122,6 +128,8 @@ class Desk:
                 self._start(peer, message, now_s)
             case CancelRun():
                 self._cancel(peer, message, now_s)
+            case EndRun():
+                self._end(peer, message, now_s)
 
     # --- declaring ------------------------------------------------------------------------
 
@@ -136,6 +144,17 @@ class Desk:
             return
         status = 201 if known is None else 200
         self._registry.declare(name, graph, self._then(peer, token, status, {"name": name}))
+
+    def _know_static(self, peer: Peer, message: StaticPrefixes) -> None:
+        declared = self._registry.declared.get(message.name)
+        if declared is None:
+            self._refuse(peer, message.token, 404, [_unknown(message.name)])
+        elif declared.digest != message.graph_digest:
+            problem = f"{message.name[:64]!r} is declared otherwise by now"
+            self._refuse(peer, message.token, 409, [problem])
+        else:
+            self._registry.know_static(message.name, message.prefixes)
+            self._answer(peer, message.token, 200, {"name": message.name})
 
     def _drop(self, peer: Peer, message: DropWorkflow) -> None:
         token, name = message.token, message.name
@@ -183,6 +202,10 @@ class Desk:
             learned=learned,
             runs_live=len(runs),
             runs=[run_status(run, now_s) for run in islice(reversed(runs.values()), RUNS_SHOWN)],
+            static_tokens={
+                agent: prefix.tokens
+                for agent, prefix in self._registry.static.get(message.name, {}).items()
+            },
         )
         self._answer(peer, message.token, 200, shown)
 
@@ -266,6 +289,20 @@ class Desk:
         self._answer(
             peer, message.token, 200, answer | {"ended": "cancelled", "stopped": len(calls)}
         )
+
+    def _end(self, peer: Peer, message: EndRun, now_s: float) -> None:
+        runs = self._tracker.runs
+        key = runs.resolve(RunKey(message.tenant, message.workflow, message.run))
+        run = runs.live.get(key)
+        if run is None and key not in runs.ended:
+            self._refuse(peer, message.token, 404, [f"no run {message.run!r} is known"])
+            return
+        if run is not None:
+            self._tracker.finish(run, message.completed, now_s)
+        how = runs.ended[key][0].value if key in runs.ended and key not in runs.live else ""
+        open_calls = len(run.open) if run is not None else 0
+        answer = {"workflow": message.workflow, "run": message.run, "ended": how}
+        self._answer(peer, message.token, 200, answer | {"open_calls": open_calls})
 
     # --- answering ------------------------------------------------------------------------
 

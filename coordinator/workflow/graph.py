@@ -52,9 +52,9 @@ class GraphError(Exception):
 class Agent(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """What is known of an agent in advance; all of it may be left out.
 
-    ``static_prompt``: with what all its prompts begin, as text or as chat messages, templated
-    as the API would. ``prompt_tokens``, ``output_tokens``: expected lengths. ``tools``: what it
-    is offered, as in a chat request.
+    ``static_prompt``: with what all its prompts begin: chat messages, which go through the chat
+    template with the ``tools``, or text, as it is completed. ``prompt_tokens``,
+    ``output_tokens``: expected lengths. ``tools``: what it is offered, as in a chat request.
     """
 
     static_prompt: str | list[dict[str, Any]] = ""

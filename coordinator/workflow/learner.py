@@ -10,9 +10,11 @@ Learning waits until the calls in question have been answered (``learn``).
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 
 import msgspec
 
+from coordinator.protocol import StaticPrefix
 from coordinator.workflow.graph import Graph
 from coordinator.workflow.journal import Began, Event, Over, RunOver
 from coordinator.workflow.keeping import (
@@ -121,6 +123,13 @@ class Learner:
         else:
             self._graphs[name] = graph
             self._prime(("", name))
+
+    def know_static(self, name: str, prefixes: Iterable[StaticPrefix]) -> None:
+        """With what prompts of a declared workflow begin. Others than the tenant without a salt
+        have other hashes."""
+        self.learn()
+        for prefix in prefixes:
+            self.profiles.know_static("", name, prefix.agent, prefix.block_hashes)
 
     def replaced(self, workflow: Workflow, record: ProfileRecord | None) -> KeepProfile:
         """Take a record over in place of what was learned, or forget that. ValueError if it

@@ -23,6 +23,8 @@ class WorkflowLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Longest name of a workflow or an agent. Longer ones are refused, or learned as ``OTHER``."""
     static_bytes: Positive = 1 << 20
     """Longest static prompt of a declared agent, as text or as JSON."""
+    static_hashes_bytes: Positive = 64 << 20
+    """Block hashes of the static prompts of all declared agents; of more only lengths are kept."""
 
     tenants: Positive = 1024
     """Tenants of whom anything is remembered."""

@@ -13,6 +13,7 @@ import heapq
 from collections import OrderedDict
 from hashlib import blake2b
 
+from coordinator.protocol import BLOCK_HASH_BYTES
 from coordinator.workflow.graph import Graph
 from coordinator.workflow.learned import AgentCounts
 from coordinator.workflow.learning import learn_end, learn_start, shared_with
@@ -24,7 +25,7 @@ from coordinator.workflow.prediction import (
     Spread,
     WorkflowView,
 )
-from coordinator.workflow.profile import Profile
+from coordinator.workflow.profile import OTHER, Profile
 from coordinator.workflow.record import ProfileRecord, recorded, restored
 from coordinator.workflow.runs import NOBODY, LiveCall, LiveRun, path_after
 from coordinator.workflow.scores import FADING, Scores
@@ -109,7 +110,7 @@ class Profiles:
         symbol = profile.symbol(agent)
         prompt = hashes_of(block_hashes)
         named = profile.known_symbol(parent) if parent else NOBODY
-        before = run.followed_by(symbol, prompt, named)
+        before = run.followed_by(symbol, prompt, named, prompt_tokens)
         live = LiveCall(symbol, path_after(before[0], symbol), now_s)
         live.prompt_tokens = prompt_tokens = max(0, prompt_tokens)
         live.sketch = Sketch(prompt)
@@ -236,6 +237,15 @@ class Profiles:
         edges = profile.edges
         profile.declare(graph)
         self._edge_count += profile.edges - edges
+
+    def know_static(self, tenant: str, workflow: str, agent: str, block_hashes: bytes) -> None:
+        """With what all prompts of a declared agent begin; what calls have shown stays."""
+        profile = self._known(tenant, workflow)
+        if profile is None or len(block_hashes) < BLOCK_HASH_BYTES:
+            return
+        counts = profile.agent(profile.known_symbol(agent))
+        if counts.static is None and counts is not profile.agents[OTHER]:
+            counts.static = Sketch(hashes_of(block_hashes))
 
     def forget(self, tenant: str, workflow: str) -> None:
         """Drop a workflow, all that was learned of it, and its live runs."""

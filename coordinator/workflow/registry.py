@@ -9,10 +9,12 @@ the start, are not written down, and can't be changed.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from hashlib import blake2b
 
 import msgspec
 
+from coordinator.protocol import StaticPrefix
 from coordinator.workflow.graph import Graph, GraphError, checked, name_problem, ways
 from coordinator.workflow.keeping import (
     DropGraph,
@@ -36,11 +38,13 @@ BAD_JSON = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 
 class Declared(msgspec.Struct, frozen=True):
-    """A declared workflow. ``fixed``: by the cluster's file; ``last``: agents nothing follows."""
+    """A declared workflow. ``fixed``: by the cluster's file; ``last``: agents nothing follows;
+    ``digest``: of the graph."""
 
     graph: Graph
     fixed: bool = False
     last: frozenset[str] = frozenset()
+    digest: str = ""
 
 
 class Busy(Exception):
@@ -64,6 +68,10 @@ class Registry:
         self._learner = learner
         self._keeps = keeps
         self.declared: dict[str, Declared] = {}
+        self.static: dict[str, dict[str, StaticPrefix]] = {}
+        """Static prompts of declared agents, by workflow and agent; not written down: whoever
+        templates them says them again to every core."""
+        self._static_bytes = 0
         self._unwritten: deque[_Change] = deque()
         self._saves: list[Save] = []
 
@@ -101,11 +109,28 @@ class Registry:
         """Have something else written, in its turn. Busy if too much waits."""
         self._change(save, None, then)
 
+<<<<<<< HEAD
     def run_over(self, save: DropRun) -> None:
         """An explicit run is over. Nobody waits for that: if too much else does it stays in the
         store until the next core finds that it is silent."""
         if self._keeps and len(self._unwritten) < UNWRITTEN_MAX:
             self._change(save, None, _nothing)
+=======
+    def know_static(self, name: str, prefixes: Iterable[StaticPrefix]) -> None:
+        """The static prompts of a declared workflow, in place of what was known of them. Hashes
+        for which there is no room are left out."""
+        self._forget_static(name)
+        agents = self.declared[name].graph.agents
+        found = self.static[name] = {}
+        for prefix in prefixes:
+            if prefix.agent not in agents or prefix.agent in found:
+                continue
+            if self._static_bytes + len(prefix.block_hashes) > self._limits.static_hashes_bytes:
+                prefix = StaticPrefix(prefix.agent, prefix.tokens)
+            self._static_bytes += len(prefix.block_hashes)
+            found[prefix.agent] = prefix
+        self._learner.know_static(name, found.values())
+>>>>>>> frameworks
 
     def take(self) -> list[Save]:
         """What is to be written now, in order."""
@@ -135,14 +160,22 @@ class Registry:
                     self._declare(name, change.declared)
                 case DropGraph(name):
                     del self.declared[name]
+                    self._forget_static(name)
                     self._learner.declare(name, None)
                 case KeepProfile() | KeepRun() | DropRun():
                     pass  # It counts already: it is worth less than waiting for a disk.
         change.then(error)
 
     def _declare(self, name: str, declared: Declared) -> None:
+        known = self.declared.get(name)
+        if known is not None and known.digest != declared.digest:
+            self._forget_static(name)
         self.declared[name] = declared
         self._learner.declare(name, declared.graph)
+
+    def _forget_static(self, name: str) -> None:
+        gone = self.static.pop(name, {})
+        self._static_bytes -= sum(len(prefix.block_hashes) for prefix in gone.values())
 
     def checked(self, name: str, graph: Graph) -> Graph:
         """The graph, if it may be declared under this name; GraphError otherwise."""
@@ -155,6 +188,9 @@ class Registry:
         """Assert that all is within bounds; for tests."""
         assert len(self._saves) <= len(self._unwritten) <= UNWRITTEN_MAX
         assert self._keeps or not self._unwritten
+        assert self.static.keys() <= self.declared.keys()
+        hashes = [len(each.block_hashes) for all in self.static.values() for each in all.values()]
+        assert self._static_bytes == sum(hashes) <= self._limits.static_hashes_bytes
 
 
 def _nothing(error: str) -> None:
@@ -163,7 +199,13 @@ def _nothing(error: str) -> None:
 
 def _declared(graph: Graph, fixed: bool = False) -> Declared:
     followed = ways(graph)
-    return Declared(graph, fixed, frozenset(agent for agent in followed if not followed[agent]))
+    last = frozenset(agent for agent in followed if not followed[agent])
+    return Declared(graph, fixed, last, digest_of(graph))
+
+
+def digest_of(graph: Graph) -> str:
+    """Of a graph: another one has another."""
+    return blake2b(msgspec.json.encode(graph), digest_size=16).hexdigest()
 
 
 def parsed(graph: bytes, limits: WorkflowLimits) -> Graph:

@@ -53,7 +53,9 @@ class Run:
     calls: int = 0
     """Begun so far."""
     final: bool = False
-    """A call said that it is the last."""
+    """A call said that it is the last, or somebody else that none follows."""
+    completed: bool = True
+    """Not ended early, as far as anybody said."""
     agents: dict[str, str] = field(default_factory=dict)
     """The agent of each thread; bounded."""
 
@@ -106,7 +108,7 @@ class Runs:
         run = self.live.get(key) or self._begin(key, now_s)
         if run is not None:
             run.explicit, run.deadline_s, run.priority = True, deadline_s, priority
-            run.final = False
+            run.final, run.completed = False, True
             self._heard(run, now_s)
         return run
 

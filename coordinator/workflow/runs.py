@@ -105,19 +105,28 @@ class LiveRun:
             if call.children is None:
                 yield call
 
-    def followed_by(self, agent: int, prompt: memoryview, parent: int) -> list[LiveCall]:
+    def followed_by(
+        self, agent: int, prompt: memoryview, parent: int, prompt_tokens: int
+    ) -> list[LiveCall]:
         """The calls that a new call of ``agent`` follows, the one that set it off first.
 
         ``parent``: the agent named as its parent, ``NOBODY`` if there is none.
         """
+        ends = list(self.open_ends())
+        setter = self._fanning_out(agent, parent, ends)
         own = self.latest.get(agent)
         if own is not None and (own.ended_s < 0 or not own.extended_by(prompt)):
             own = self._extended(agent, prompt)
+        if own is not None and setter is not None:
+            # Siblings may differ in less than a block. What has no room for the earlier one's
+            # answer does not go on from it.
+            own = own if own.prompt_tokens + own.output_tokens <= prompt_tokens else None
         if own is not None:
             if own.children is None or self.running:
                 return [own]
-            return list(self.open_ends()) or [own]
-        ends = list(self.open_ends())
+            return ends or [own]
+        if setter is not None:
+            return [setter]
         if ends:
             return self._one_or_all(ends, parent)
         if parent != NOBODY:
@@ -125,6 +134,16 @@ class LiveRun:
             if named is not None and named.agent != agent and named.ended_s >= 0:
                 return [named]
         return [next((call for call in reversed(self.ended.values())), self.root)]
+
+    def _fanning_out(self, agent: int, parent: int, ends: list[LiveCall]) -> LiveCall | None:
+        """The call named as the parent, if it has set off such a call already and whatever has
+        ended since then as well: a late one of several at once follows none of the others."""
+        if parent in (NOBODY, agent):
+            return None
+        named = self.latest.get(parent)
+        if named is None or named.children is None or agent not in named.children:
+            return None
+        return named if all(call.agent in named.children for call in ends) else None
 
     def _one_or_all(self, ends: list[LiveCall], parent: int) -> list[LiveCall]:
         setter = next((call for call in ends if call.agent == parent), ends[0])

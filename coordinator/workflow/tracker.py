@@ -101,7 +101,7 @@ class Tracker:
         declared = self._registry.declared.get(context.workflow)
         last = done and declared is not None and context.agent in declared.last
         if self.runs.closed(run, call.key, done and context.final, last, now_s):
-            self._learner.run_over(run.key, True, now_s)
+            self._learner.run_over(run.key, run.completed, now_s)
             self._dropped(run)
         self._set_due(run)
 
@@ -131,6 +131,14 @@ class Tracker:
         """What of an explicit run is to outlive the core."""
         deadline_at_s = None if run.deadline_s is None else self._learner.at_s(run.deadline_s)
         return KeepRun(*run.key, deadline_at_s, run.priority)
+
+    def finish(self, run: Run, completed: bool, now_s: float) -> None:
+        """A run gets no more calls: it is over when the last open one is. ``completed``: it came
+        to its own end."""
+        run.final = True
+        run.completed = completed
+        if not run.open:
+            self._end(run, RunEnd.FINAL, now_s)
 
     def cancel(self, run: Run, now_s: float) -> list[CallKey]:
         """End a run; its open calls, which are to be stopped."""
@@ -183,7 +191,8 @@ class Tracker:
     def _end(self, run: Run, why: RunEnd, now_s: float) -> list[CallKey]:
         calls = sorted(run.open)
         self.runs.end(run, why, now_s)
-        self._learner.run_over(run.key, why is RunEnd.IDLE, now_s)
+        completed = why is RunEnd.IDLE or (why is RunEnd.FINAL and run.completed)
+        self._learner.run_over(run.key, completed, now_s)
         self._state.deadlines.drop(("run", *run.key))
         self._dropped(run)
         return calls

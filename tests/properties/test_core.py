@@ -33,6 +33,7 @@ from coordinator.protocol import (
     Checked,
     DeclareWorkflow,
     DropWorkflow,
+    EndRun,
     EngineFacts,
     Failed,
     Finished,
@@ -50,6 +51,7 @@ from coordinator.protocol import (
     ShowWorkflow,
     Started,
     StartRun,
+    StaticPrefixes,
     Submit,
     ToCore,
 )
@@ -127,6 +129,9 @@ run_questions = st.builds(
     st.just(""),
     st.sampled_from([0.0, 2.0]),
 ) | st.builds(CancelRun, st.just(1), st.just("w"), st.sampled_from(["r", "s"]))
+run_questions |= st.builds(
+    EndRun, st.just(1), st.just("w"), st.sampled_from(["r", "s"]), st.just(""), st.booleans()
+)
 
 
 class CoreInALossyNetwork(RuleBasedStateMachine):
@@ -184,7 +189,7 @@ class CoreInALossyNetwork(RuleBasedStateMachine):
             self.world.submit(api, prompt_tokens, output_tokens, group, context)
 
     @rule(about=run_questions)
-    def ask_about_a_run(self, about: StartRun | CancelRun) -> None:
+    def ask_about_a_run(self, about: StartRun | CancelRun | EndRun) -> None:
         self.forge(b"client", about)
 
     @precondition(lambda self: self.calls())
@@ -405,6 +410,8 @@ sayings: st.SearchStrategy[ToCore] = st.one_of(
     ),
     st.builds(StartRun, numbers, names, names, names, times, numbers),
     st.builds(CancelRun, numbers, names, names, names),
+    st.builds(StaticPrefixes, numbers, names, names, st.just([])),
+    st.builds(EndRun, numbers, names, names, names, st.booleans()),
 )
 
 

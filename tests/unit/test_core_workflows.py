@@ -17,6 +17,7 @@ from coordinator.protocol import (
     CancelRun,
     DeclareWorkflow,
     DropWorkflow,
+    EndRun,
     EngineFacts,
     Finished,
     Hello,
@@ -31,6 +32,8 @@ from coordinator.protocol import (
     ShowWorkflow,
     Snapshot,
     StartRun,
+    StaticPrefix,
+    StaticPrefixes,
     Stop,
     Submit,
     ToCore,
@@ -47,6 +50,7 @@ from coordinator.workflow.keeping import (
     Save,
 )
 from coordinator.workflow.limits import WorkflowLimits
+from coordinator.workflow.registry import digest_of
 
 FACTS = EngineFacts("0.32", "model", "fingerprint", 16, 1000, 4000, 64, 2048)
 TEAM = {
@@ -135,6 +139,52 @@ class Bed:
 
 
 # --- declaring -----------------------------------------------------------------------------------
+
+
+def static_of(bed: Bed, name: str = "team") -> dict[str, StaticPrefix]:
+    return bed.core._registry.static.get(name, {})
+
+
+def say_static(bed: Bed, *prefixes: StaticPrefix, name: str = "team", graph: object = TEAM) -> int:
+    digest = digest_of(msgspec.convert(graph, Graph))
+    return bed.ask(StaticPrefixes(1, name, digest, list(prefixes))).status
+
+
+def test_static_prompts_are_those_of_the_graph_that_is_declared() -> None:
+    bed = Bed()
+    prefix = StaticPrefix("planner", 40, b"12345678" * 2)
+    assert say_static(bed, prefix) == 404
+    bed.declare("team")
+    assert say_static(bed, prefix, graph={"agents": {"planner": {}}}) == 409
+    assert static_of(bed) == {}
+    assert say_static(bed, prefix, StaticPrefix("nobody", 1), prefix) == 200
+    assert static_of(bed) == {"planner": prefix}
+    assert bed.body(ShowWorkflow(2, "team"))["static_tokens"] == {"planner": 40}
+    bed.declare("team", {"agents": {"planner": {}}})
+    assert static_of(bed) == {}
+
+
+def test_of_static_prompts_without_room_only_lengths_are_kept() -> None:
+    bed = Bed(WorkflowLimits(static_hashes_bytes=40))
+    bed.declare("team")
+    prefixes = [StaticPrefix(agent, 40, b"12345678" * 3) for agent in TEAM["agents"]]
+    assert say_static(bed, *prefixes) == 200
+    assert [len(prefix.block_hashes) for prefix in static_of(bed).values()] == [24, 0, 0]
+    assert say_static(bed, *prefixes) == 200, "room is given back"
+    assert len(static_of(bed)["planner"].block_hashes) == 24
+
+
+def test_what_begins_as_declared_is_known_to_be_shared_at_the_first_call() -> None:
+    bed = Bed()
+    bed.declare("team")
+    static = b"".join(number.to_bytes(8) for number in range(1, 5))
+    say_static(bed, StaticPrefix("planner", 64, static))
+    hashes = static + b"".join(number.to_bytes(8) for number in (8, 9))
+    bed.begin("one", agent="planner", block_hashes=hashes)
+    learned = bed.body(ShowWorkflow(2, "team"))["learned"]
+    (edge,) = [edge for edge in learned["edges"] if edge["target"] == "planner"]
+    kept = {each["origin"]: each for each in edge["kept"]}
+    assert kept.keys() == {"static"}
 
 
 def test_a_declared_workflow_is_shown_as_it_was_declared_and_can_be_dropped() -> None:
@@ -558,6 +608,50 @@ def test_cancelling_a_waiting_call_rejects_it() -> None:
     bed.begin("one")
     bed.say("client", CancelRun(1, "team", "r"))
     assert [type(message) for peer, message in bed.told if peer == "api"] == [Rejected]
+
+
+def test_a_run_that_is_said_to_be_over_ends_with_its_last_open_call() -> None:
+    bed = Bed()
+    bed.begin("one")
+    bed.begin("two")
+    answer = bed.body(EndRun(1, "team", "r"))
+    assert answer == {"workflow": "team", "run": "r", "ended": "", "open_calls": 2}
+    assert [peer for peer, _ in bed.told] == ["client"], "open calls go on"
+    bed.finish("one")
+    assert bed.runs().keys() == {"r"}
+    bed.finish("two")
+    assert bed.runs() == {}
+    assert bed.body(EndRun(2, "team", "r"))["ended"] == "final", "asked again, it is the same"
+    assert bed.body(ShowWorkflow(3, "team"))["learned"]["runs_ended"] == 1
+    assert isinstance(bed.begin("three")[0], Plan), "the id may be used again"
+
+
+@pytest.mark.parametrize("open_calls", [False, True])
+def test_the_end_of_a_run_that_was_given_up_is_not_learned(open_calls: bool) -> None:
+    bed = Bed()
+    bed.begin("one")
+    if not open_calls:
+        bed.finish("one")
+    bed.body(EndRun(1, "team", "r", completed=False))
+    if open_calls:
+        bed.finish("one", outcome="abort")
+    assert bed.runs() == {}
+    assert bed.body(ShowWorkflow(2, "team"))["learned"]["runs_ended"] == 0
+
+
+def test_a_run_that_is_started_anew_after_its_end_is_a_whole_one() -> None:
+    bed = Bed()
+    bed.begin("one")
+    bed.body(EndRun(1, "team", "r", completed=False))
+    bed.body(StartRun(2, "team", "r"), 201)
+    bed.finish("one")
+    assert bed.runs().keys() == {"r"}
+    bed.body(EndRun(3, "team", "r"))
+    assert bed.body(ShowWorkflow(4, "team"))["learned"]["runs_ended"] == 1
+
+
+def test_an_unknown_run_can_not_end() -> None:
+    assert Bed().ask(EndRun(1, "team", "r")).status == 404
 
 
 def test_an_unknown_run_can_not_be_cancelled() -> None:

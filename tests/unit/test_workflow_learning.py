@@ -69,6 +69,14 @@ def test_a_longer_path_outweighs_its_back_off() -> None:
     assert automaton.probabilities((C, A))[C] > 0.9
 
 
+def test_what_is_seen_after_others_says_nothing_against_a_declared_agent() -> None:
+    automaton = Automaton(100)
+    automaton.declare({A: {B: 0.9, C: 0.1}})
+    for _ in range(100):
+        automaton.observe((B,), A)
+    assert automaton.probabilities((A,)) == pytest.approx({B: 0.9, C: 0.1})
+
+
 def test_a_declared_graph_is_believed_until_it_is_refuted() -> None:
     automaton = Automaton(100)
     automaton.declare({A: {B: 0.9, C: 0.1}})

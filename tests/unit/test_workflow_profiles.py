@@ -370,3 +370,71 @@ def test_a_workflow_that_is_forgotten_leaves_nothing_alive() -> None:
     assert profiles.view("", "flow") is None
     assert (profiles.live_runs, profiles.live_calls, len(profiles.units)) == (0, 0, 0)
     assert profiles.by_number == {}
+
+
+# --- several at once, one of them late ------------------------------------------------------------
+
+
+def hashed(*blocks: int) -> bytes:
+    return b"".join(block.to_bytes(8, "little") for block in blocks)
+
+
+def spread_out(
+    late_tokens: int, late_prompt: bytes, **parents: str
+) -> dict[tuple[str, str], EdgeView]:
+    """A planner sets off two explorers. The second one's request comes when the first has ended;
+    then a writer follows both."""
+    profiles = new_profiles()
+
+    def call(name: str, agent: str, tokens: int, prompt: bytes, at_s: float) -> None:
+        parent = parents.get(agent, "")
+        profiles.observe_start(KEY, name, agent, tokens, prompt, at_s, parent=parent)
+        profiles.observe_end(name, 10, at_s + 1.0)
+
+    call("one", "planner", 3 * BLOCK_TOKENS, hashed(1, 2, 3), 0.0)
+    call("two", "explorer", 5 * BLOCK_TOKENS, hashed(1, 2, 4, 5, 6), 2.0)
+    call("three", "explorer", late_tokens, late_prompt, 4.0)
+    call("four", "writer", 4 * BLOCK_TOKENS, hashed(1, 2, 9, 9), 6.0)
+    profiles.end_run(KEY, 8.0)
+    found = profiles.view("", "flow")
+    assert found is not None
+    return edges(found)
+
+
+PARENTS = {"explorer": "planner", "writer": "explorer"}
+SAME_BUT_THE_END = hashed(1, 2, 4, 5, 6)
+
+
+def test_a_late_one_of_several_follows_whoever_it_names() -> None:
+    found = spread_out(5 * BLOCK_TOKENS, hashed(1, 2, 7, 8, 9), **PARENTS)
+    assert ("explorer", "explorer") not in found
+    assert [one.value for one in found["planner", "explorer"].calls] == [2]
+    assert found["explorer", "writer"].probability > 0.7, "the writer followed both"
+
+
+def test_prompts_that_differ_in_less_than_a_block_are_of_several_all_the_same() -> None:
+    found = spread_out(5 * BLOCK_TOKENS + 3, SAME_BUT_THE_END, **PARENTS)
+    assert ("explorer", "explorer") not in found
+    assert [one.value for one in found["planner", "explorer"].calls] == [2]
+
+
+def test_a_prompt_with_room_for_the_answer_goes_on_from_it() -> None:
+    prompt = SAME_BUT_THE_END + hashed(20, 21)
+    found = spread_out(7 * BLOCK_TOKENS, prompt, **PARENTS)
+    assert ("explorer", "explorer") in found
+    assert [one.value for one in found["planner", "explorer"].calls] == [1]
+
+
+def test_an_agent_that_always_names_the_same_parent_still_follows_what_came_before() -> None:
+    profiles = new_profiles()
+    steps = ["planner", "engineer", "reviewer", "engineer", "reviewer"]
+    for number, agent in enumerate(steps):
+        at_s = 2.0 * number
+        prompt = hashed(1, 100 + number)
+        parent = {"engineer": "planner", "reviewer": "engineer"}.get(agent, "")
+        profiles.observe_start(KEY, str(number), agent, 2 * BLOCK_TOKENS, prompt, at_s, parent)
+        profiles.observe_end(str(number), 10, at_s + 1.0)
+    profiles.end_run(KEY, 20.0)
+    found = profiles.view("", "flow")
+    assert found is not None
+    assert ("reviewer", "engineer") in edges(found), "the loop is seen, whatever the parent says"

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import json
+from operator import eq
 from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import jsonschema
+import msgspec
 import pytest
 from fastapi import FastAPI
 
 from coordinator import protocol
 from coordinator.api.front import Front
 from coordinator.api.questions import Questions
+from coordinator.api.static import StaticPrompts
 from coordinator.api.workflows import router
+from coordinator.blocks import hash_blocks, salt_of
 from coordinator.core import Core
 from coordinator.limits import Limits, Placement
 from coordinator.protocol import CallContext, Hello, Message, Rejected, Submit, WorkflowAnswer
 from coordinator.tenant import tenant_of
+from coordinator.workflow.graph import Agent, Graph, checked
 from coordinator.workflow.limits import WorkflowLimits
 
 TEAM: dict[str, Any] = {
@@ -40,7 +45,21 @@ TEAM: dict[str, Any] = {
     "start": "planner",
 }
 WAIT_S = 10.0
+BLOCK_TOKENS = 4
 BODY_MAX = 1 << 20
+
+
+async def tokens(agent: Agent, more: str) -> list[int]:
+    """A token per letter. Chats have a template whose roles take turns, text has none."""
+    if isinstance(agent.static_prompt, str):
+        return [*map(ord, agent.static_prompt + more)]
+    messages = [*agent.static_prompt, *([{"role": "user", "content": more}] if more else [])]
+    roles = [message["role"] for message in messages]
+    if any(map(eq, roles, roles[1:])):
+        raise ValueError("roles must take turns")
+    tools = [f"[{tool['function']['name']}]" for tool in agent.tools]
+    said = [f"<{message['role']}>{message['content']}" for message in messages]
+    return [*map(ord, "".join([*tools, *said, "<assistant>" if more else ""]))]
 
 
 class Cluster:
@@ -56,6 +75,8 @@ class Cluster:
         app = FastAPI()
         app.include_router(router)
         app.state.engine_client = SimpleNamespace(cluster=self)
+        self.seen = SimpleNamespace(questions=self.questions, core="core", block_size=BLOCK_TOKENS)
+        self.prompts = app.state.static_prompts = StaticPrompts(self.seen, tokens)
         self.front = Front(app, BODY_MAX)
         self.client = httpx.AsyncClient(
             transport=httpx.ASGITransport(self.front), base_url="http://cluster"
@@ -201,7 +222,7 @@ async def test_a_declaration_is_answered_only_when_it_is_written() -> None:
 
 async def test_a_question_that_is_lost_is_asked_again(cluster: Cluster) -> None:
     cluster.deaf = 1
-    assert (await cluster.put("team", TEAM)).status_code == 201
+    assert (await cluster.put("team", {"agents": {"a": {}}})).status_code == 201
     assert cluster.asked == 2
 
 
@@ -248,6 +269,20 @@ async def test_a_run_is_started_and_cancelled(cluster: Cluster) -> None:
     assert error_of(missing)["code"] == 404
 
 
+async def test_a_run_is_said_to_be_over(cluster: Cluster) -> None:
+    assert call(cluster, "c", "run-1") == []
+    ended = await cluster.client.post("/v1/workflows/team/runs/run-1/end")
+    assert ended.json() == {"workflow": "team", "run": "run-1", "ended": "", "open_calls": 1}
+    given_up = await cluster.client.post(
+        "/v1/workflows/team/runs/run-1/end", json={"completed": False}
+    )
+    assert given_up.status_code == 200
+    missing = await cluster.client.post("/v1/workflows/team/runs/other/end")
+    assert error_of(missing)["code"] == 404
+    odd = await cluster.client.post("/v1/workflows/team/runs/run-1/end", json={"finished": 1})
+    assert error_of(odd)["code"] == 422
+
+
 async def test_a_run_gets_an_id_if_it_has_none(cluster: Cluster) -> None:
     one, two = [
         (await cluster.client.post("/v1/workflows/team/runs")).json()["run"] for _ in range(2)
@@ -284,3 +319,90 @@ async def test_a_tenants_runs_are_its_own(cluster: Cluster) -> None:
     shown = await cluster.client.get("/v1/workflows/team", headers=mine)
     assert [run["run"] for run in shown.json()["runs"]] == ["run-1"]
     assert (await cluster.client.delete(path, headers=mine)).json()["stopped"] == 1
+
+
+# --- static prompts ------------------------------------------------------------------------------
+
+SEARCH = {"type": "function", "function": {"name": "search"}}
+STATIC: dict[str, Any] = {
+    "agents": {
+        "chat": {"static_prompt": [{"role": "system", "content": "You chat."}], "tools": [SEARCH]},
+        "turns": {"static_prompt": [{"role": "user", "content": "Hello there"}]},
+        "text": {"static_prompt": "Once upon a time"},
+        "none": {"tools": [SEARCH]},
+    },
+    "edges": [
+        {"kind": "next", "from": "chat", "to": "turns"},
+        {"kind": "next", "from": "turns", "to": "text"},
+        {"kind": "next", "from": "text", "to": "none"},
+    ],
+}
+BEGINNINGS = {
+    "chat": "[search]<system>You chat.<user>",
+    "turns": "<user>Hello there",
+    "text": "Once upon a time",
+}
+
+
+def known_static(cluster: Cluster, name: str) -> dict[str, tuple[int, bytes]]:
+    """What the core knows of the static prompts of a workflow."""
+    known = cluster.core._registry.static.get(name, {})
+    return {agent: (prefix.tokens, prefix.block_hashes) for agent, prefix in known.items()}
+
+
+EXPECTED = {
+    agent: (len(text), hash_blocks([*map(ord, text)], BLOCK_TOKENS, salt_of()))
+    for agent, text in BEGINNINGS.items()
+}
+
+
+async def test_static_prompts_are_templated_and_the_core_gets_their_hashes(
+    cluster: Cluster,
+) -> None:
+    assert (await cluster.put("team", STATIC)).status_code == 201
+    assert known_static(cluster, "team") == EXPECTED
+    shown = (await cluster.client.get("/v1/workflows/team")).json()
+    assert shown["static_tokens"] == {agent: len(text) for agent, text in BEGINNINGS.items()}
+    prompt = "[search]<system>You chat.<user>What is KV cache?<assistant>"
+    hashes = hash_blocks([*map(ord, prompt)], BLOCK_TOKENS, salt_of())
+    assert hashes.startswith(EXPECTED["chat"][1]), "as those of a prompt that begins so"
+
+
+async def test_static_prompts_go_with_their_declaration(cluster: Cluster) -> None:
+    await cluster.put("team", STATIC)
+    await cluster.put("team", STATIC)
+    assert known_static(cluster, "team") == EXPECTED
+    await cluster.put("team", {"agents": {"text": {"static_prompt": "Another"}}})
+    assert known_static(cluster, "team").keys() == {"text"}
+    await cluster.put("team", {"agents": {"text": {}}})
+    assert known_static(cluster, "team") == {}
+    await cluster.put("team", STATIC)
+    await cluster.client.delete("/v1/workflows/team")
+    assert known_static(cluster, "team") == {}
+    cluster.core.check()
+
+
+async def test_a_static_prompt_that_the_api_would_refuse_is_refused(cluster: Cluster) -> None:
+    twice = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]
+    graph = {"agents": {"a": {"static_prompt": twice}}}
+    refused = await cluster.put("team", graph)
+    problem = "agents.a.static_prompt: roles must take turns"
+    assert error_of(refused)["problems"] == [problem]
+    assert (await cluster.client.get("/v1/workflows")).json() == []
+
+
+async def test_every_core_is_told_what_is_declared(cluster: Cluster) -> None:
+    graph = checked(msgspec.convert(STATIC, Graph), cluster.workflow_limits)
+    cluster.core._registry.fix("of the file", graph)
+    assert known_static(cluster, "of the file") == {}
+    await cluster.prompts.tell_all()
+    assert known_static(cluster, "of the file") == EXPECTED
+
+
+async def test_hashes_come_when_the_size_of_blocks_is_known(cluster: Cluster) -> None:
+    cluster.seen.block_size = 0
+    await cluster.put("team", STATIC)
+    assert {hashes for _, hashes in known_static(cluster, "team").values()} == {b""}
+    cluster.seen.block_size = BLOCK_TOKENS
+    await cluster.prompts.tell_all()
+    assert known_static(cluster, "team") == EXPECTED
