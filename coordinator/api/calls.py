@@ -32,7 +32,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from coordinator import protocol
 from coordinator.api.continuing import may_begin_elsewhere, needs_one_worker, resume_request
 from coordinator.api.exchange import CallRecord, Continuation, Failure
-from coordinator.blocks import hash_blocks
+from coordinator.blocks import hash_blocks, prompt_salt
 from coordinator.limits import Limits
 from coordinator.protocol import CallContext, Placed, split_engine_request_id
 
@@ -570,7 +570,7 @@ class Calls:
             return b""
         lora = request.lora_request.lora_name if request.lora_request else ""
         images = "".join(feature.identifier for feature in request.mm_features or ())
-        salt = "\0".join((request.cache_salt or "", lora, images))
+        salt = prompt_salt(request.cache_salt or "", lora, images)
         return hash_blocks(request.prompt_token_ids, self.block_size, salt)
 
 
