@@ -8,11 +8,14 @@ again, and if the engine has forgotten it, what is known is forgotten too and to
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import zmq
 
 from coordinator.link import BAD_FRAME, GarbageCounter
@@ -30,11 +33,18 @@ CHAIN_BYTES_MAX = 4 * 2**20
 """In one message to the core."""
 
 
+PREFIX = "pythia-kv-"
+
+
 class Endpoints:
-    """Where an engine publishes; the folder goes with this object."""
+    """Where an engine publishes; the folder goes with this object.
+
+    That of a worker that was killed goes when the next one starts.
+    """
 
     def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="pythia-kv-")
+        _sweep(Path(tempfile.gettempdir()))
+        self._folder = tempfile.TemporaryDirectory(prefix=f"{PREFIX}{os.getpid()}-")
         folder = Path(self._folder.name)
         self.events = f"ipc://{folder}/events"
         self.replay = f"ipc://{folder}/replay"
@@ -52,6 +62,14 @@ class Endpoints:
     def close(self) -> None:
         """Remove the folder. The engine is not running any more."""
         self._folder.cleanup()
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what processes left behind that are not there any more."""
+    for left in folder.glob(f"{PREFIX}*-*"):
+        owner = left.name.removeprefix(PREFIX).partition("-")[0]
+        if owner.isdecimal() and not psutil.pid_exists(int(owner)):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 class KvListener:

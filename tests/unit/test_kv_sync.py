@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +20,7 @@ from coordinator.blocks import hash_blocks, prompt_salt
 from coordinator.protocol import KvChanges, KvRemoved, KvResync, Prefilled, Started
 from tests.unit.test_core import Bed
 
-WAIT_S = 10.0
+WAIT_S = 30.0
 BLOCK = 4
 SALT = prompt_salt("", "")
 
@@ -158,11 +161,13 @@ class Engine:
         self.publisher.publish(KVEventBatch(ts=time.time(), events=[event]))
 
     async def heard(self, batches: int) -> None:
-        """Wait until so many batches have been heard."""
+        """Wait until so many batches have been heard. A subscriber may come late: then the next
+        batch makes it ask, and there always is a next one."""
         deadline_s = time.monotonic() + WAIT_S
         while self.listener._next_batch < batches:
             assert time.monotonic() < deadline_s, "not heard"
-            await asyncio.sleep(0.01)
+            self.evicts(255)  # which nobody has stored
+            await asyncio.sleep(0.1)
 
     def close(self) -> None:
         self.publisher.shutdown()
@@ -195,7 +200,7 @@ async def test_an_engine_s_blocks_are_told_by_our_names(engine_maker: list[Engin
     assert engine.sent == [KvChanges("w", "1", 0, [told(1, 2, 3)], reset=True)]
     engine.stores(1, 2, 3, 4, after=3)
     engine.evicts(1, 2, 3, 4)
-    await engine.heard(3)
+    await engine.heard(engine.listener._next_batch + 2)
     engine.listener.tell()
     assert engine.sent[1:] == [KvChanges("w", "1", 1, removed=[KvRemoved(told(1, 2, 3, 4), 3)])]
     listening.cancel()
@@ -251,3 +256,16 @@ def test_nobody_else_may_listen() -> None:
     assert Path(folder).stat().st_mode & 0o077 == 0
     endpoints.close()
     assert not Path(folder).exists()
+
+
+def test_what_a_killed_worker_left_goes_with_the_next_one_s_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    process = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], stdout=-1)
+    left = tmp_path / f"pythia-kv-{int(process.stdout)}-x"
+    live = tmp_path / f"pythia-kv-{os.getpid()}-x"
+    for folder in (left, live):
+        folder.mkdir()
+    Endpoints().close()
+    assert (left.exists(), live.exists()) == (False, True)
