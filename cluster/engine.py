@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vllm.config import KVTransferConfig, VllmConfig
+from vllm.config import KVEventsConfig, KVTransferConfig, VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.model_executor.models import ModelRegistry
 from vllm.platforms import current_platform
@@ -195,9 +195,9 @@ def start_engine(arguments: dict[str, Any], metrics: bool = True) -> WorkerEngin
     ``metrics``: keep what vLLM's Prometheus metrics are made of.
     """
     transfer = KVTransferConfig(**arguments["kv_transfer_config"])
-    config = AsyncEngineArgs(**{**arguments, "kv_transfer_config": transfer}).create_engine_config(
-        UsageContext.ENGINE_CONTEXT
-    )
+    events = KVEventsConfig(**arguments.get("kv_events_config", {}))
+    ready = {**arguments, "kv_transfer_config": transfer, "kv_events_config": events}
+    config = AsyncEngineArgs(**ready).create_engine_config(UsageContext.ENGINE_CONTEXT)
     if current_platform.is_cpu() and config.parallel_config.distributed_executor_backend == "uni":
         # On CPU vLLM asks for a fresh interpreter, which imports all of it a second time.
         # Nothing has run in this process yet that a fork could break; forking halves the

@@ -27,6 +27,7 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from cluster.config import WorkerConfig
 from cluster.engine import WorkerEngine, engine_facts
+from cluster.kv_listener import Endpoints, KvListener
 from coordinator import protocol
 from coordinator.link import BAD_FRAME, BadBody, ControlLink, GarbageCounter
 from coordinator.protocol import engine_request_id
@@ -84,7 +85,9 @@ class Worker:
         config: WorkerConfig,
         engine: WorkerEngine,
         context: zmq.Context[zmq.Socket[bytes]],
+        endpoints: Endpoints | None = None,
     ) -> None:
+        """``endpoints``: where the engine tells of its prefix cache, if it does."""
         self.config = config
         self.incarnation = uuid.uuid4().hex
         self.jobs: dict[str, Job] = {}
@@ -111,6 +114,10 @@ class Worker:
             engine.vllm_config, config.served_model_name, float(config.kv_lease_s)
         )
         self.spent = Spent()
+        self.kv: KvListener | None = None
+        if endpoints is not None:
+            name, send = config.name, self.link.send
+            self.kv = KvListener(context, endpoints, name, self.incarnation, send)
         self.sources = Sources(engine.engine_id, self.facts.kv_bytes_per_block)
         engine.on_step = self._on_step
         engine.on_reads = self.sources.measured
@@ -126,6 +133,8 @@ class Worker:
             asyncio.create_task(self._watch_engine(), name="engine"),
             asyncio.create_task(self.stopping.wait(), name="stop"),
         ]
+        if self.kv is not None:
+            tasks.append(asyncio.create_task(self.kv.run(), name="KV events"))
         done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
             if (error := task.exception()) is not None:
@@ -144,6 +153,8 @@ class Worker:
 
     def close(self) -> None:
         """Close the sockets."""
+        if self.kv is not None:
+            self.kv.close()
         self.data.close()
         self.link.socket.close()
 
@@ -161,6 +172,8 @@ class Worker:
         )
 
     def _beat(self) -> protocol.Message:
+        if self.kv is not None:
+            self.kv.tell()
         load = self.engine.load(self.garbage.total + self.link.garbage.total)
         return protocol.Beat(self.config.name, self.incarnation, load, self.sources.report())
 
@@ -170,11 +183,16 @@ class Worker:
                 self._spawn(self._probe(message))
             case protocol.ProbeRead():
                 self._spawn(self._probe_read(message))
+            case protocol.KvResync():
+                if self.kv is not None and message.incarnation == self.incarnation:
+                    self.kv.resync()
             case protocol.Leave():
                 logger.info("told to leave: %s", message.reason)
                 self.stopping.set()
             case protocol.Welcome():
                 logger.info("taken in by core %s as %s", message.core, self.config.name)
+                if self.kv is not None:
+                    self.kv.begin()
             case protocol.Refused() | protocol.Unknown():
                 raise AssertionError("the link keeps these to itself")
 
@@ -504,12 +522,17 @@ class Worker:
             self.stopping.set()
 
 
-async def serve(config: WorkerConfig, engine: WorkerEngine) -> int:
-    """Serve until told to stop. Returns the process's exit code."""
+async def serve(
+    config: WorkerConfig, engine: WorkerEngine, endpoints: Endpoints | None = None
+) -> int:
+    """Serve until told to stop. Returns the process's exit code.
+
+    ``endpoints``: where the engine tells of its prefix cache, if it does.
+    """
     if config.metrics_port:
         start_http_server(config.metrics_port, addr=config.host)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    worker = Worker(config, engine, context)
+    worker = Worker(config, engine, context, endpoints)
     try:
         return await worker.run()
     finally:

@@ -30,18 +30,22 @@ def main(config: WorkerConfig) -> int:
     refuse_pickle(os.environ)
     announce("importing vLLM")
     from cluster.engine import start_engine
+    from cluster.kv_listener import Endpoints
     from cluster.serving import serve
 
     announce(f"loading {config.model}")
     started_s = time.monotonic()
-    engine = start_engine(config.engine_arguments(), metrics=config.metrics_port > 0)
+    endpoints = Endpoints()
+    arguments = config.engine_arguments() | {"kv_events_config": endpoints.config()}
+    engine = start_engine(arguments, metrics=config.metrics_port > 0)
     announce(f"engine is up after {time.monotonic() - started_s:.0f} s")
     # All that vLLM's import has made stays for good: a look at it takes a tenth of a second,
     # in the middle of somebody's answer.
     gc.collect()
     gc.freeze()
     try:
-        code: int = uvloop.run(serve(config, engine))
+        code: int = uvloop.run(serve(config, engine, endpoints))
         return code
     finally:
         engine.shutdown(timeout=ENGINE_STOP_S)
+        endpoints.close()

@@ -25,10 +25,19 @@ def hash_blocks(tokens: Sequence[int], block_size: int, salt: str = "") -> bytes
     Returns ``BLOCK_HASH_BYTES`` per full block of ``block_size`` tokens, concatenated.
     ``salt`` separates tenants and adapters: different salts never share a hash.
     """
+    return hash_after(root_hash(salt), tokens, block_size)
+
+
+def root_hash(salt: str = "") -> bytes:
+    """What stands before the first block of every prompt with this salt."""
+    return blake2b(salt.encode(), digest_size=BLOCK_HASH_BYTES).digest()
+
+
+def hash_after(parent: bytes, tokens: Sequence[int], block_size: int) -> bytes:
+    """As ``hash_blocks``, of tokens that follow the block (or root) whose hash is ``parent``."""
     assert block_size > 0, block_size
     data = memoryview(array("I", tokens)).cast("B")
     block_bytes = block_size * array("I").itemsize
-    parent = blake2b(salt.encode(), digest_size=BLOCK_HASH_BYTES).digest()
     hashes = bytearray()
     for start in range(0, len(data) - block_bytes + 1, block_bytes):
         parent = blake2b(

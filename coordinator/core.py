@@ -24,6 +24,7 @@ from collections import OrderedDict
 from coordinator.calls import Calls, worker_up
 from coordinator.invariants import check_all
 from coordinator.kv_index import KvIndex
+from coordinator.kv_sync import KvSync
 from coordinator.limits import Limits, Placement
 from coordinator.pairs import Pairs
 from coordinator.policy.placer import Placer
@@ -43,6 +44,7 @@ from coordinator.protocol import (
     Hello,
     ImportWorkflow,
     Inspect,
+    KvChanges,
     Leaving,
     ListWorkflows,
     Prefilled,
@@ -121,6 +123,7 @@ class Core:
         self._started_s: float | None = None
         self._state = State(limits)
         self._index = KvIndex()
+        self._kv_sync = KvSync(self._state, self._index)
         self._pairs = Pairs(self._state, zlib.crc32(core_id.encode()) << PROBE_BITS)
         self._standing = Standing(limits, placement)
         self._roles = Roles(self._state, self._pairs, self._standing, placement.ratio)
@@ -159,7 +162,7 @@ class Core:
         if self._started_s is None:
             self._started_s = now_s
         match message:
-            case Ready() | Beat() | Leaving() | Probed() | ProbeFinished():
+            case Ready() | Beat() | KvChanges() | Leaving() | Probed() | ProbeFinished():
                 self._from_worker(peer, message, now_s)
             case Inspect():
                 self._state.send(peer, self.snapshot(message.token, now_s))
@@ -286,6 +289,7 @@ class Core:
         """Assert every invariant; for tests and for chasing bugs."""
         check_all(self._state, self._calls, self._pairs, self._roles, self._index)
         self._standing.check(self._state.workers.values())
+        self._kv_sync.check()
         self._tracker.check()
         self._registry.check()
         assert len(self._latest) <= 4 * self._limits.workers
@@ -307,15 +311,14 @@ class Core:
         match message:
             case Beat():
                 self._beat(worker, message, now_s)
+            case KvChanges():
+                self._kv_sync.changed(worker, message, now_s)
             case Leaving():
                 reason = message.reason or "left"
                 self._retire(worker.name, worker.incarnation, "it said that it was leaving")
                 self._lose(worker, WorkerPhase.LEFT, reason, now_s)
-            case Probed():
-                if not self._pairs.probed(worker, message, now_s):
-                    self._state.counters["messages_stale"] += 1
-            case ProbeFinished():
-                if not self._pairs.finished(worker, message, now_s):
+            case Probed() | ProbeFinished():
+                if not self._pairs.answered(worker, message, now_s):
                     self._state.counters["messages_stale"] += 1
 
     def _ready(self, peer: Peer, message: Ready, now_s: float) -> None:
@@ -433,6 +436,7 @@ class Core:
         state.deadlines.drop(("worker", worker.name))
         state.counters[f"workers_{phase.value}"] += 1
         self._index.forget(worker.name)
+        self._kv_sync.forget(worker)
         self._standing.remove(worker)
         for _, api in sorted(state.apis.items()):
             state.send(api.peer, WorkerGone(worker.name, worker.incarnation, reason))

@@ -110,6 +110,12 @@ class Pairs:
                     if pair is not None:
                         self._begin(pair, now_s)
 
+    def answered(self, worker: Worker, message: Probed | ProbeFinished, now_s: float) -> bool:
+        """One side of a probe answered. False if it was not asked (any more)."""
+        if isinstance(message, Probed):
+            return self.probed(worker, message, now_s)
+        return self.finished(worker, message, now_s)
+
     def probed(self, worker: Worker, message: Probed, now_s: float) -> bool:
         """The source answered. False if it was not asked (any more)."""
         pair = worker.probe

@@ -67,6 +67,8 @@ Role = Literal["prefill", "decode", "mixed"]
 BLOCK_HASH_BYTES = 8
 LINKS_MAX = 256
 """Most links that one beat tells of."""
+KV_CHAINS_MAX = 4096
+"""Most chains of blocks, of each kind, that one message tells of."""
 
 
 class Message(msgspec.Struct, frozen=True, gc=False, tag=True, omit_defaults=True):
@@ -164,6 +166,28 @@ class Beat(Message, frozen=True, gc=False, tag=True):
     incarnation: str
     load: Load
     links: Annotated[list[LinkLoad], msgspec.Meta(max_length=LINKS_MAX)] = []
+
+
+class KvRemoved(msgspec.Struct, frozen=True, gc=False):
+    """Of a chain of blocks only the first ``kept_blocks`` are cached, if they are."""
+
+    chain: bytes
+    kept_blocks: int
+
+
+class KvChanges(Message, frozen=True, gc=False, tag=True):
+    """What has come into a worker's prefix cache, or gone, as chains of block hashes.
+
+    ``sequence`` counts up from 0; after a gap the core asks for all (``KvResync``). ``reset``:
+    nothing that was said before counts.
+    """
+
+    worker: str
+    incarnation: str
+    sequence: int
+    stored: Annotated[list[bytes], msgspec.Meta(max_length=KV_CHAINS_MAX)] = []
+    removed: Annotated[list[KvRemoved], msgspec.Meta(max_length=KV_CHAINS_MAX)] = []
+    reset: bool = False
 
 
 class Leaving(Message, frozen=True, gc=False, tag=True):
@@ -449,6 +473,12 @@ class ProbeRead(Message, frozen=True, gc=False, tag=True):
     handle: bytes
 
 
+class KvResync(Message, frozen=True, gc=False, tag=True):
+    """The core has lost count of ``KvChanges``: say anew what is cached, from a reset on."""
+
+    incarnation: str
+
+
 class Leave(Message, frozen=True, gc=False, tag=True):
     """The cluster is being stopped: finish up and exit."""
 
@@ -728,7 +758,7 @@ class UtilityReply(Message, frozen=True, gc=False, tag=True):
     error: str = ""
 
 
-WorkerToCore = Ready | Beat | Leaving | Probed | ProbeFinished
+WorkerToCore = Ready | Beat | KvChanges | Leaving | Probed | ProbeFinished
 ApiToCore = Hello | ApiBeat | Submit | Prefilled | Started | Finished | Failed | Checked
 AboutWorkflows = (
     DeclareWorkflow
@@ -742,7 +772,7 @@ AboutWorkflows = (
     | EndRun
 )
 ToCore = WorkerToCore | ApiToCore | Inspect | AboutWorkflows
-CoreToWorker = Welcome | Refused | Unknown | Probe | ProbeRead | Leave
+CoreToWorker = Welcome | Refused | Unknown | Probe | ProbeRead | KvResync | Leave
 CoreToApi = (
     Welcome
     | Refused

@@ -369,6 +369,8 @@ COUNTERS = (
     "calls_stopped",
     "calls_submitted",
     "checks_sent",
+    "kv_changes",
+    "kv_resyncs",
     "messages_stale",
     "messages_unknown_call",
     "messages_unknown_sender",

@@ -109,13 +109,12 @@ class Registry:
         """Have something else written, in its turn. Busy if too much waits."""
         self._change(save, None, then)
 
-<<<<<<< HEAD
     def run_over(self, save: DropRun) -> None:
         """An explicit run is over. Nobody waits for that: if too much else does it stays in the
         store until the next core finds that it is silent."""
         if self._keeps and len(self._unwritten) < UNWRITTEN_MAX:
             self._change(save, None, _nothing)
-=======
+
     def know_static(self, name: str, prefixes: Iterable[StaticPrefix]) -> None:
         """The static prompts of a declared workflow, in place of what was known of them. Hashes
         for which there is no room are left out."""
@@ -130,7 +129,6 @@ class Registry:
             self._static_bytes += len(prefix.block_hashes)
             found[prefix.agent] = prefix
         self._learner.know_static(name, found.values())
->>>>>>> frameworks
 
     def take(self) -> list[Save]:
         """What is to be written now, in order."""
