@@ -91,8 +91,8 @@ class Outlook:
         part = (horizon_s - HORIZONS_S[lower]) / span_s if span_s else 0.0
         part = min(1.0, max(0.0, part))
         found = Look()
-        for number, projection in self._projections.items():
-            first = self._first_row[number]
+        for first, projection in self._placed():
+            number = projection.profile.number
             own = slice(first, first + projection.rows)
             rate = rates.get(number, 0.0)
             if counts[own].any() or rate:
@@ -122,7 +122,14 @@ class Outlook:
         return answered, answered + float(units.context_tokens[: units.rows][running].sum())
 
     def _placed(self) -> list[tuple[int, Projection]]:
-        return [(self._first_row[number], one) for number, one in self._projections.items()]
+        """Projections with their first rows, less those whose number is another workflow's by
+        now: of that nothing is projected yet."""
+        known = self._profiles.by_number
+        return [
+            (self._first_row[number], one)
+            for number, one in self._projections.items()
+            if known.get(number) is one.profile
+        ]
 
     def _stale(self, profile: Profile) -> bool:
         projection = self._projections.get(profile.number)

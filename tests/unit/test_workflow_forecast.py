@@ -130,6 +130,19 @@ def test_a_pause_between_ticks_teaches_nothing(watched: Watched) -> None:
     assert all(one.judgement.samples <= 1 for one in forecaster.scores())
 
 
+def test_a_workflow_is_not_taken_for_another_one_that_had_its_number() -> None:
+    profiles = Profiles(LIMITS, BLOCK_TOKENS)
+    forecaster = Forecaster(profiles, LIMITS)
+    for number in range(3):
+        profiles.observe_start(RunKey("", "old", str(number)), str(number), "a", 100, b"", number)
+    profiles.observe_end("0", 50, 4.0)
+    forecaster.tick(5.0)
+    assert [one.workflow for one in forecaster.forecast(30.0, 5.0).shares] == ["old"]
+    profiles.forget("", "old")
+    profiles.observe_start(RunKey("", "new", "0"), "3", "b", 100, b"", 6.0)
+    assert forecaster.forecast(30.0, 6.0).shares == []
+
+
 def test_a_call_that_runs_is_expected_to_go_on_as_calls_of_its_agent_do() -> None:
     profile = Profile(0, "", "flow", LIMITS)
     symbol = profile.symbol("a")
