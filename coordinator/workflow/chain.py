@@ -131,6 +131,7 @@ class Chain:
             Points(one.duration_s, everything.duration_s, CALL_GUESS_S) for one in counts
         ]
         self.duration_s = np.array([one.mean_s for one in self.durations])
+        self.longest = np.array([one.longest or everything.longest for one in counts])
         self.final = np.array([_share(one.final_runs, one.resolved) for one in counts])
         self.ended = np.array(
             [
@@ -140,11 +141,6 @@ class Chain:
         )
         self.edges = _edges(profile, place_of)
         self.starts = _starts(profile, place_of)
-
-    def so_far(self, place: int) -> Floats:
-        """By age, what a call of an agent that runs has answered."""
-        rate = self.output_tokens[place] / self.duration_s[place]
-        return np.minimum(rate * ages_s(), 2.0 * self.output_tokens[place])
 
 
 class _Pooled:

@@ -52,6 +52,8 @@ class Outlook:
         """By workflow's number; the last one is of units that belong to none."""
         self._row_of: NDArray[np.int32] = np.zeros((1, self._states), np.int32)
         self._rows = AGES
+        self._speed: Floats = np.zeros(AGES)
+        self._longest: Floats = np.zeros(AGES)
         self._waiting: list[int] = []
 
     def refresh(self, most: int) -> int:
@@ -112,11 +114,9 @@ class Outlook:
         """Tokens that running calls are thought to have answered, and that they hold with them."""
         units = self._profiles.units
         rows = self._unit_rows(now_s)
-        counts = np.bincount(rows, minlength=self._rows)
-        answered = sum(
-            float(counts[first : first + projection.rows] @ projection.so_far)
-            for first, projection in self._placed()
-        )
+        ages_s = np.maximum(0.0, now_s - units.since_s[: units.rows])
+        # By its own time: an answer much longer than most would seem to stop, and to jump.
+        answered = float(np.minimum(ages_s * self._speed[rows], self._longest[rows]).sum())
         state, of = units.state[: units.rows], units.workflow[: units.rows]
         running = (of >= 0) & (state & 1 == RUNNING)
         return answered, answered + float(units.context_tokens[: units.rows][running].sum())
@@ -156,6 +156,9 @@ class Outlook:
                     self._row_of[slot, 2 * agent + phase] = first + projection.row(agent, phase)
             first += projection.rows
         self._rows = first
+        known = self._projections.values()
+        self._speed = np.concatenate([np.zeros(AGES), *(one.speed for one in known)])
+        self._longest = np.concatenate([np.zeros(AGES), *(one.longest for one in known)])
 
     def _unit_rows(self, now_s: float) -> NDArray[np.int64]:
         """By unit, the row of its state and age. Free units have that of nothing."""

@@ -34,8 +34,8 @@ class Projection:
     ``agents``: their numbers. ``rows``: per agent, phase and age. ``ahead[h]``: by row, the
     prefill and decode tokens expected within ``HORIZONS_S[h]`` and the KV tokens resident then,
     of each agent. ``squares[h]``: by row, the same of squared prefills and answers, summed.
-    ``held[h]``: by row, how much of the row's own context is resident then. ``so_far``: by row,
-    what a running call has already answered. ``arriving``, ``arriving_squares``: by horizon,
+    ``held[h]``: by row, how much of the row's own context is resident then. ``speed``: by row,
+    the output tokens per second of a running call, ``longest`` the most it answers. ``arriving``, ``arriving_squares``: by horizon,
     what one new run a second adds.
     """
 
@@ -49,7 +49,8 @@ class Projection:
         self.ahead = np.zeros((horizons, self.rows, self.columns))
         self.squares = np.zeros((horizons, self.rows, 2))
         self.held = np.zeros((horizons, self.rows))
-        self.so_far = np.zeros(self.rows)
+        self.speed = np.zeros(self.rows)
+        self.longest = np.zeros(self.rows)
         self.arriving = np.zeros((horizons, self.columns))
         self.arriving_squares = np.zeros((horizons, 2))
         chain = Chain(profile, self.agents)
@@ -58,7 +59,9 @@ class Projection:
             wanted = [at for at, h_s in enumerate(HORIZONS_S) if least_s < h_s <= reach_s]
             self._fill(_Grid(chain, reach_s / STEPS, [HORIZONS_S[at] for at in wanted]), wanted)
         for place in range(size):
-            self.so_far[2 * place * AGES : (2 * place + 1) * AGES] = chain.so_far(place)
+            running = slice(2 * place * AGES, (2 * place + 1) * AGES)
+            self.speed[running] = chain.output_tokens[place] / chain.duration_s[place]
+            self.longest[running] = max(chain.longest[place], chain.output_tokens[place])
 
     def row(self, agent: int, phase: int) -> int:
         """The first row, of the youngest, of an agent in a phase."""
