@@ -21,12 +21,15 @@ from coordinator.protocol import (
     ImportWorkflow,
     ListWorkflows,
     RunStatus,
+    ShowFigures,
+    ShowForecast,
     ShowWorkflow,
     StartRun,
     WorkflowAnswer,
 )
 from coordinator.state import CallKey, Peer, State
 from coordinator.view import run_status
+from coordinator.workflow.foresight import Foresight, WorkflowForecast
 from coordinator.workflow.graph import Graph, GraphError, name_problem
 from coordinator.workflow.learner import Learner
 from coordinator.workflow.limits import WorkflowLimits
@@ -55,7 +58,7 @@ class WorkflowRow(msgspec.Struct, frozen=True):
 
 
 class Shown(msgspec.Struct, frozen=True):
-    """What is known of a workflow: declared, learned, and its live runs."""
+    """What is known of a workflow: declared, learned, expected, and its live runs."""
 
     name: str
     declared: Graph | None
@@ -63,6 +66,7 @@ class Shown(msgspec.Struct, frozen=True):
     learned: WorkflowView | None
     runs_live: int
     runs: list[RunStatus]
+    forecast: list[WorkflowForecast]
 
 
 class Exported(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -87,9 +91,11 @@ class Desk:
         registry: Registry,
         tracker: Tracker,
         learner: Learner,
+        foresight: Foresight,
         stop_call: StopCall,
     ) -> None:
         self._state = state
+        self._foresight = foresight
         self._learner = learner
         self._limits = limits
         self._registry = registry
@@ -116,6 +122,10 @@ class Desk:
                 self._answer(peer, token, 200, self._rows(tenant))
             case ShowWorkflow():
                 self._show(peer, message, now_s)
+            case ShowForecast(token, tenant):
+                self._answer(peer, token, 200, self._foresight.shown(tenant, now_s))
+            case ShowFigures(token):
+                self._answer(peer, token, 200, self._foresight.figures(now_s))
             case ImportWorkflow():
                 self._import(peer, message)
             case StartRun():
@@ -183,6 +193,7 @@ class Desk:
             learned=learned,
             runs_live=len(runs),
             runs=[run_status(run, now_s) for run in islice(reversed(runs.values()), RUNS_SHOWN)],
+            forecast=self._foresight.of_workflow(message.tenant, message.name, now_s),
         )
         self._answer(peer, message.token, 200, shown)
 

@@ -35,8 +35,8 @@ class Projection:
     prefill and decode tokens expected within ``HORIZONS_S[h]`` and the KV tokens resident then,
     of each agent. ``squares[h]``: by row, the same of squared prefills and answers, summed.
     ``held[h]``: by row, how much of the row's own context is resident then. ``speed``: by row,
-    the output tokens per second of a running call, ``longest`` the most it answers. ``arriving``, ``arriving_squares``: by horizon,
-    what one new run a second adds.
+    the output tokens per second of a running call, ``longest`` the most it answers.
+    ``arriving``, ``arriving_squares``: by horizon, what one new run a second adds.
     """
 
     def __init__(self, profile: Profile) -> None:
