@@ -64,7 +64,8 @@ def page(figures: Figures | None) -> bytes:
     """The core's metrics in Prometheus' text format; None if it did not answer."""
     registry = CollectorRegistry()
     registry.register(_Collector(figures))
-    return generate_latest(registry)
+    found: bytes = generate_latest(registry)
+    return found
 
 
 class _Collector:

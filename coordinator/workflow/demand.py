@@ -15,6 +15,7 @@ from coordinator.workflow.limits import WorkflowLimits
 from coordinator.workflow.profile import OTHER, START, Profile
 from coordinator.workflow.profiles import Profiles
 from coordinator.workflow.projection import HORIZONS_S, Projection
+from coordinator.workflow.stages import STAGES_MOST
 from coordinator.workflow.units import IDLE, RUNNING
 
 STALE_EVENTS = 64
@@ -54,6 +55,8 @@ class Outlook:
         self._rows = AGES
         self._speed: Floats = np.zeros(AGES)
         self._longest: Floats = np.zeros(AGES)
+        self._stage_calls: Floats = np.full((1, STAGES_MOST), np.inf)
+        self._stage_rows: NDArray[np.int64] = np.zeros(1, np.int64)
         self._waiting: list[int] = []
 
     def refresh(self, most: int) -> int:
@@ -145,11 +148,15 @@ class Outlook:
             self._slot_of = np.zeros(2 * (most + 2), np.int32)
         self._slot_of[:] = 0
         self._row_of = np.zeros((1 + len(self._projections), self._states), np.int32)
+        self._stage_calls = np.full((len(self._row_of), STAGES_MOST), np.inf)
+        self._stage_rows = np.zeros(len(self._row_of), np.int64)
         self._first_row = {}
         first = AGES
         for slot, (number, projection) in enumerate(self._projections.items(), start=1):
             self._slot_of[number] = slot
             self._first_row[number] = first
+            self._stage_calls[slot, : len(projection.stage_calls)] = projection.stage_calls
+            self._stage_rows[slot] = projection.stage_rows
             for phase in (RUNNING, IDLE):
                 self._row_of[slot, phase::2] = first + projection.row(OTHER, phase)
                 for agent in projection.agents:
@@ -161,7 +168,7 @@ class Outlook:
         self._longest = np.concatenate([np.zeros(AGES), *(one.longest for one in known)])
 
     def _unit_rows(self, now_s: float) -> NDArray[np.int64]:
-        """By unit, the row of its state and age. Free units have that of nothing."""
+        """By unit, the row of its stage, state and age. Free units have that of nothing."""
         units = self._profiles.units
         live = units.rows
         ages = (now_s - units.since_s[:live]) * (1.0 / YOUNGEST_S)
@@ -170,7 +177,11 @@ class Outlook:
         of = units.workflow[:live]
         slots = self._slot_of[np.where(of < len(self._slot_of) - 1, of, -1)]
         found: NDArray[np.int64] = self._row_of[slots, units.state[:live]] + doublings
-        return found
+        calls = units.calls[:live]
+        stage: NDArray[np.int64] = np.zeros(live, np.int64)
+        for limits in self._stage_calls.T:
+            stage += calls >= limits[slots]
+        return found + stage * self._stage_rows[slots]
 
 
 def _add(
@@ -180,7 +191,8 @@ def _add(
     """Add what one workflow leads to at one of the horizons, in part."""
     size = len(projection.agents)
     tokens = (counts @ projection.ahead[at] + rate * projection.arriving[at]).reshape(3, size)
-    tokens[RESIDENT] += (held * projection.held[at]).reshape(size, -1).sum(axis=1)
+    stages = projection.rows // projection.stage_rows
+    tokens[RESIDENT] += (held * projection.held[at]).reshape(stages, size, -1).sum(axis=(0, 2))
     tokens *= weight
     found.expected += tokens.sum(axis=1)
     squares = counts @ projection.squares[at] + rate * projection.arriving_squares[at]

@@ -29,7 +29,7 @@ from coordinator.workflow.record import ProfileRecord, recorded, restored
 from coordinator.workflow.runs import NOBODY, LiveCall, LiveRun, path_after
 from coordinator.workflow.scores import FADING, Scores
 from coordinator.workflow.sharing import Sketch, hashes_of
-from coordinator.workflow.units import IDLE, RUNNING, Units
+from coordinator.workflow.units import IDLE, LAST, RUNNING, Units
 from coordinator.workflow.view import predicted, workflow_view
 
 
@@ -130,7 +130,8 @@ class Profiles:
         run.last_s = now_s
         self._calls[call] = (run, live)
         live.unit = self.units.take()
-        self.units.set(live.unit, profile.number, symbol, RUNNING, now_s, prompt_tokens)
+        calls = LAST if run.final else run.calls
+        self.units.set(live.unit, profile.number, symbol, RUNNING, now_s, prompt_tokens, calls)
         for shed in run.shed(self._limits.calls_per_run):
             self._release(shed)
 
@@ -155,7 +156,8 @@ class Profiles:
             learn_end(profile, live)
         tokens = live.prompt_tokens + live.output_tokens
         if live.unit != NOBODY:
-            self.units.set(live.unit, profile.number, live.agent, IDLE, now_s, tokens)
+            calls = LAST if run.final else run.calls
+            self.units.set(live.unit, profile.number, live.agent, IDLE, now_s, tokens, calls)
         run.last_s = now_s
         if run.final and not run.running:
             self._end(run, learn=True)
@@ -340,6 +342,7 @@ class Profiles:
             self._release(call)
         if learn:
             profile.runs_ended += 1
+            profile.run_calls.add(run.calls)
             for agent, visits in run.visits.items():
                 profile.agent(agent).visits.add(visits)
 

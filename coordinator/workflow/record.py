@@ -80,6 +80,7 @@ class ProfileRecord(msgspec.Struct, frozen=True, gc=False):
     scores: Scores
     runs_started: Annotated[int, msgspec.Meta(ge=0)] = 0
     runs_ended: Annotated[int, msgspec.Meta(ge=0)] = 0
+    run_calls: Bins = {}
 
 
 def recorded(profile: Profile) -> ProfileRecord:
@@ -100,6 +101,7 @@ def recorded(profile: Profile) -> ProfileRecord:
         scores=msgspec.structs.replace(profile.scores, gaps=list(profile.scores.gaps)),
         runs_started=profile.runs_started,
         runs_ended=profile.runs_ended,
+        run_calls=profile.run_calls.weights()[0],
     )
 
 
@@ -119,6 +121,7 @@ def restored(record: ProfileRecord, empty: Profile) -> Profile:
     empty.automaton.restore([(tuple(one.path), one.counts) for one in record.contexts])
     _fill(record.gap, empty.gap_s)
     _fill(record.new, empty.new_tokens)
+    _fill_numbers(record.run_calls, empty.run_calls)
     fading = empty.scores.fading
     empty.scores = msgspec.structs.replace(
         record.scores, gaps=list(record.scores.gaps), fading=fading

@@ -70,6 +70,7 @@ class LiveRun:
     """The calls of one run that matter for what comes next."""
 
     __slots__ = (
+        "calls",
         "deadline_s",
         "ended",
         "final",
@@ -94,6 +95,8 @@ class LiveRun:
         self.latest: dict[int, LiveCall] = {}
         """The last call to start, by agent."""
         self.first: LiveCall | None = None
+        self.calls = 0
+        """How many it has made."""
         self.visits: dict[int, int] = {}
         self.final = False
         self.last_s = now_s
@@ -142,6 +145,7 @@ class LiveRun:
         """A call has started."""
         self.running[call_id] = call
         self.latest[call.agent] = call
+        self.calls += 1
         self.visits[call.agent] = self.visits.get(call.agent, 0) + 1
         if self.first is None:
             self.first = call
