@@ -53,6 +53,7 @@ def learn_end(profile: Profile, live: LiveCall) -> None:
     add_to_both(counts.duration_s, everything.duration_s, live.ended_s - live.started_s)
     bound = live.bound_tokens or None
     add_to_both(counts.output_tokens, everything.output_tokens, tokens, bound)
+    counts.answers(live.before).add(tokens, bound)
 
 
 def shared_with(

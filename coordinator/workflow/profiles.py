@@ -124,7 +124,8 @@ class Profiles:
         self._edge_count += profile.edges - edges
         self.demand.prefill_tokens += new_tokens
         counts = profile.agent(symbol)
-        live.bound_tokens = counts.output_tokens.upper(profile.everything.output_tokens)
+        live.before = run.visits.get(symbol, 0)
+        live.bound_tokens = counts.bound_tokens(live.before, profile.everything)
         run.add(call, live)
         run.final = run.final or final
         run.last_s = now_s
@@ -201,12 +202,15 @@ class Profiles:
         return predicted(run) if run is not None else UNKNOWN
 
     def output_tokens(self, key: RunKey, agent: str) -> Spread:
-        """How long an answer of an agent gets."""
+        """How long the next answer of an agent in a run gets."""
         profile = self._known(key.tenant, key.workflow)
         if profile is None:
             return AgentCounts().output_tokens.spread()
-        counts = profile.agent(profile.known_symbol(agent))
-        return counts.output_tokens.spread(profile.everything.output_tokens)
+        symbol = profile.known_symbol(agent)
+        tenant = self._tenants[self._short(key.tenant)]
+        run = tenant.runs.get((self._short(key.workflow), self._short(key.run)))
+        before = run.visits.get(symbol, 0) if run is not None else 0
+        return profile.agent(symbol).answer_tokens(before, profile.everything)
 
     def workflows(self, tenant: str) -> list[str]:
         """The names of a tenant's workflows, in order."""

@@ -30,13 +30,15 @@ EXTENDED_MOST = 16
 class LiveCall:
     """A call that runs, or has ended and may still be followed.
 
-    ``path``: agents up to it, the latest last. ``children``: how many calls it set off, by
+    ``path``: agents up to it, the latest last. ``before``: how many calls its agent had made in
+    the run. ``children``: how many calls it set off, by
     agent. ``bound_tokens``: what its answer was thought not to exceed. ``unit``: its row in the
     arrays of what is alive, ``NOBODY`` once something has followed it.
     """
 
     __slots__ = (
         "agent",
+        "before",
         "bound_tokens",
         "children",
         "ended_s",
@@ -55,6 +57,7 @@ class LiveCall:
         self.ended_s = -1.0
         self.prompt_tokens = 0
         self.output_tokens = 0
+        self.before = 0
         self.bound_tokens = 0.0
         self.children: dict[int, int] | None = None
         self.sketch: Sketch | None = None
