@@ -53,6 +53,8 @@ from coordinator.protocol import (
     Ready,
     Refused,
     Role,
+    ShowFigures,
+    ShowForecast,
     ShowWorkflow,
     Snapshot,
     Started,
@@ -70,6 +72,7 @@ from coordinator.standing import Standing
 from coordinator.state import Api, Peer, Send, State, Worker, WorkerPhase
 from coordinator.view import call_status, link_status, run_status, worker_status
 from coordinator.workflow.desk import Desk
+from coordinator.workflow.foresight import Foresight
 from coordinator.workflow.graph import Graph, GraphError
 from coordinator.workflow.keeping import Kept, Save
 from coordinator.workflow.learner import Learner
@@ -134,12 +137,14 @@ class Core:
         self._calls = Calls(
             self._state, self._index, self._standing, placement, self._tracker, placer
         )
+        self._foresight = Foresight(self._learner, workflow_limits)
         self._desk = Desk(
             self._state,
             workflow_limits,
             self._registry,
             self._tracker,
             self._learner,
+            self._foresight,
             self._calls.stop,
         )
         self._latest: OrderedDict[str, str] = OrderedDict()
@@ -172,6 +177,8 @@ class Core:
                 | DropWorkflow()
                 | ListWorkflows()
                 | ShowWorkflow()
+                | ShowForecast()
+                | ShowFigures()
                 | ImportWorkflow()
                 | StartRun()
                 | CancelRun()
@@ -226,6 +233,12 @@ class Core:
         """Learn from the calls that were handled. A shell does that when nobody waits for it;
         ``tick`` does it, too."""
         self._learner.learn()
+
+    def foresee(self, now_s: float) -> None:
+        """Go on with the forecast of demand, which takes up to some milliseconds now and then: a
+        shell does that when nobody waits for it, about once a second or more often."""
+        self._learner.learn()
+        self._foresight.tick(now_s)
 
     def take_saves(self) -> list[Save]:
         """What the shell is to write down now, in order, all or nothing."""

@@ -389,6 +389,19 @@ class ShowWorkflow(Message, frozen=True, gc=False, tag=True):
     learned: bool = False
 
 
+class ShowForecast(Message, frozen=True, gc=False, tag=True):
+    """How much will be asked of the cluster, and how much of it by a tenant's workflows?"""
+
+    token: int
+    tenant: str = ""
+
+
+class ShowFigures(Message, frozen=True, gc=False, tag=True):
+    """How good are predictions, and what is forecast, as figures for metrics?"""
+
+    token: int
+
+
 class ImportWorkflow(Message, frozen=True, gc=False, tag=True):
     """Take over what ``ShowWorkflow`` with ``learned`` has answered elsewhere."""
 
@@ -766,6 +779,8 @@ AboutWorkflows = (
     | DropWorkflow
     | ListWorkflows
     | ShowWorkflow
+    | ShowForecast
+    | ShowFigures
     | ImportWorkflow
     | StartRun
     | CancelRun

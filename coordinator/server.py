@@ -153,6 +153,7 @@ class CoreServer:
             # Only now: after a pause of ours, what peers have said meanwhile proves them alive.
             self._send(self.core.tick(time.monotonic()))
             self._keep()
+            self.core.foresee(time.monotonic())
             await asyncio.sleep(0)
 
     def close(self) -> None:

@@ -26,6 +26,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from coordinator.api import workflows
 from coordinator.api.client import ClusterClient, ClusterEngineCore
 from coordinator.api.front import Front
+from coordinator.api.metrics import include_metrics
 from coordinator.api.routes import router
 from coordinator.api.static import StaticPrompts
 from coordinator.api.templating import prompt_tokens
@@ -93,6 +94,7 @@ async def _serve(start: ApiStart) -> int:
     app = build_app(arguments, ("generate",), vllm_config.model_config)
     app.include_router(router)
     app.include_router(workflows.router)
+    include_metrics(app)
     # vLLM's bootstrap has built the stack already; the front goes around all of it.
     app.middleware_stack = Front(
         app.middleware_stack or app.build_middleware_stack(), config.body_bytes_max

@@ -29,6 +29,7 @@ from coordinator.protocol import (
     DropWorkflow,
     EndRun,
     ListWorkflows,
+    ShowForecast,
     ShowWorkflow,
     StartRun,
     WorkflowAnswer,
@@ -92,9 +93,16 @@ async def declare(request: Request, name: str) -> Response:
 
 @router.get("/workflows/{name}")
 async def show(request: Request, name: str) -> Response:
-    """What is declared and learned of a workflow, and its live runs."""
+    """What is declared, learned and expected of a workflow, and its live runs."""
     tenant = _tenant(request)
     return await _ask(request, lambda token: ShowWorkflow(token, name, tenant))
+
+
+@router.get("/forecast")
+async def forecast(request: Request) -> Response:
+    """How many tokens will be prefilled, decoded and held, and for which of the tenant's agents."""
+    tenant = _tenant(request)
+    return await _ask(request, lambda token: ShowForecast(token, tenant))
 
 
 @router.delete("/workflows/{name}")
@@ -158,13 +166,14 @@ class Cluster(Protocol):
     workflow_limits: WorkflowLimits
 
 
-def _cluster(request: Request) -> Cluster:
+def cluster_of(request: Request) -> Cluster:
+    """The cluster behind a request."""
     cluster: Cluster = request.app.state.engine_client.cluster
     return cluster
 
 
 def _limits(request: Request) -> WorkflowLimits:
-    return _cluster(request).workflow_limits
+    return cluster_of(request).workflow_limits
 
 
 def _tenant(request: Request) -> str:
@@ -182,7 +191,7 @@ async def _ask(request: Request, question: Callable[[int], AboutWorkflows]) -> R
 
 async def _answer(request: Request, question: Callable[[int], AboutWorkflows]) -> WorkflowAnswer:
     try:
-        return await _cluster(request).questions.ask(question)
+        return await cluster_of(request).questions.ask(question)
     except TimeoutError:
         return WorkflowAnswer(0, 503, problems=["the coordinator's core does not answer"])
 

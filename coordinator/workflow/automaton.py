@@ -21,6 +21,8 @@ COUNT_MOST = 128.0
 COUNT_LEAST = 0.2
 """Followers of less than this are forgotten when counts are halved."""
 PRIOR_STRENGTH = 8.0
+NEGLIGIBLE = 1e-9
+"""What is left to a back-off that is not asked."""
 
 Path = tuple[int, ...]
 
@@ -74,15 +76,30 @@ class Automaton:
 
     def probabilities(self, path: Path) -> dict[int, float]:
         """How probable each symbol is after a path; empty if nothing is known, else adds to 1."""
+        prior = self._prior.get(path[-1], {}) if path else {}
+        least = PRIOR_STRENGTH if prior else 1.0
         found: dict[int, float] = {}
-        prior = self._prior.get(path[-1]) if path else None
-        if prior:
-            # It knows this agent, which what is seen after any agent does not.
-            found = dict(prior)
-        for length in range(1 if prior else 0, min(ORDER, len(path)) + 1):
+        # The longest path first; ``left`` is what it and those after it leave to their back-off.
+        # What a graph says of this agent goes before what is seen after any agent.
+        left, pending = 1.0, None
+        for length in range(min(ORDER, len(path)), 0 if prior else -1, -1):
             followers = self._contexts.get(path[len(path) - length :])
-            if followers is not None and followers.total:
-                found = _interpolated(followers, found, PRIOR_STRENGTH if prior else 0.0)
+            if followers is None or not followers.total:
+                continue
+            if pending is not None:
+                left = _leave(found, pending, left, least)
+                if left < NEGLIGIBLE:
+                    return found
+            pending = followers
+        if pending is None:
+            return dict(prior)
+        if prior:
+            left = _leave(found, pending, left, least)
+            pairs, scale = prior, left
+        else:
+            pairs, scale = pending.counts, left / pending.total
+        for symbol, count in pairs.items():
+            found[symbol] = found.get(symbol, 0.0) + count * scale
         return found
 
     def samples(self, path: Path) -> float:
@@ -113,17 +130,12 @@ class Automaton:
             followers.total = sum(followers.counts.values())
 
 
-def _interpolated(
-    followers: _Followers, back_off: dict[int, float], prior_strength: float
-) -> dict[int, float]:
-    """Witten-Bell: what was seen, and the back-off by the number of different followers."""
-    counts, total = followers.counts, followers.total
-    different = max(float(len(counts)), prior_strength)
-    if not back_off:
-        return {symbol: count / total for symbol, count in counts.items()}
-    scale = 1.0 / (total + different)
-    left = different * scale
-    found = {symbol: share * left for symbol, share in back_off.items()}
+def _leave(found: dict[int, float], followers: _Followers, share: float, least: float) -> float:
+    """Witten-Bell: add what was seen to ``found``, and leave the rest of ``share`` by the number
+    of different followers, which is taken to be at least ``least``."""
+    counts = followers.counts
+    different = max(float(len(counts)), least)
+    scale = share / (followers.total + different)
     for symbol, count in counts.items():
         found[symbol] = found.get(symbol, 0.0) + count * scale
-    return found
+    return different * scale

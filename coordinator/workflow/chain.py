@@ -6,6 +6,7 @@ calls are states of their own, the others are one.
 
 from __future__ import annotations
 
+from copy import copy
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -16,6 +17,7 @@ from coordinator.workflow.learned import AgentCounts, EdgeCounts
 from coordinator.workflow.lengths import Lengths
 from coordinator.workflow.prediction import SHOWN_LEAST
 from coordinator.workflow.profile import END, OTHER, START, Profile
+from coordinator.workflow.stages import Stage
 
 Floats: TypeAlias = NDArray[np.float64]
 
@@ -131,6 +133,7 @@ class Chain:
             Points(one.duration_s, everything.duration_s, CALL_GUESS_S) for one in counts
         ]
         self.duration_s = np.array([one.mean_s for one in self.durations])
+        self.longest = np.array([one.longest or everything.longest for one in counts])
         self.final = np.array([_share(one.final_runs, one.resolved) for one in counts])
         self.ended = np.array(
             [
@@ -141,10 +144,26 @@ class Chain:
         self.edges = _edges(profile, place_of)
         self.starts = _starts(profile, place_of)
 
-    def so_far(self, place: int) -> Floats:
-        """By age, what a call of an agent that runs has answered."""
-        rate = self.output_tokens[place] / self.duration_s[place]
-        return np.minimum(rate * ages_s(), 2.0 * self.output_tokens[place])
+    def in_stages(self, stages: list[Stage]) -> Chain:
+        """The same with each agent once for every stage, those of the first stage first."""
+        found, size = copy(self), self.size
+        found.size = size * len(stages)
+        for name in ("prompt_tokens", "output_tokens", "output_squares", "duration_s", "longest"):
+            setattr(found, name, np.tile(getattr(self, name), len(stages)))
+        found.durations = self.durations * len(stages)
+        found.final = np.concatenate([_more_likely(self.final, one.odds) for one in stages])
+        ended = [_more_likely(self.ended, one.odds) for one in stages]
+        found.ended = np.concatenate(ended)
+        found.edges = []
+        for number, stage in enumerate(stages):
+            going_on = (1.0 - ended[number]) / np.maximum(1.0 - self.ended, 1e-9)
+            for edge in self.edges:
+                factor = float(going_on[edge.source])
+                for step, part in ((0, 1.0 - stage.onward), (1, stage.onward)):
+                    if part:
+                        moved = edge.moved(size * number, size * (number + step))
+                        found.edges.append(moved.times(factor, part))
+        return found
 
 
 class _Pooled:
@@ -177,6 +196,20 @@ class Edge:
         pair = [(pooled.typical.new_tokens, profile.new_tokens)]
         self.new_tokens = float(_means(pair)[0])
         self.new_squares = float(_squares(pair)[0])
+
+    def times(self, calls: float, part: float) -> Edge:
+        """A part of it, with more or fewer calls."""
+        found = copy(self)
+        found.calls *= calls * part
+        found.share *= part
+        return found
+
+    def moved(self, source: int, target: int) -> Edge:
+        """The same between places so much further on."""
+        found = copy(self)
+        found.source += source
+        found.target += target
+        return found
 
 
 def ages_s() -> Floats:
@@ -244,6 +277,10 @@ def _starts(profile: Profile, place_of: dict[int, int]) -> list[tuple[int, float
         )
         for target, edge in root.followers.items()
     ]
+
+
+def _more_likely(shares: Floats, odds: float) -> Floats:
+    return shares * odds / (1.0 - shares + shares * odds)
 
 
 def _share(part: float, whole: float) -> float:

@@ -15,6 +15,7 @@ from coordinator.workflow.limits import WorkflowLimits
 from coordinator.workflow.profile import OTHER, START, Profile
 from coordinator.workflow.profiles import Profiles
 from coordinator.workflow.projection import HORIZONS_S, Projection
+from coordinator.workflow.stages import STAGES_MOST
 from coordinator.workflow.units import IDLE, RUNNING
 
 STALE_EVENTS = 64
@@ -52,6 +53,10 @@ class Outlook:
         """By workflow's number; the last one is of units that belong to none."""
         self._row_of: NDArray[np.int32] = np.zeros((1, self._states), np.int32)
         self._rows = AGES
+        self._speed: Floats = np.zeros(AGES)
+        self._longest: Floats = np.zeros(AGES)
+        self._stage_calls: Floats = np.full((1, STAGES_MOST), np.inf)
+        self._stage_rows: NDArray[np.int64] = np.zeros(1, np.int64)
         self._waiting: list[int] = []
 
     def refresh(self, most: int) -> int:
@@ -91,8 +96,8 @@ class Outlook:
         part = (horizon_s - HORIZONS_S[lower]) / span_s if span_s else 0.0
         part = min(1.0, max(0.0, part))
         found = Look()
-        for number, projection in self._projections.items():
-            first = self._first_row[number]
+        for first, projection in self._placed():
+            number = projection.profile.number
             own = slice(first, first + projection.rows)
             rate = rates.get(number, 0.0)
             if counts[own].any() or rate:
@@ -112,17 +117,22 @@ class Outlook:
         """Tokens that running calls are thought to have answered, and that they hold with them."""
         units = self._profiles.units
         rows = self._unit_rows(now_s)
-        counts = np.bincount(rows, minlength=self._rows)
-        answered = sum(
-            float(counts[first : first + projection.rows] @ projection.so_far)
-            for first, projection in self._placed()
-        )
+        ages_s = np.maximum(0.0, now_s - units.since_s[: units.rows])
+        # By its own time: an answer much longer than most would seem to stop, and to jump.
+        answered = float(np.minimum(ages_s * self._speed[rows], self._longest[rows]).sum())
         state, of = units.state[: units.rows], units.workflow[: units.rows]
         running = (of >= 0) & (state & 1 == RUNNING)
         return answered, answered + float(units.context_tokens[: units.rows][running].sum())
 
     def _placed(self) -> list[tuple[int, Projection]]:
-        return [(self._first_row[number], one) for number, one in self._projections.items()]
+        """Projections with their first rows, less those whose number is another workflow's by
+        now: of that nothing is projected yet."""
+        known = self._profiles.by_number
+        return [
+            (self._first_row[number], one)
+            for number, one in self._projections.items()
+            if known.get(number) is one.profile
+        ]
 
     def _stale(self, profile: Profile) -> bool:
         projection = self._projections.get(profile.number)
@@ -138,20 +148,27 @@ class Outlook:
             self._slot_of = np.zeros(2 * (most + 2), np.int32)
         self._slot_of[:] = 0
         self._row_of = np.zeros((1 + len(self._projections), self._states), np.int32)
+        self._stage_calls = np.full((len(self._row_of), STAGES_MOST), np.inf)
+        self._stage_rows = np.zeros(len(self._row_of), np.int64)
         self._first_row = {}
         first = AGES
         for slot, (number, projection) in enumerate(self._projections.items(), start=1):
             self._slot_of[number] = slot
             self._first_row[number] = first
+            self._stage_calls[slot, : len(projection.stage_calls)] = projection.stage_calls
+            self._stage_rows[slot] = projection.stage_rows
             for phase in (RUNNING, IDLE):
                 self._row_of[slot, phase::2] = first + projection.row(OTHER, phase)
                 for agent in projection.agents:
                     self._row_of[slot, 2 * agent + phase] = first + projection.row(agent, phase)
             first += projection.rows
         self._rows = first
+        known = self._projections.values()
+        self._speed = np.concatenate([np.zeros(AGES), *(one.speed for one in known)])
+        self._longest = np.concatenate([np.zeros(AGES), *(one.longest for one in known)])
 
     def _unit_rows(self, now_s: float) -> NDArray[np.int64]:
-        """By unit, the row of its state and age. Free units have that of nothing."""
+        """By unit, the row of its stage, state and age. Free units have that of nothing."""
         units = self._profiles.units
         live = units.rows
         ages = (now_s - units.since_s[:live]) * (1.0 / YOUNGEST_S)
@@ -160,7 +177,11 @@ class Outlook:
         of = units.workflow[:live]
         slots = self._slot_of[np.where(of < len(self._slot_of) - 1, of, -1)]
         found: NDArray[np.int64] = self._row_of[slots, units.state[:live]] + doublings
-        return found
+        calls = units.calls[:live]
+        stage: NDArray[np.int64] = np.zeros(live, np.int64)
+        for limits in self._stage_calls.T:
+            stage += calls >= limits[slots]
+        return found + stage * self._stage_rows[slots]
 
 
 def _add(
@@ -170,7 +191,8 @@ def _add(
     """Add what one workflow leads to at one of the horizons, in part."""
     size = len(projection.agents)
     tokens = (counts @ projection.ahead[at] + rate * projection.arriving[at]).reshape(3, size)
-    tokens[RESIDENT] += (held * projection.held[at]).reshape(size, -1).sum(axis=1)
+    stages = projection.rows // projection.stage_rows
+    tokens[RESIDENT] += (held * projection.held[at]).reshape(stages, size, -1).sum(axis=(0, 2))
     tokens *= weight
     found.expected += tokens.sum(axis=1)
     squares = counts @ projection.squares[at] + rate * projection.arriving_squares[at]

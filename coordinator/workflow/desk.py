@@ -22,6 +22,8 @@ from coordinator.protocol import (
     ImportWorkflow,
     ListWorkflows,
     RunStatus,
+    ShowFigures,
+    ShowForecast,
     ShowWorkflow,
     StartRun,
     StaticPrefixes,
@@ -29,6 +31,7 @@ from coordinator.protocol import (
 )
 from coordinator.state import CallKey, Peer, State
 from coordinator.view import run_status
+from coordinator.workflow.foresight import Foresight, WorkflowForecast
 from coordinator.workflow.graph import Graph, GraphError, name_problem
 from coordinator.workflow.learner import Learner
 from coordinator.workflow.limits import WorkflowLimits
@@ -57,8 +60,9 @@ class WorkflowRow(msgspec.Struct, frozen=True):
 
 
 class Shown(msgspec.Struct, frozen=True):
-    """What is known of a workflow: declared, learned, and its live runs. ``static_tokens``: of the
-    declared static prompts, by agent, as far as they have been templated."""
+    """What is known of a workflow: declared, learned, expected, and its live runs.
+    ``static_tokens``: of the declared static prompts, by agent, as far as they have been
+    templated."""
 
     name: str
     declared: Graph | None
@@ -66,6 +70,7 @@ class Shown(msgspec.Struct, frozen=True):
     learned: WorkflowView | None
     runs_live: int
     runs: list[RunStatus]
+    forecast: list[WorkflowForecast]
     static_tokens: dict[str, int] = {}
 
 
@@ -91,9 +96,11 @@ class Desk:
         registry: Registry,
         tracker: Tracker,
         learner: Learner,
+        foresight: Foresight,
         stop_call: StopCall,
     ) -> None:
         self._state = state
+        self._foresight = foresight
         self._learner = learner
         self._limits = limits
         self._registry = registry
@@ -118,12 +125,10 @@ class Desk:
                 self._know_static(peer, message)
             case DropWorkflow():
                 self._drop(peer, message)
-            case ListWorkflows(token, tenant):
-                self._answer(peer, token, 200, self._rows(tenant))
-            case ShowWorkflow():
-                self._show(peer, message, now_s)
             case ImportWorkflow():
                 self._import(peer, message)
+            case ListWorkflows() | ShowWorkflow() | ShowForecast() | ShowFigures():
+                self._look(peer, message, now_s)
             case StartRun():
                 self._start(peer, message, now_s)
             case CancelRun():
@@ -175,6 +180,22 @@ class Desk:
 
     # --- looking --------------------------------------------------------------------------
 
+    def _look(
+        self,
+        peer: Peer,
+        message: ListWorkflows | ShowWorkflow | ShowForecast | ShowFigures,
+        now_s: float,
+    ) -> None:
+        match message:
+            case ListWorkflows(token, tenant):
+                self._answer(peer, token, 200, self._rows(tenant))
+            case ShowWorkflow():
+                self._show(peer, message, now_s)
+            case ShowForecast(token, tenant):
+                self._answer(peer, token, 200, self._foresight.shown(tenant, now_s))
+            case ShowFigures(token):
+                self._answer(peer, token, 200, self._foresight.figures(now_s))
+
     def _rows(self, tenant: str) -> list[WorkflowRow]:
         live = self._tracker.runs.workflows_of(tenant)
         declared = self._registry.declared
@@ -206,6 +227,7 @@ class Desk:
                 agent: prefix.tokens
                 for agent, prefix in self._registry.static.get(message.name, {}).items()
             },
+            forecast=self._foresight.of_workflow(message.tenant, message.name, now_s),
         )
         self._answer(peer, message.token, 200, shown)
 

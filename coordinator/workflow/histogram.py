@@ -23,11 +23,13 @@ NEGLIGIBLE = 2.0**-10
 class Histogram:
     """Weights of bins. ``half_life`` is the number of values after which one weighs half."""
 
-    __slots__ = ("_bins", "_growth", "_total", "_weight")
+    __slots__ = ("_bins", "_growth", "_order", "_total", "_weight")
 
     def __init__(self, half_life: float) -> None:
         self._growth = 2.0 ** (1.0 / half_life)
         self._bins: dict[int, float] = {}
+        self._order: list[int] | None = None
+        """The bins in ascending order; None after one was added or taken away."""
         self._weight = 1.0
         self._total = 0.0
 
@@ -38,11 +40,19 @@ class Histogram:
 
     def add(self, value: float) -> None:
         """Count a value. Negative ones are 0."""
-        self._weight *= self._growth
-        place = bin_of(value)
-        self._bins[place] = self._bins.get(place, 0.0) + self._weight
-        self._total += self._weight
-        if self._weight > WEIGHT_MOST:
+        self.add_to(bin_of(value))
+
+    def add_to(self, place: int) -> None:
+        """Count a value of this bin."""
+        weight = self._weight = self._weight * self._growth
+        bins = self._bins
+        if place in bins:
+            bins[place] += weight
+        else:
+            bins[place] = weight
+            self._order = None
+        self._total += weight
+        if weight > WEIGHT_MOST:
             self._rescale()
 
     def correct(self, value: float, other: float) -> None:
@@ -54,10 +64,13 @@ class Histogram:
             if not self._bins[place]:
                 del self._bins[place]
             self._bins[bin_of(other)] = self._bins.get(bin_of(other), 0.0) + moved
+            self._order = None
 
     def quantile(self, share: float) -> float:
         """The value that this share of all is below; 0 if there are none."""
-        return quantile_of(self._bins, self._total, share)
+        if share > 0.5:
+            return _from_above(self._bins, self._in_order(), self._total, share)
+        return quantiles_of(self._bins, self._total, (share,))[0]
 
     def quantiles(self, shares: tuple[float, ...]) -> list[float]:
         """Several of them, for ascending shares, in one pass."""
@@ -68,7 +81,11 @@ class Histogram:
         if not self._total:
             return 0.0, 1.0
         place = bin_of(value)
-        below = sum(weight for at, weight in self._bins.items() if at < place) / self._total
+        below = 0.0
+        for at, weight in self._bins.items():
+            if at < place:
+                below += weight
+        below /= self._total
         return below, below + self._bins.get(place, 0.0) / self._total
 
     def mean(self) -> float:
@@ -92,8 +109,14 @@ class Histogram:
     def restore(self, bins: dict[int, float]) -> None:
         """Take over weights as ``weights`` gives them, in place of what was there."""
         self._bins = {at: weight for at, weight in bins.items() if weight > 0}
+        self._order = None
         self._total = sum(self._bins.values())
         self._weight = 1.0
+
+    def _in_order(self) -> list[int]:
+        if self._order is None:
+            self._order = sorted(self._bins)
+        return self._order
 
     def _rescale(self) -> None:
         bins, _ = self.weights()
@@ -123,7 +146,7 @@ def middle_of(place: int) -> float:
 def quantile_of(bins: dict[int, float], total: float, share: float) -> float:
     """The value that a share of all weights is below; 0 if there are none."""
     if share > 0.5:
-        return _from_above(bins, total, share)
+        return _from_above(bins, sorted(bins), total, share)
     return quantiles_of(bins, total, (share,))[0]
 
 
@@ -145,14 +168,14 @@ def quantiles_of(bins: dict[int, float], total: float, shares: tuple[float, ...]
     return found
 
 
-def _from_above(bins: dict[int, float], total: float, share: float) -> float:
-    """The same for a large share: what is above it is in few bins."""
+def _from_above(bins: dict[int, float], order: list[int], total: float, share: float) -> float:
+    """The same for a large share: what is above it is in few bins. ``order``: the bins', rising."""
     wanted = (1.0 - min(1.0, share)) * total
     above = 0.0
-    for place in sorted(bins, reverse=True):
+    for place in reversed(order):
         weight = bins[place]
         if above + weight >= wanted:
             least, most = edges_of(place)
             return most - (most - least) * min(1.0, max(0.0, (wanted - above) / weight))
         above += weight
-    return edges_of(min(bins))[0] if bins else 0.0
+    return edges_of(order[0])[0] if order else 0.0

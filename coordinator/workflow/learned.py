@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from coordinator.workflow.histogram import Histogram
-from coordinator.workflow.lengths import Lengths
-from coordinator.workflow.prediction import Kept, Origin
+from coordinator.workflow.lengths import LEANING_SAMPLES, Lengths
+from coordinator.workflow.prediction import Kept, Origin, Spread
 from coordinator.workflow.sharing import Sketch
 
 ORIGINS: tuple[Origin, ...] = ("own", "previous", "first", "static")
@@ -13,6 +13,8 @@ COUNT_MOST = 128.0
 NUMBERS_HALF_LIFE = 100.0
 """Numbers (of calls at once, of visits in a run) after which one weighs half."""
 MILLISECOND = 0.001
+ROUNDS_MOST = 6
+"""Classes of answers by how many the agent gave in the run before: 0, 1, 2, 4, 8, 16 and more."""
 
 
 class EdgeCounts:
@@ -61,9 +63,9 @@ class AgentCounts:
     """An agent: how long its prompts, answers and calls are, and what follows it.
 
     ``resolved``: how many of its calls were followed, or ended their run (``ended_runs``), of
-    these ``final_runs`` by saying so. ``visits``: its calls
-    in one run. ``longest``: its longest answer, in tokens. ``static``: its first prompt in the
-    last run that had one.
+    these ``final_runs`` by saying so. ``visits``: its calls in one run. ``rounds``: its answers by
+    how many it gave in the run before. ``longest``: its longest answer, in tokens. ``static``: its
+    first prompt in the last run that had one.
     """
 
     __slots__ = (
@@ -75,6 +77,7 @@ class AgentCounts:
         "output_tokens",
         "prompt_tokens",
         "resolved",
+        "rounds",
         "static",
         "visits",
     )
@@ -84,12 +87,33 @@ class AgentCounts:
         self.output_tokens = Lengths()
         self.duration_s = Lengths(MILLISECOND)
         self.visits = Histogram(NUMBERS_HALF_LIFE)
+        self.rounds: list[Lengths] = []
         self.followers: dict[int, EdgeCounts] = {}
         self.resolved = 0.0
         self.ended_runs = 0.0
         self.final_runs = 0.0
         self.longest = 0.0
         self.static: Sketch | None = None
+
+    def answers(self, before: int) -> Lengths:
+        """Those it gives when it gave so many in the run before."""
+        at = min(before.bit_length(), ROUNDS_MOST - 1)
+        while len(self.rounds) <= at:
+            self.rounds.append(Lengths())
+        return self.rounds[at]
+
+    def bound_tokens(self, before: int, everything: AgentCounts) -> float:
+        """What one such answer in twenty is meant to exceed; 0 if nothing is known."""
+        return self.answers(before).upper(self._leaning(everything))
+
+    def answer_tokens(self, before: int, everything: AgentCounts) -> Spread:
+        """How long such an answer gets."""
+        return self.answers(before).spread(self._leaning(everything))
+
+    def _leaning(self, everything: AgentCounts) -> Lengths:
+        """What is asked of answers of which few were seen."""
+        own = self.output_tokens
+        return own if own.values.samples >= LEANING_SAMPLES else everything.output_tokens
 
     def resolve(self, ended_run: bool, final: bool = False) -> None:
         """One of its calls was followed, or ended its run, maybe by saying so (``final``)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from coordinator.workflow.learned import ORIGINS
+from coordinator.workflow.lengths import add_to_both
 from coordinator.workflow.prediction import Origin
 from coordinator.workflow.profile import START, Profile
 from coordinator.workflow.runs import LiveCall, LiveRun
@@ -32,14 +33,12 @@ def learn_start(
         gap_s = max(0.0, live.started_s - setter.ended_s) if setter.ended_s >= 0 else 0.0
         gaps = edge.gap_s if edge.gap_s.values.samples else profile.gap_s
         profile.scores.gap(*gaps.shares_around(gap_s))
-        edge.gap_s.add(gap_s)
-        profile.gap_s.add(gap_s)
+        add_to_both(edge.gap_s, profile.gap_s, gap_s)
     if shared.origin is not None:
         edge.keep(shared.origin, shared.share)
-    edge.new_tokens.add(new_tokens)
-    profile.new_tokens.add(new_tokens)
-    profile.agent(live.agent).prompt_tokens.add(live.prompt_tokens)
-    profile.everything.prompt_tokens.add(live.prompt_tokens)
+    counts, everything = profile.agent(live.agent), profile.everything
+    add_to_both(edge.new_tokens, profile.new_tokens, new_tokens)
+    add_to_both(counts.prompt_tokens, everything.prompt_tokens, live.prompt_tokens)
     profile.events += 1
 
 
@@ -49,10 +48,12 @@ def learn_end(profile: Profile, live: LiveCall) -> None:
     tokens = float(live.output_tokens)
     if live.bound_tokens:
         profile.scores.length(tokens, live.bound_tokens, counts.longest or everything.longest)
-    for one in (counts, everything):
-        one.longest = max(one.longest, tokens)
-        one.duration_s.add(live.ended_s - live.started_s)
-        one.output_tokens.add(tokens, live.bound_tokens or None)
+    counts.longest = max(counts.longest, tokens)
+    everything.longest = max(everything.longest, tokens)
+    add_to_both(counts.duration_s, everything.duration_s, live.ended_s - live.started_s)
+    bound = live.bound_tokens or None
+    add_to_both(counts.output_tokens, everything.output_tokens, tokens, bound)
+    counts.answers(live.before).add(tokens, bound)
 
 
 def shared_with(

@@ -9,7 +9,7 @@ What was seen rarely leans on what is known of all agents of the workflow.
 
 from __future__ import annotations
 
-from coordinator.workflow.histogram import Histogram, quantile_of, quantiles_of
+from coordinator.workflow.histogram import Histogram, bin_of, quantile_of, quantiles_of
 from coordinator.workflow.prediction import Spread
 
 HALF_LIFE = 300.0
@@ -52,9 +52,7 @@ class Lengths:
     def add(self, value: float, bound: float | None = None) -> None:
         """Count a value, and whether it exceeded the bound that was given for it, if any."""
         if bound is not None:
-            missed = 1.0 if value > bound else 0.0
-            level = self.exceeded + STEP * (EXCEEDED - missed)
-            self.exceeded = min(LEVEL_MOST, max(LEVEL_LEAST, level))
+            self.exceeded = _moved(self.exceeded, value > bound)
         self.values.add(value / self.scale)
 
     def spread(self, others: Lengths | None = None, guess: Spread = GUESS) -> Spread:
@@ -101,3 +99,19 @@ class Lengths:
         for at, value in own.items():
             merged[at] = merged.get(at, 0.0) + value
         return merged, total + weight * their_total
+
+
+def add_to_both(one: Lengths, other: Lengths, value: float, bound: float | None = None) -> None:
+    """As ``add`` to two of the same scale, in less time."""
+    place = bin_of(value / one.scale)
+    if bound is not None:
+        missed = value > bound
+        one.exceeded = _moved(one.exceeded, missed)
+        other.exceeded = _moved(other.exceeded, missed)
+    one.values.add_to(place)
+    other.values.add_to(place)
+
+
+def _moved(level: float, missed: bool) -> float:
+    moved = level + STEP * (EXCEEDED - (1.0 if missed else 0.0))
+    return min(LEVEL_MOST, max(LEVEL_LEAST, moved))

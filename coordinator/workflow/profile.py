@@ -11,7 +11,8 @@ from collections.abc import Iterator
 
 from coordinator.workflow.automaton import Automaton, Path
 from coordinator.workflow.graph import Graph, start_of, ways
-from coordinator.workflow.learned import AgentCounts, EdgeCounts
+from coordinator.workflow.histogram import Histogram
+from coordinator.workflow.learned import NUMBERS_HALF_LIFE, AgentCounts, EdgeCounts
 from coordinator.workflow.lengths import Lengths
 from coordinator.workflow.limits import WorkflowLimits
 from coordinator.workflow.scores import FADING, Scores
@@ -47,6 +48,8 @@ class Profile:
         """Of all agents together: what is believed of one that was seen rarely."""
         self.gap_s = Lengths(0.001)
         self.new_tokens = Lengths()
+        self.run_calls = Histogram(NUMBERS_HALF_LIFE)
+        """How many calls runs made that came to their end."""
         self.agents: dict[int, AgentCounts] = {at: AgentCounts() for at in (START, END, OTHER)}
         self.events = 0
         self.runs_started = 0

@@ -30,7 +30,7 @@ from coordinator.workflow.record import ProfileRecord, recorded, restored
 from coordinator.workflow.runs import NOBODY, LiveCall, LiveRun, path_after
 from coordinator.workflow.scores import FADING, Scores
 from coordinator.workflow.sharing import Sketch, hashes_of
-from coordinator.workflow.units import IDLE, RUNNING, Units
+from coordinator.workflow.units import IDLE, LAST, RUNNING, Units
 from coordinator.workflow.view import predicted, workflow_view
 
 
@@ -125,13 +125,15 @@ class Profiles:
         self._edge_count += profile.edges - edges
         self.demand.prefill_tokens += new_tokens
         counts = profile.agent(symbol)
-        live.bound_tokens = counts.output_tokens.upper(profile.everything.output_tokens)
+        live.before = run.visits.get(symbol, 0)
+        live.bound_tokens = counts.bound_tokens(live.before, profile.everything)
         run.add(call, live)
         run.final = run.final or final
         run.last_s = now_s
         self._calls[call] = (run, live)
         live.unit = self.units.take()
-        self.units.set(live.unit, profile.number, symbol, RUNNING, now_s, prompt_tokens)
+        calls = LAST if run.final else run.calls
+        self.units.set(live.unit, profile.number, symbol, RUNNING, now_s, prompt_tokens, calls)
         for shed in run.shed(self._limits.calls_per_run):
             self._release(shed)
 
@@ -156,7 +158,8 @@ class Profiles:
             learn_end(profile, live)
         tokens = live.prompt_tokens + live.output_tokens
         if live.unit != NOBODY:
-            self.units.set(live.unit, profile.number, live.agent, IDLE, now_s, tokens)
+            calls = LAST if run.final else run.calls
+            self.units.set(live.unit, profile.number, live.agent, IDLE, now_s, tokens, calls)
         run.last_s = now_s
         if run.final and not run.running:
             self._end(run, learn=True)
@@ -200,12 +203,15 @@ class Profiles:
         return predicted(run) if run is not None else UNKNOWN
 
     def output_tokens(self, key: RunKey, agent: str) -> Spread:
-        """How long an answer of an agent gets."""
+        """How long the next answer of an agent in a run gets."""
         profile = self._known(key.tenant, key.workflow)
         if profile is None:
             return AgentCounts().output_tokens.spread()
-        counts = profile.agent(profile.known_symbol(agent))
-        return counts.output_tokens.spread(profile.everything.output_tokens)
+        symbol = profile.known_symbol(agent)
+        tenant = self._tenants[self._short(key.tenant)]
+        run = tenant.runs.get((self._short(key.workflow), self._short(key.run)))
+        before = run.visits.get(symbol, 0) if run is not None else 0
+        return profile.agent(symbol).answer_tokens(before, profile.everything)
 
     def workflows(self, tenant: str) -> list[str]:
         """The names of a tenant's workflows, in order."""
@@ -350,6 +356,7 @@ class Profiles:
             self._release(call)
         if learn:
             profile.runs_ended += 1
+            profile.run_calls.add(run.calls)
             for agent, visits in run.visits.items():
                 profile.agent(agent).visits.add(visits)
 

@@ -7,7 +7,8 @@ solved step by step on two grids of time, a fine one for the next seconds and a 
 
 How long a state has lasted matters: what has been idle for a minute will not go on within the
 second in which most do, and may never. So there is a row for each age, from the part of the
-distributions that lies beyond it.
+distributions that lies beyond it. How many calls its run has made matters, too: workflows of few
+agents are solved for several ``stages``. The last one is of runs that have said that they end.
 
 Costs milliseconds, is done now and then for each workflow, and makes a forecast a product of
 counts with a table.
@@ -16,10 +17,20 @@ counts with a table.
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
-from coordinator.workflow.chain import AGES, STEPS, Chain, Floats, ages_s, projected
+from coordinator.workflow.chain import (
+    AGENTS_MOST,
+    AGES,
+    STEPS,
+    Chain,
+    Floats,
+    ages_s,
+    projected,
+)
 from coordinator.workflow.profile import OTHER, Profile
-from coordinator.workflow.units import IDLE, RUNNING
+from coordinator.workflow.stages import STAGES_MOST, stages_of
+from coordinator.workflow.units import IDLE, LAST, RUNNING
 
 HORIZONS_S = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 180.0, 300.0)
 GRIDS_S = (30.0, 300.0)
@@ -31,58 +42,78 @@ AT_ONCE_MOST = 0.9
 class Projection:
     """Tables of one workflow. Columns are the projected agents, by quantity.
 
-    ``agents``: their numbers. ``rows``: per agent, phase and age. ``ahead[h]``: by row, the
-    prefill and decode tokens expected within ``HORIZONS_S[h]`` and the KV tokens resident then,
-    of each agent. ``squares[h]``: by row, the same of squared prefills and answers, summed.
-    ``held[h]``: by row, how much of the row's own context is resident then. ``so_far``: by row,
-    what a running call has already answered. ``arriving``, ``arriving_squares``: by horizon,
-    what one new run a second adds.
+    ``agents``: their numbers. ``rows``: per stage, agent, phase and age; ``stage_rows`` of them in
+    each, which begin at ``stage_calls`` calls of a run, in ascending order.
+    ``ahead[h]``: by row, the prefill and decode tokens expected within ``HORIZONS_S[h]`` and the KV
+    tokens resident then, of each agent. ``squares[h]``: by row, the same of squared prefills and
+    answers, summed.
+    ``held[h]``: by row, how much of the row's own context is resident then. ``speed``: by row,
+    the output tokens per second of a running call, ``longest`` the most it answers.
+    ``arriving``, ``arriving_squares``: by horizon, what one new run a second adds.
     """
 
     def __init__(self, profile: Profile) -> None:
         self.profile = profile
         self.events = profile.events
         self.agents = projected(profile)
-        self.rows = len(self.agents) * 2 * AGES
+        stages = stages_of(profile.run_calls, min(STAGES_MOST, AGENTS_MOST // len(self.agents)))
+        self.stage_calls = [*(stage.calls for stage in stages[1:]), LAST]
+        self.stage_rows = len(self.agents) * 2 * AGES
+        self.rows = self.stage_rows * (len(stages) + 1)
         size, horizons = len(self.agents), len(HORIZONS_S)
         self.columns = 3 * size
         self.ahead = np.zeros((horizons, self.rows, self.columns))
         self.squares = np.zeros((horizons, self.rows, 2))
         self.held = np.zeros((horizons, self.rows))
-        self.so_far = np.zeros(self.rows)
+        self.speed = np.zeros(self.rows)
+        self.longest = np.zeros(self.rows)
         self.arriving = np.zeros((horizons, self.columns))
         self.arriving_squares = np.zeros((horizons, 2))
-        chain = Chain(profile, self.agents)
+        one_stage = Chain(profile, self.agents)
+        chain = one_stage.in_stages(stages)
         for number, reach_s in enumerate(GRIDS_S):
             least_s = GRIDS_S[number - 1] if number else 0.0
             wanted = [at for at, h_s in enumerate(HORIZONS_S) if least_s < h_s <= reach_s]
-            self._fill(_Grid(chain, reach_s / STEPS, [HORIZONS_S[at] for at in wanted]), wanted)
-        for place in range(size):
-            self.so_far[2 * place * AGES : (2 * place + 1) * AGES] = chain.so_far(place)
+            grid = _Grid(chain, reach_s / STEPS, [HORIZONS_S[at] for at in wanted])
+            self._fill(grid, wanted)
+        speed = one_stage.output_tokens / one_stage.duration_s
+        longest = np.maximum(one_stage.longest, one_stage.output_tokens)
+        places: NDArray[np.int64] = np.arange(self.rows) % self.stage_rows // AGES
+        running = places % 2 == RUNNING
+        self.speed[running] = speed[places[running] // 2]
+        self.longest[running] = longest[places[running] // 2]
 
     def row(self, agent: int, phase: int) -> int:
-        """The first row, of the youngest, of an agent in a phase."""
+        """The first row, of the youngest, of an agent in a phase at the first stage."""
         place = self.agents.index(agent) if agent in self.agents else self.agents.index(OTHER)
         return (2 * place + phase) * AGES
 
     def _fill(self, grid: _Grid, wanted: list[int]) -> None:
-        size = len(self.agents)
+        size, all_places = len(self.agents), grid.chain.size
         start = grid.arriving()
-        self.arriving[wanted] = start[:, : self.columns]
-        self.arriving_squares[wanted] = start[:, self.columns :]
-        for place in range(size):
+        self.arriving[wanted] = _by_agent(start[:, :-2], size)
+        self.arriving_squares[wanted] = start[:, -2:]
+        for place in range(all_places + size):
+            # Those beyond all places are of runs that end: there only the call itself counts.
+            ends = place >= all_places
+            of = place - size if ends else place
             for phase in (RUNNING, IDLE):
-                found, held = grid.running(place) if phase == RUNNING else grid.idle(place)
+                found, held = grid.running(of, ends) if phase == RUNNING else grid.idle(of, ends)
                 first = (2 * place + phase) * AGES
                 # An agent's own context is better known than the mean one: see ``held``.
-                resident = 2 * size + place
-                own = found[:, :, resident] / max(1.0, grid.chain.prompt_tokens[place])
+                resident = 2 * all_places + of
+                own = found[:, :, resident] / max(1.0, grid.chain.prompt_tokens[of])
                 found[:, :, resident] = 0.0
                 for at, horizon in enumerate(wanted):
                     rows = slice(first, first + AGES)
-                    self.ahead[horizon, rows] = found[:, at, : self.columns]
-                    self.squares[horizon, rows] = found[:, at, self.columns :]
+                    self.ahead[horizon, rows] = _by_agent(found[:, at, :-2], size)
+                    self.squares[horizon, rows] = found[:, at, -2:]
                     self.held[horizon, rows] = held[:, at] + own[:, at]
+
+
+def _by_agent(table: Floats, size: int) -> Floats:
+    """Columns of all places summed over stages: by quantity and agent."""
+    return table.reshape(len(table), 3, -1, size).sum(axis=2).reshape(len(table), -1)
 
 
 class _Grid:
@@ -114,19 +145,25 @@ class _Grid:
             axis=1,
         )
 
-    def running(self, place: int) -> tuple[Floats, Floats]:
-        """By age and horizon, what an agent's running call leads to, and whether it still runs."""
+    def running(self, place: int, ends: bool) -> tuple[Floats, Floats]:
+        """By age and horizon, what an agent's running call leads to, and whether it still runs.
+
+        ``ends``: its run ends with it.
+        """
         chain, calls = self.chain, self._calls[place]
-        table = (1 - chain.final[place]) * self._folded(calls.kernel[1:], self.after[:, place])
+        goes_on = 0.0 if ends else 1.0 - chain.final[place]
+        table = goes_on * self._folded(calls.kernel[1:], self.after[:, place])
         answered = self._at(calls.lasted_s[1:]) / chain.duration_s[place]
         table[:, :, chain.size + place] += answered * chain.output_tokens[place]
         table[:, :, 3 * chain.size + 1] += answered * chain.output_squares[place]
         return table, self._at(calls.still[1:])
 
-    def idle(self, place: int) -> tuple[Floats, Floats]:
+    def idle(self, place: int, ends: bool) -> tuple[Floats, Floats]:
         """By age and horizon, what an agent's ended call leads to. It holds no memory itself."""
         chain = self.chain
         table = np.zeros((AGES, len(self._lower), self._columns))
+        if ends:
+            return table, np.zeros((AGES, len(self._lower)))
         out = [at for at, edge in enumerate(chain.edges) if edge.source == place]
         ended = chain.ended[place]
         shares = sum(chain.edges[at].share for at in out)

@@ -12,7 +12,7 @@ from typing import Annotated
 import msgspec
 
 from coordinator.workflow.histogram import Histogram
-from coordinator.workflow.learned import ORIGINS, AgentCounts, EdgeCounts
+from coordinator.workflow.learned import ORIGINS, ROUNDS_MOST, AgentCounts, EdgeCounts
 from coordinator.workflow.lengths import LEVEL_LEAST, LEVEL_MOST, Lengths
 from coordinator.workflow.profile import NAMES, Profile
 from coordinator.workflow.scores import GAP_BINS, Scores
@@ -57,6 +57,7 @@ class AgentRecord(msgspec.Struct, frozen=True, gc=False):
     ended_runs: Weight
     final_runs: Weight
     longest: Weight
+    rounds: Annotated[list[LengthsRecord], msgspec.Meta(max_length=ROUNDS_MOST)] = []
 
 
 class ContextRecord(msgspec.Struct, frozen=True, gc=False):
@@ -80,6 +81,7 @@ class ProfileRecord(msgspec.Struct, frozen=True, gc=False):
     scores: Scores
     runs_started: Annotated[int, msgspec.Meta(ge=0)] = 0
     runs_ended: Annotated[int, msgspec.Meta(ge=0)] = 0
+    run_calls: Bins = {}
 
 
 def recorded(profile: Profile) -> ProfileRecord:
@@ -100,6 +102,7 @@ def recorded(profile: Profile) -> ProfileRecord:
         scores=msgspec.structs.replace(profile.scores, gaps=list(profile.scores.gaps)),
         runs_started=profile.runs_started,
         runs_ended=profile.runs_ended,
+        run_calls=profile.run_calls.weights()[0],
     )
 
 
@@ -119,6 +122,7 @@ def restored(record: ProfileRecord, empty: Profile) -> Profile:
     empty.automaton.restore([(tuple(one.path), one.counts) for one in record.contexts])
     _fill(record.gap, empty.gap_s)
     _fill(record.new, empty.new_tokens)
+    _fill_numbers(record.run_calls, empty.run_calls)
     fading = empty.scores.fading
     empty.scores = msgspec.structs.replace(
         record.scores, gaps=list(record.scores.gaps), fading=fading
@@ -156,6 +160,7 @@ def _agent(symbol: int, counts: AgentCounts) -> AgentRecord:
         counts.ended_runs,
         counts.final_runs,
         counts.longest,
+        [_lengths(one) for one in counts.rounds],
     )
 
 
@@ -188,6 +193,9 @@ def _fill_agent(record: AgentRecord, counts: AgentCounts) -> None:
     _fill_numbers(record.visits, counts.visits)
     counts.resolved, counts.ended_runs = record.resolved, record.ended_runs
     counts.final_runs, counts.longest = record.final_runs, record.longest
+    counts.rounds = [Lengths() for _ in record.rounds]
+    for one, lengths in zip(record.rounds, counts.rounds, strict=True):
+        _fill(one, lengths)
 
 
 def _fill_edge(record: EdgeRecord, counts: EdgeCounts) -> None:

@@ -30,13 +30,15 @@ EXTENDED_MOST = 16
 class LiveCall:
     """A call that runs, or has ended and may still be followed.
 
-    ``path``: agents up to it, the latest last. ``children``: how many calls it set off, by
+    ``path``: agents up to it, the latest last. ``before``: how many calls its agent had made in
+    the run. ``children``: how many calls it set off, by
     agent. ``bound_tokens``: what its answer was thought not to exceed. ``unit``: its row in the
     arrays of what is alive, ``NOBODY`` once something has followed it.
     """
 
     __slots__ = (
         "agent",
+        "before",
         "bound_tokens",
         "children",
         "ended_s",
@@ -55,6 +57,7 @@ class LiveCall:
         self.ended_s = -1.0
         self.prompt_tokens = 0
         self.output_tokens = 0
+        self.before = 0
         self.bound_tokens = 0.0
         self.children: dict[int, int] | None = None
         self.sketch: Sketch | None = None
@@ -70,6 +73,7 @@ class LiveRun:
     """The calls of one run that matter for what comes next."""
 
     __slots__ = (
+        "calls",
         "deadline_s",
         "ended",
         "final",
@@ -94,6 +98,8 @@ class LiveRun:
         self.latest: dict[int, LiveCall] = {}
         """The last call to start, by agent."""
         self.first: LiveCall | None = None
+        self.calls = 0
+        """How many it has made."""
         self.visits: dict[int, int] = {}
         self.final = False
         self.last_s = now_s
@@ -161,6 +167,7 @@ class LiveRun:
         """A call has started."""
         self.running[call_id] = call
         self.latest[call.agent] = call
+        self.calls += 1
         self.visits[call.agent] = self.visits.get(call.agent, 0) + 1
         if self.first is None:
             self.first = call

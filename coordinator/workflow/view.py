@@ -38,7 +38,7 @@ def predicted(run: LiveRun) -> Prediction:
         known=bool(likely) and profile.scores.trusted,
         trust=profile.scores.top1,
         after=profile.name(after.agent),
-        next=[_next_call(profile, after.agent, symbol, -share) for share, symbol in likely],
+        next=[_next_call(run, after.agent, symbol, -share) for share, symbol in likely],
         end_probability=end,
         calls_left=calls,
         output_tokens_left=tokens,
@@ -122,7 +122,8 @@ def _latest(run: LiveRun) -> LiveCall:
     return next(run.open_ends(), None) or next(reversed(run.ended.values()), run.root)
 
 
-def _next_call(profile: Profile, source: int, target: int, probability: float) -> NextCall:
+def _next_call(run: LiveRun, source: int, target: int, probability: float) -> NextCall:
+    profile = run.profile
     edge = profile.known_edge(source, target) or EdgeCounts()
     counts = profile.agents.get(target) or AgentCounts()
     everything = profile.everything
@@ -134,7 +135,7 @@ def _next_call(profile: Profile, source: int, target: int, probability: float) -
         gap_s=gaps.spread(None, GUESS_S),
         prompt_tokens=counts.prompt_tokens.spread(everything.prompt_tokens),
         new_tokens=edge.new_tokens.spread(profile.new_tokens),
-        output_tokens=counts.output_tokens.spread(everything.output_tokens),
+        output_tokens=counts.answer_tokens(run.visits.get(target, 0), everything),
         kept=edge.kept_view(),
     )
 

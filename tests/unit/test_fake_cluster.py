@@ -137,6 +137,26 @@ async def test_a_workflow_is_known_to_all_processes_and_its_run_can_be_cancelled
     assert [run.run for run in snapshot.runs] == ["run-2"]
 
 
+async def test_every_process_tells_the_forecast_and_the_same_metrics_of_the_core(
+    cluster: LocalCluster,
+) -> None:
+    who = {"X-Workflow": "crew", "X-Workflow-Run": "run-1", "X-Workflow-Agent": "planner"}
+    call = {"model": MODEL, "prompt": "word", "max_tokens": 3}
+    async with client_of(cluster) as client:
+        for _ in range(3):
+            assert (await client.post("/v1/completions", json=call, headers=who)).is_success
+    found, apis = await answers(cluster, "/v1/forecast")
+    assert len(apis) == API_SERVERS
+    assert {len(each.json()["forecasts"]) for each in found} == {5}
+    pages, apis = await answers(cluster, "/metrics")
+    assert len(apis) == API_SERVERS
+    for one in pages:
+        assert "pythia_core_up 1.0" in one.text
+        # The first call had none before it.
+        line = 'pythia_workflow_predictions{tenant="",workflow="crew"} '
+        assert any(each.startswith(line + "1.99") for each in one.text.splitlines())
+
+
 async def test_all_answers_are_right_and_every_process_gives_some(cluster: LocalCluster) -> None:
     (before, *_), _ = await answers(cluster, "/metrics")
     seats = asyncio.Semaphore(CONCURRENCY)

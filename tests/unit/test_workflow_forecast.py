@@ -10,11 +10,13 @@ import pytest
 
 from coordinator.workflow.demand import DECODE, PREFILL, RESIDENT, Outlook
 from coordinator.workflow.forecast import HORIZON_MOST_S, TICK_S, Forecaster
+from coordinator.workflow.histogram import Histogram
 from coordinator.workflow.limits import WorkflowLimits
 from coordinator.workflow.prediction import RunKey
 from coordinator.workflow.profile import Profile
 from coordinator.workflow.profiles import Profiles
 from coordinator.workflow.projection import Projection
+from coordinator.workflow.stages import stages_of
 from coordinator.workflow.units import Units
 from tests.unit.workflow_runs import BLOCK_TOKENS, Application, World
 
@@ -130,6 +132,19 @@ def test_a_pause_between_ticks_teaches_nothing(watched: Watched) -> None:
     assert all(one.judgement.samples <= 1 for one in forecaster.scores())
 
 
+def test_a_workflow_is_not_taken_for_another_one_that_had_its_number() -> None:
+    profiles = Profiles(LIMITS, BLOCK_TOKENS)
+    forecaster = Forecaster(profiles, LIMITS)
+    for number in range(3):
+        profiles.observe_start(RunKey("", "old", str(number)), str(number), "a", 100, b"", number)
+    profiles.observe_end("0", 50, 4.0)
+    forecaster.tick(5.0)
+    assert [one.workflow for one in forecaster.forecast(30.0, 5.0).shares] == ["old"]
+    profiles.forget("", "old")
+    profiles.observe_start(RunKey("", "new", "0"), "3", "b", 100, b"", 6.0)
+    assert forecaster.forecast(30.0, 6.0).shares == []
+
+
 def test_a_call_that_runs_is_expected_to_go_on_as_calls_of_its_agent_do() -> None:
     profile = Profile(0, "", "flow", LIMITS)
     symbol = profile.symbol("a")
@@ -152,12 +167,58 @@ def test_a_call_that_runs_is_expected_to_go_on_as_calls_of_its_agent_do() -> Non
     assert projection.held[5][row] < 0.02
 
 
+def test_stages_by_hand() -> None:
+    """Half of the runs make 2 calls, half make 10: the mean is 6 calls, 3 in each of two stages.
+
+    All pass the first call and the second; a half is left for the third on."""
+    calls = Histogram(1e9)
+    for number in range(1000):
+        calls.add(2 if number % 2 else 10)
+    first, second = stages_of(calls, 2)
+    # The first stage is of calls 1 to 4: 2 + 2 * 0.5 = 3 calls, after which a half has ended.
+    assert (first.calls, second.calls) == (0.0, pytest.approx(4.5, abs=0.1))
+    # One call of 6 is the last of a run, odds 1 to 5; here one of 6 as well, there one of 6.
+    assert first.odds == pytest.approx((0.5 / 3) / (1 - 0.5 / 3) * 5, rel=0.03)
+    assert second.odds == pytest.approx(1.0, rel=0.03)
+    assert first.onward == pytest.approx(0.5 / 2.5, rel=0.03)
+    assert second.onward == 0.0
+
+
+def test_a_loop_of_known_length_is_expected_to_end_when_others_did() -> None:
+    profiles = Profiles(LIMITS, BLOCK_TOKENS)
+    outlook = Outlook(profiles, LIMITS)
+
+    def run(name: str, calls: int, from_s: float) -> None:
+        """Calls of 100 tokens in 1 s each, one a second; the last one of twelve says so."""
+        for number in range(calls):
+            key, at_s = RunKey("", "loop", name), from_s + number
+            call, last = f"{name}-{number}", number == 11
+            profiles.observe_start(key, call, "a", 10, b"", at_s, final=last)
+            profiles.observe_end(call, 100, at_s + 0.9)
+
+    def left(calls: int) -> float:
+        """Calls that are expected of a run that has made so many, within a minute."""
+        run(f"live-{calls}", calls, 1000.0)
+        outlook.refresh(10)
+        now_s = 1000.0 + calls
+        tokens = outlook.look(60.0, now_s, {}).expected[DECODE]
+        profiles.end_run(RunKey("", "loop", f"live-{calls}"), now_s, completed=False)
+        return float(tokens) / 100
+
+    for number in range(40):
+        run(f"past-{number}", 12, 12.0 * number)
+    assert left(2) == pytest.approx(10, rel=0.25)
+    assert left(7) == pytest.approx(5, rel=0.35)
+    # The last stage is of three calls; without stages it would be eleven more.
+    assert left(11) < 4
+
+
 def test_rows_of_units_are_used_again() -> None:
     units = Units()
     rows = [units.take() for _ in range(3000)]
     assert rows == list(range(3000))
     for row in rows:
-        units.set(row, 1, 3, 1, float(row), 5.0)
+        units.set(row, 1, 3, 1, float(row), 5.0, 1)
     assert units.since_s[2999] == 2999
     units.give_back(7)
     assert len(units) == 2999

@@ -128,6 +128,32 @@ def test_the_next_call_of_a_run_is_predicted(research: World) -> None:
     assert profiles.predict(key, research.now_s) == UNKNOWN
 
 
+def test_answers_are_told_apart_by_how_many_there_were_before() -> None:
+    """One that plans first and then says yes or no: reserving for a plan each time is waste."""
+    profiles = Profiles(WorkflowLimits(), BLOCK_TOKENS)
+    rng = random.Random(3)
+    for number in range(60):
+        key = RunKey("", "loop", f"run-{number}")
+        for turn in range(6):
+            call, at_s = f"{number}-{turn}", 100.0 * number + 10 * turn
+            profiles.observe_start(key, call, "a", 10, b"", at_s, final=turn == 5)
+            tokens = rng.randint(1800, 2000) if turn == 0 else rng.randint(1, 20)
+            profiles.observe_end(call, tokens, at_s + 5)
+    key = RunKey("", "loop", "new")
+    record = profiles.exported("", "loop")
+    assert record is not None
+    profiles.restore("", "loop", record)
+    first = profiles.output_tokens(key, "a")
+    assert first.p05 > 1600
+    assert first.upper == pytest.approx(2000, rel=0.1)
+    for turn in range(2):
+        profiles.observe_start(key, f"new-{turn}", "a", 10, b"", 9000.0 + turn)
+        profiles.observe_end(f"new-{turn}", 10, 9000.5 + turn)
+        assert profiles.output_tokens(key, "a").upper < 40
+    (following,) = profiles.predict(key, 9002.0).next
+    assert following.output_tokens.upper < 40
+
+
 def test_nothing_is_known_at_first_and_more_after_few_runs() -> None:
     world = World(new_profiles())
     assert world.profiles.view("", "research") is None
