@@ -53,6 +53,8 @@ class Engine:
         """For how many of them the decodes have their blocks."""
         self._wake_s: float | None = None
         """When to schedule, while no step is under way."""
+        self.cached_chains: list[bytes] = []
+        """What ended sequences have left in the prefix cache; whoever looks takes it out."""
         self._arrivals = 0
         self._prefill_tokens = self._decode_tokens = self._external_tokens = 0
 
@@ -308,6 +310,8 @@ class Engine:
 
     def _end(self, sequence: Sequence, at_s: float, outputs: list[Output]) -> None:
         del self._sequences[sequence.id]
+        if sequence.holding.cached:
+            self.cached_chains.append(sequence.holding.cached_chain)
         recomputed = sequence.computed_in_all - sequence.computed_before_first
         if sequence.hold:
             expires_s = at_s + self._options.kv_lease_s

@@ -76,6 +76,11 @@ class Holding:
         """All that it holds."""
         return self.cached + self.plain
 
+    @property
+    def cached_chain(self) -> bytes:
+        """Hashes of what is cached of it."""
+        return self.chain[: self.cached * BLOCK_HASH_BYTES]
+
     def hash_at(self, block: int) -> bytes:
         """The hash of block number ``block`` of the chain."""
         at = block * BLOCK_HASH_BYTES

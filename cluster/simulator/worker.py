@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 
+from cluster.simulator.cache_news import CacheNews
 from cluster.simulator.control import Control
 from cluster.simulator.cores import Cores
 from cluster.simulator.engine import Engine
@@ -43,6 +44,7 @@ from coordinator.protocol import (
     Deltas,
     Discard,
     EngineFacts,
+    KvResync,
     Message,
     Placed,
     Prefill,
@@ -52,6 +54,7 @@ from coordinator.protocol import (
     ProbeFinished,
     ProbeRead,
     Ready,
+    Welcome,
     engine_request_id,
 )
 from transfer.settings import dispatch_margin_s
@@ -98,6 +101,7 @@ class Worker:
         self._inbox: list[tuple[Connection | None, Any]] = []
         self._unsaid: list[FirstToken | Ended] = []
         self._idle_beat: Beat | None = None
+        self._news = CacheNews(setup.name, incarnation)
         self._probes: deque[tuple[str, int]] = deque(maxlen=PROBES_KEPT)
         """Those asked for lately: a doubled message asks for nothing new."""
         self._control = Control(
@@ -172,6 +176,9 @@ class Worker:
         )
 
     def _beat(self) -> Message:
+        ended, self.engine.cached_chains = self.engine.cached_chains, []
+        for changes in self._news.look(ended):
+            self._control.send(changes)
         beat, links = self._idle_beat, self.reader.report()
         if beat is not None and beat.links is links:
             return beat
@@ -183,6 +190,9 @@ class Worker:
         return beat
 
     def _on_core(self, message: Message) -> None:
+        if isinstance(message, Welcome | KvResync):
+            self._news.begin()
+            return
         if not isinstance(message, Probe | ProbeRead) or message.incarnation != self.incarnation:
             return
         key = type(message).__name__, message.probe

@@ -20,8 +20,9 @@ from cluster.workload.form import Call, Run, Workload
 from coordinator.cost import Efficiency
 from tests.e2e.harness import BLOCK_TOKENS, Server
 
-PAUSE_S = 1.5
-"""Longer than a beat: nobody believes any more that a worker is busy."""
+PAUSE_S = 2.5
+"""Longer than two beats: nobody believes any more that a worker is busy, and what it has generated
+is known."""
 
 
 def workload() -> Workload:
