@@ -25,6 +25,7 @@ from coordinator.calls import Calls, worker_up
 from coordinator.invariants import check_all
 from coordinator.kv_index import KvIndex
 from coordinator.limits import Limits, Placement
+from coordinator.pace import Pace
 from coordinator.pairs import Pairs
 from coordinator.policy.placer import Placer
 from coordinator.protocol import (
@@ -126,8 +127,9 @@ class Core:
         self._learner = Learner(workflow_limits, keeps, epoch_s)
         self._registry = Registry(workflow_limits, self._learner, keeps)
         self._tracker = Tracker(self._state, workflow_limits, self._registry, self._learner)
+        self._pace = Pace(self._learner)
         self._calls = Calls(
-            self._state, self._index, self._standing, placement, self._tracker, placer
+            self._state, self._index, self._standing, placement, self._tracker, self._pace, placer
         )
         self._desk = Desk(
             self._state,

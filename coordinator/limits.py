@@ -99,7 +99,7 @@ class Placement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     alone: other policies are here to be compared with.
     """
 
-    policy: Literal["pythia", "round_robin", "least_loaded", "cache_aware", "cost"] = "pythia"
+    policy: Literal["pythia", "joint", "round_robin", "least_loaded", "cache_aware", "cost"] = "pythia"
     """How the decode worker is chosen among those with room; see ``policy.decode_choice``."""
     prefill_policy: Literal["least_tokens", "least_loaded", "round_robin"] = "least_tokens"
     """How the prefill worker is chosen among those with room; see ``policy.prefill_choice``."""
@@ -119,6 +119,9 @@ class Placement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     compared_workers: Positive = 32
     """``pythia``: in a cluster of more workers only about so many are compared for a call: the
     least loaded, those with the most room, those that hold the most of the prompt."""
+    band: Factor = 0.02
+    """``joint``: ways that cost at most so much more than the cheapest are as good: a hash of the
+    call's turn chooses."""
     siblings_together: bool = True
     """Calls of one group go to one decode worker while it has room."""
     cached_weight: Factor = 0.1

@@ -145,6 +145,9 @@ _STICKY: dict[str, object] = {"policy": "cache_aware", "sticky": True}
 
 BASELINES: Mapping[str, Baseline] = {
     "pythia": Baseline("Pythia's own placement with all its mechanisms", "split"),
+    "joint": Baseline("joint", "split", {"policy": "joint"}),
+    "joint-mixed": Baseline("joint, mixed", "mixed", {"policy": "joint"}),
+    "joint-aggregated": Baseline("joint, agg", "mixed", {"policy": "joint", "disaggregated": "never"}),
     # --- other systems ---
     "aggregated-round-robin": Baseline(
         "aggregated, one worker after the other",

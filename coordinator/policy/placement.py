@@ -25,7 +25,9 @@ import msgspec
 from coordinator.limits import Limits, Placement
 from coordinator.policy.ask import Ask, cached_blocks_of
 from coordinator.policy.decode_choice import DECODE_CHOICES
+from coordinator.policy.joint import Outlook, cheapest
 from coordinator.policy.prefill_choice import PREFILL_CHOICES
+from coordinator.speeds import Speeds
 from coordinator.view import WorkerView
 
 __all__ = ["Ask", "Choice", "Decision", "Impossible", "Wait", "can_ever_hold", "place"]
@@ -61,6 +63,7 @@ class Impossible(msgspec.Struct, frozen=True, gc=False):
 
 Decision = Choice | Wait | Impossible
 
+NOTHING = Outlook(Speeds(), 0.0, lambda worker: 0, 0.0)
 NO_WORKER = Wait("no worker is up")
 NO_ROOM = Wait("no worker has room")
 NO_PREFILL_ROOM = Wait("no prefill worker has room")
@@ -99,6 +102,7 @@ def place(
     limits: Limits,
     placement: Placement,
     block_size: int,
+    outlook: Outlook | None = None,
 ) -> Decision:
     """Choose workers for a call.
 
@@ -127,6 +131,10 @@ def place(
     if not roomy:
         return NO_ROOM
     held = cached()
+    if placement.policy == "joint":
+        able = () if no_decoders else _without(workers, ask)
+        known = outlook or NOTHING
+        return _jointly(ask, able, roomy, held, limits, placement, block_size, known)
     decode = _sibling(ask, roomy) or DECODE_CHOICES[placement.policy](
         ask, roomy, blocks, held, placement, block_size
     )
@@ -152,6 +160,47 @@ def place(
         and worker.tokens_max > prompt_tokens
     ]
     return _with_prefill(ask, local, linked, held, limits, placement, block_size)
+
+
+def _jointly(
+    ask: Ask,
+    workers: Collection[WorkerView],
+    roomy: Sequence[WorkerView],
+    held: Mapping[str, int],
+    limits: Limits,
+    placement: Placement,
+    block_size: int,
+    outlook: Outlook,
+) -> Decision:
+    """Decode worker and way to have the prompt's KV there, chosen together."""
+    alone = ask.aggregated or placement.disaggregated == "never"
+    sibling = _sibling(ask, roomy)
+    needed = prefill_blocks(ask, block_size)
+    prefillers: Collection[WorkerView] = ()
+    if not alone:
+        prefillers = [
+            worker
+            for worker in _with_room(workers, needed, placement)
+            if worker.role != "decode"
+            and worker.up
+            and worker.tokens_max > ask.prompt_tokens
+            and worker.prefilling < limits.prefills_per_worker
+        ]
+    decode, prefill, seconds = cheapest(
+        ask, [sibling] if sibling else roomy, prefillers, held, placement, block_size, outlook
+    )
+    computing = prefill or decode
+    own_blocks = cached_blocks_of(ask, held, computing, block_size)
+    way = f"remote: {seconds:.3f} s" if prefill else f"local: {seconds:.3f} s"
+    return Choice(
+        decode=decode.name,
+        prefill=prefill.name if prefill else "",
+        decode_blocks=min(decode_blocks(ask, placement, block_size), decode.usable_blocks),
+        prefill_blocks=min(needed, prefill.usable_blocks) if prefill else 0,
+        cached_blocks=cached_blocks_of(ask, held, decode, block_size),
+        uncached_tokens=ask.prompt_tokens - own_blocks * block_size,
+        reason=way,
+    )
 
 
 def _remote_from_tokens(placement: Placement) -> int:

@@ -1,0 +1,150 @@
+"""What a worker has to do, in seconds and tokens, and how much of it is done.
+
+Kept for every worker by whoever plans calls. Prompts are taken to be computed one after the
+other, as they come; sums over time say what batch a call was decoded in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+TOGETHER_S = 2e-3
+"""Prompts that end within this time were computed in one step."""
+
+
+class Prompt(NamedTuple):
+    """One that a worker has yet to compute."""
+
+    seconds: float
+    planned_s: float
+    new_tokens: int
+    cached_tokens: int
+
+
+class Computed(NamedTuple):
+    """Prompts that ended together, and what they took."""
+
+    prompts: int
+    new_tokens: float
+    pairs: float
+    seconds: float
+
+
+class Mark(NamedTuple):
+    """How the sums over time stood when a call began to decode."""
+
+    at_s: float
+    batch: float
+    context: float
+    prefilled_s: float
+    context_tokens: float
+
+
+@dataclass(slots=True, eq=False)
+class Gauge:
+    """One worker's. Tokens of a call: its prompt and half of what it is expected to generate."""
+
+    backlog_s: float = 0.0
+    """What its prompts take, those under way as a whole."""
+    context_tokens: float = 0.0
+    """Of all calls that are planned onto it to be decoded."""
+    left_tokens: float = 0.0
+    """What these are expected to generate."""
+    decoding: int = 0
+    """How many of them have a token."""
+    decoding_tokens: float = 0.0
+    prompts: dict[object, Prompt] = field(default_factory=dict)
+    _since_s: float = float("-inf")
+    """When the last of its prompts ended."""
+    _clock_s: float = 0.0
+    _batch: float = 0.0
+    _context: float = 0.0
+    _prefilled_s: float = 0.0
+    _together: Computed = Computed(0, 0.0, 0.0, 0.0)
+
+    def waiting_s(self, now_s: float) -> float:
+        """Until what it has to compute by now is computed."""
+        if not self.prompts:
+            return 0.0
+        first = next(iter(self.prompts.values()))
+        passed_s = now_s - max(self._since_s, first.planned_s)
+        return self.backlog_s - min(first.seconds, max(0.0, passed_s))
+
+    # --- prompts --------------------------------------------------------------------------
+
+    def queue(self, key: object, prompt: Prompt) -> None:
+        """It has a prompt more to compute."""
+        self.prompts[key] = prompt
+        self.backlog_s += prompt.seconds
+
+    def drop(self, key: object) -> Prompt | None:
+        """It has not to compute this one any more."""
+        prompt = self.prompts.pop(key, None)
+        if prompt is not None:
+            # Sums of floats drift: without prompts there is nothing.
+            self.backlog_s = max(0.0, self.backlog_s - prompt.seconds) if self.prompts else 0.0
+        return prompt
+
+    def computed(self, key: object, now_s: float) -> Computed | None:
+        """It has computed this one. What earlier ones took is known now, if this ends a group."""
+        prompt = self.drop(key)
+        if prompt is None:
+            return None
+        took_s = now_s - max(self._since_s, prompt.planned_s)
+        self._since_s = now_s
+        self._prefilled_s += prompt.seconds
+        pairs = prompt.new_tokens * (prompt.cached_tokens + 0.5 * prompt.new_tokens)
+        before = self._together
+        if took_s <= TOGETHER_S and before.prompts:
+            self._together = Computed(
+                before.prompts + 1,
+                before.new_tokens + prompt.new_tokens,
+                before.pairs + pairs,
+                before.seconds + took_s,
+            )
+            return None
+        self._together = Computed(1, prompt.new_tokens, pairs, took_s)
+        return before if before.prompts else None
+
+    # --- decoding -------------------------------------------------------------------------
+
+    def plan(self, context_tokens: float, output_tokens: float) -> None:
+        """It is to decode a call more."""
+        self.context_tokens += context_tokens
+        self.left_tokens += output_tokens
+
+    def unplan(self, context_tokens: float, output_tokens: float, last: bool) -> None:
+        """It does not decode a call any more; ``last``: nor any other."""
+        self.context_tokens = 0.0 if last else max(0.0, self.context_tokens - context_tokens)
+        self.left_tokens = 0.0 if last else max(0.0, self.left_tokens - output_tokens)
+
+    def begin(self, context_tokens: float, now_s: float) -> Mark:
+        """A call has its first token."""
+        self._advance(now_s)
+        self.decoding += 1
+        self.decoding_tokens += context_tokens
+        return Mark(now_s, self._batch, self._context, self._prefilled_s, context_tokens)
+
+    def end(self, mark: Mark, now_s: float) -> tuple[float, float, float, float]:
+        """A call has its last token: how long it was decoded, in the mean with how many others,
+        itself included, with how many tokens together; and how long prompts were computed."""
+        self._advance(now_s)
+        self.decoding -= 1
+        left = self.decoding_tokens - mark.context_tokens
+        self.decoding_tokens = max(0.0, left) if self.decoding else 0.0
+        took_s = now_s - mark.at_s
+        if took_s <= 0.0:
+            return 0.0, 1.0, mark.context_tokens, 0.0
+        return (
+            took_s,
+            (self._batch - mark.batch) / took_s,
+            (self._context - mark.context) / took_s,
+            self._prefilled_s - mark.prefilled_s,
+        )
+
+    def _advance(self, now_s: float) -> None:
+        passed_s = max(0.0, now_s - self._clock_s)
+        self._clock_s = max(now_s, self._clock_s)
+        self._batch += self.decoding * passed_s
+        self._context += self.decoding_tokens * passed_s
