@@ -7,8 +7,11 @@ other, as they come; sums over time say what batch a call was decoded in.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import exp
 from typing import NamedTuple
 
+FADING_S = 30.0
+"""How long what a worker has computed counts for what it will."""
 TOGETHER_S = 2e-3
 """Prompts that end within this time were computed in one step."""
 
@@ -62,6 +65,8 @@ class Gauge:
     _context: float = 0.0
     _prefilled_s: float = 0.0
     _together: Computed = Computed(0, 0.0, 0.0, 0.0)
+    _busy_s: float = 0.0
+    _busy_at_s: float = 0.0
 
     def waiting_s(self, now_s: float) -> float:
         """Until what it has to compute by now is computed."""
@@ -70,6 +75,11 @@ class Gauge:
         first = next(iter(self.prompts.values()))
         passed_s = now_s - max(self._since_s, first.planned_s)
         return self.backlog_s - min(first.seconds, max(0.0, passed_s))
+
+    def prefilling_share(self, now_s: float) -> float:
+        """The share of its time that it has spent on prompts lately."""
+        passed_s = max(0.0, now_s - self._busy_at_s)
+        return self._busy_s / FADING_S * exp(-passed_s / FADING_S)
 
     # --- prompts --------------------------------------------------------------------------
 
@@ -94,6 +104,9 @@ class Gauge:
         took_s = now_s - max(self._since_s, prompt.planned_s)
         self._since_s = now_s
         self._prefilled_s += prompt.seconds
+        passed_s = max(0.0, now_s - self._busy_at_s)
+        self._busy_s = self._busy_s * exp(-passed_s / FADING_S) + prompt.seconds
+        self._busy_at_s = now_s
         pairs = prompt.new_tokens * (prompt.cached_tokens + 0.5 * prompt.new_tokens)
         before = self._together
         if took_s <= TOGETHER_S and before.prompts:

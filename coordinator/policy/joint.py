@@ -41,6 +41,8 @@ PREFILLERS_TRIED = 3
 LINK_BYTES_PER_S = 10e9
 LINK_FIXED_S = 5e-3
 """Of a link nobody has used yet."""
+INTERFERENCE = 1.0
+SOFT_ROLES = 1
 OVERFLOW_WEIGHT = 2.0
 """What is preempted is computed again, and others wait meanwhile."""
 
@@ -171,7 +173,8 @@ class _Costs:
         longer_s = sequence_s + token_s * self._context_tokens
         step_s = start_s + sequence_s * batch + token_s * gauge.context_tokens + longer_s
         together = min(gauge.left_tokens, output_tokens * batch)
-        seconds = output_tokens * step_s + together * longer_s
+        share = INTERFERENCE * min(0.9, gauge.prefilling_share(self._outlook.now_s))
+        seconds = output_tokens * step_s / (1.0 - share) + together * longer_s
         return seconds + self._forgotten_s(decode, self._ask.prompt_tokens + output_tokens)
 
     def _forgotten_s(self, worker: WorkerView, tokens: float) -> float:

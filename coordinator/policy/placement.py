@@ -25,6 +25,7 @@ import msgspec
 from coordinator.limits import Limits, Placement
 from coordinator.policy.ask import Ask, cached_blocks_of
 from coordinator.policy.decode_choice import DECODE_CHOICES
+from coordinator.policy import joint
 from coordinator.policy.joint import Outlook, cheapest
 from coordinator.policy.prefill_choice import PREFILL_CHOICES
 from coordinator.speeds import Speeds
@@ -115,7 +116,11 @@ def place(
         worker
         for worker in workers
         if worker.up
-        and (no_decoders or worker.role != "prefill")
+        and (
+            no_decoders
+            or worker.role != "prefill"
+            or (placement.policy == "joint" and joint.SOFT_ROLES)
+        )
         and worker.tokens_max > prompt_tokens
     ]
     if not able:
