@@ -66,6 +66,7 @@ class Gauge:
     _prefilled_s: float = 0.0
     _together: Computed = Computed(0, 0.0, 0.0, 0.0)
     _busy_s: float = 0.0
+    _came: float = 0.0
     _busy_at_s: float = 0.0
 
     def waiting_s(self, now_s: float) -> float:
@@ -78,8 +79,20 @@ class Gauge:
 
     def prefilling_share(self, now_s: float) -> float:
         """The share of its time that it has spent on prompts lately."""
-        passed_s = max(0.0, now_s - self._busy_at_s)
-        return self._busy_s / FADING_S * exp(-passed_s / FADING_S)
+        self._fade(now_s)
+        return self._busy_s / FADING_S
+
+    def prompts_per_s(self, now_s: float) -> float:
+        """How many prompts it has computed lately."""
+        self._fade(now_s)
+        return self._came / FADING_S
+
+    def _fade(self, now_s: float) -> None:
+        if now_s > self._busy_at_s:
+            keep = exp((self._busy_at_s - now_s) / FADING_S)
+            self._busy_s *= keep
+            self._came *= keep
+            self._busy_at_s = now_s
 
     # --- prompts --------------------------------------------------------------------------
 
@@ -104,9 +117,9 @@ class Gauge:
         took_s = now_s - max(self._since_s, prompt.planned_s)
         self._since_s = now_s
         self._prefilled_s += prompt.seconds
-        passed_s = max(0.0, now_s - self._busy_at_s)
-        self._busy_s = self._busy_s * exp(-passed_s / FADING_S) + prompt.seconds
-        self._busy_at_s = now_s
+        self._fade(now_s)
+        self._busy_s += prompt.seconds
+        self._came += 1.0
         pairs = prompt.new_tokens * (prompt.cached_tokens + 0.5 * prompt.new_tokens)
         before = self._together
         if took_s <= TOGETHER_S and before.prompts:

@@ -41,6 +41,9 @@ PREFILLERS_TRIED = 3
 LINK_BYTES_PER_S = 10e9
 LINK_FIXED_S = 5e-3
 """Of a link nobody has used yet."""
+BUSY_MOST = 0.9
+LATER = 1.0
+FORGOTTEN = 0
 INTERFERENCE = 1.0
 SOFT_ROLES = 1
 OVERFLOW_WEIGHT = 2.0
@@ -84,6 +87,14 @@ def cheapest(
 ) -> Found:
     """The cheapest worker and way; ``roomy``: those that may decode, at least one."""
     costs = _Costs(ask, held, block_size, outlook)
+    if LATER:
+        now_s = outlook.now_s
+        pool = {worker.name: worker.gauge for worker in (*roomy, *prefillers)}.values()
+        size = len(pool)
+        waiting_s = sum(gauge.waiting_s(now_s) for gauge in pool) / size
+        rate = sum(gauge.prompts_per_s(now_s) for gauge in pool) / size
+        share = sum(gauge.prefilling_share(now_s) for gauge in pool) / size
+        costs._later = LATER * rate * waiting_s / (1.0 - min(BUSY_MOST, share))
     ways = sorted((costs.way(worker) for worker in prefillers), key=_soonest)[:PREFILLERS_TRIED]
     found: list[tuple[float, str, str, WorkerView, WorkerView | None]] = []
     for decode in roomy:
@@ -122,14 +133,21 @@ class _Costs:
         _, token_s, pair_s = outlook.speeds.prefill.coefficients
         self._block_s = (token_s + pair_s * 0.5 * ask.prompt_tokens) * block_size
         """To compute a block again."""
+        self._later = 0.0
 
     def way(self, worker: WorkerView) -> Way:
         """To compute the prompt on a worker for another one."""
         own_s = self._prefill_s(worker)
-        gauge = worker.gauge
-        delayed_s = own_s * gauge.decoding
+        waiting_s = worker.gauge.waiting_s(self._outlook.now_s)
+        delayed_s = own_s * self._delayed(worker, waiting_s, own_s)
         delayed_s += self._forgotten_s(worker, self._ask.prompt_tokens)
-        return Way(gauge.waiting_s(self._outlook.now_s) + own_s, delayed_s, worker)
+        return Way(waiting_s + own_s, delayed_s, worker)
+
+    def _delayed(self, worker: WorkerView, waiting_s: float, own_s: float) -> float:
+        """How many others wait while a worker computes a prompt: those it decodes, and those
+        that come before all it has to compute then is computed."""
+        gauge, now_s = worker.gauge, self._outlook.now_s
+        return gauge.decoding + self._later
 
     def of(
         self, decode: WorkerView, ways: Sequence[Way]
@@ -140,7 +158,7 @@ class _Costs:
         waiting_s = gauge.waiting_s(self._outlook.now_s)
         own_s = self._prefill_s(decode)
         found: list[tuple[float, WorkerView | None]] = [
-            (here_s + waiting_s + own_s + own_s * gauge.decoding, None)
+            (here_s + waiting_s + own_s + own_s * self._delayed(decode, waiting_s, own_s), None)
         ]
         warm = decode.warm_sources
         for way in ways:
@@ -173,7 +191,7 @@ class _Costs:
         longer_s = sequence_s + token_s * self._context_tokens
         step_s = start_s + sequence_s * batch + token_s * gauge.context_tokens + longer_s
         together = min(gauge.left_tokens, output_tokens * batch)
-        share = INTERFERENCE * min(0.9, gauge.prefilling_share(self._outlook.now_s))
+        share = INTERFERENCE * min(BUSY_MOST, gauge.prefilling_share(self._outlook.now_s))
         seconds = output_tokens * step_s / (1.0 - share) + together * longer_s
         return seconds + self._forgotten_s(decode, self._ask.prompt_tokens + output_tokens)
 
@@ -185,6 +203,9 @@ class _Costs:
         seconds = self._outlook.reuse * self._block_s * lost_blocks if lost_blocks > 0.0 else 0.0
         gauge = worker.gauge
         over_blocks = (gauge.context_tokens + tokens) / block_size - worker.usable_blocks
+        if FORGOTTEN:
+            now_s = self._outlook.now_s
+            seconds *= 1.0 + self._delayed(worker, gauge.waiting_s(now_s), 0.0)
         if over_blocks > 0.0:
             seconds += OVERFLOW_WEIGHT * over_blocks * self._block_s
         return seconds
