@@ -18,8 +18,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import exp, isfinite, log
 
-KEEP = 0.98
-"""What is left of a value's weight at the next one: some fifty values count."""
+KEEP = 0.99
+"""What is left of a value's weight at the next one: some hundred values count."""
 LEANING = 0.5
 """How many values the guess counts as."""
 SURPRISE = 4.0
