@@ -34,6 +34,19 @@ class Computed(NamedTuple):
     seconds: float
 
 
+NOTHING = Computed(0, 0.0, 0.0, 0.0)
+
+
+class Decoded(NamedTuple):
+    """How long a call was decoded; in the mean with how many, itself included, that had so many
+    tokens together; and for how long prompts were computed meanwhile."""
+
+    seconds: float
+    batch: float
+    context_tokens: float
+    prefilling_s: float
+
+
 class Mark(NamedTuple):
     """How the sums over time stood when a call began to decode."""
 
@@ -57,15 +70,18 @@ class Gauge:
     decoding: int = 0
     """How many of them have a token."""
     decoding_tokens: float = 0.0
+    """Of those that have one."""
     prompts: dict[object, Prompt] = field(default_factory=dict)
+    """What it has yet to compute, in the order of planning."""
     _since_s: float = float("-inf")
     """When the last of its prompts ended."""
     _clock_s: float = 0.0
     _batch: float = 0.0
     _context: float = 0.0
     _prefilled_s: float = 0.0
-    _together: Computed = Computed(0, 0.0, 0.0, 0.0)
+    _together: Computed = NOTHING
     _busy_s: float = 0.0
+    """Of prompts computed lately, fading, what they took; ``_came``: how many."""
     _came: float = 0.0
     _busy_at_s: float = 0.0
 
@@ -86,13 +102,6 @@ class Gauge:
         """How many prompts it has computed lately."""
         self._fade(now_s)
         return self._came / FADING_S
-
-    def _fade(self, now_s: float) -> None:
-        if now_s > self._busy_at_s:
-            keep = exp((self._busy_at_s - now_s) / FADING_S)
-            self._busy_s *= keep
-            self._came *= keep
-            self._busy_at_s = now_s
 
     # --- prompts --------------------------------------------------------------------------
 
@@ -152,17 +161,16 @@ class Gauge:
         self.decoding_tokens += context_tokens
         return Mark(now_s, self._batch, self._context, self._prefilled_s, context_tokens)
 
-    def end(self, mark: Mark, now_s: float) -> tuple[float, float, float, float]:
-        """A call has its last token: how long it was decoded, in the mean with how many others,
-        itself included, with how many tokens together; and how long prompts were computed."""
+    def end(self, mark: Mark, now_s: float) -> Decoded:
+        """A call has its last token, or is decoded here no more."""
         self._advance(now_s)
         self.decoding -= 1
         left = self.decoding_tokens - mark.context_tokens
         self.decoding_tokens = max(0.0, left) if self.decoding else 0.0
         took_s = now_s - mark.at_s
         if took_s <= 0.0:
-            return 0.0, 1.0, mark.context_tokens, 0.0
-        return (
+            return Decoded(0.0, 1.0, mark.context_tokens, 0.0)
+        return Decoded(
             took_s,
             (self._batch - mark.batch) / took_s,
             (self._context - mark.context) / took_s,
@@ -174,3 +182,10 @@ class Gauge:
         self._clock_s = max(now_s, self._clock_s)
         self._batch += self.decoding * passed_s
         self._context += self.decoding_tokens * passed_s
+
+    def _fade(self, now_s: float) -> None:
+        if now_s > self._busy_at_s:
+            keep = exp((self._busy_at_s - now_s) / FADING_S)
+            self._busy_s *= keep
+            self._came *= keep
+            self._busy_at_s = now_s

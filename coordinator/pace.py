@@ -17,6 +17,10 @@ OUTPUT_GUESS = 256.0
 REUSE_GUESS = 0.3
 DECODED_LEAST = 8
 """Tokens from which on a call says how long a step takes."""
+SLOWED_MOST = 8.0
+"""A decode is taken to have been slowed by prompts at most so many times."""
+DECODES_SHARE_MOST = 0.75
+"""Of a step with a prompt, what is taken to have been the decodes' at most."""
 
 
 class Pace:
@@ -64,7 +68,8 @@ class Pace:
         if found is not None:
             # What decodes in the same steps took is not the prompt's.
             others_s = self.speeds.step_s(batch, tokens) if batch else 0.0
-            seconds = max(0.25 * found.seconds, found.seconds - others_s)
+            least_s = (1.0 - DECODES_SHARE_MOST) * found.seconds
+            seconds = max(least_s, found.seconds - others_s)
             self.speeds.prefilled(found.prompts, found.new_tokens, found.pairs, seconds)
 
     def not_computed(self, call: Call) -> None:
@@ -99,7 +104,3 @@ class Pace:
         if steps >= DECODED_LEAST:
             step_s = max(took_s / SLOWED_MOST, took_s - prefilling_s) / steps
             self.speeds.stepped(batch, context_tokens, step_s)
-
-
-SLOWED_MOST = 8.0
-"""A decode is taken to have been slowed by prompts at most so many times."""

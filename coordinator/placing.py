@@ -1,9 +1,9 @@
 """Where a waiting call goes: what placement is asked, and whom it compares.
 
 Up to ``Placement.compared_workers`` workers are all compared. In a larger cluster ``pythia``
-compares those that can be the answer: an eighth of that number each of the least loaded
-decode and prefill workers and of those with the most room, and up to a half that hold the
-most of the prompt. So what a decision costs grows with the logarithm of the cluster. Where
+and ``least_kv`` compare those that can be the answer: an eighth of that number each of the least
+loaded decode and prefill workers and of those with the most room, and up to a half that hold
+the most of the prompt. So what a decision costs grows with the logarithm of the cluster. Where
 these are no answer all are asked, and so they are where nobody has room for sure, after a
 failure and by the other policies, which are here to be compared with.
 """
@@ -29,7 +29,8 @@ from coordinator.policy.placer import Placer
 from coordinator.standing import Standing
 from coordinator.state import Call, State
 
-FEW_COMPARED = ("pythia", "joint")
+FEW_COMPARED = ("pythia", "least_kv")
+"""Policies that compare only some workers of a large cluster."""
 
 
 class Placing:
@@ -61,7 +62,10 @@ class Placing:
 
         if self._placer is not None:
             return self._placer.place(call, ask, workers.values(), cached, now_s)
-        if len(workers) > self._placement.compared_workers and self._placement.policy in FEW_COMPARED:
+        if (
+            len(workers) > self._placement.compared_workers
+            and self._placement.policy in FEW_COMPARED
+        ):
             decision = self._near(ask, hashes, now_s)
             if decision is not None:
                 return decision
@@ -95,6 +99,7 @@ class Placing:
             ask, near, lambda: held, state.limits, placement, state.block_size, self._outlook(now_s)
         )
         if isinstance(decision, Choice):
+            # Of ``least_kv``: others may have a link.
             settled = decision.reason != NO_PREFILL_WORKER or not prefillers
         else:
             blocks = prefill_blocks(ask, state.block_size)

@@ -123,9 +123,7 @@ class Speeds:
         start, sequence, token = self.step.coefficients
         return start + sequence * batch + token * context_tokens
 
-    def prefilled(
-        self, prompts: int, new_tokens: float, pairs: float, seconds: float
-    ) -> None:
+    def prefilled(self, prompts: int, new_tokens: float, pairs: float, seconds: float) -> None:
         """Prompts that were computed together, or one after the other, took so long."""
         self.prefill.learn((float(min(1, prompts)), new_tokens, pairs), seconds)
 

@@ -16,7 +16,7 @@ import msgspec
 
 from coordinator.deadlines import Deadlines, Key
 from coordinator.errors import InvalidTransition, StoryLine
-from coordinator.gauge import Gauge, Mark
+from coordinator.gauge import Decoded, Gauge, Mark
 from coordinator.limits import Limits
 from coordinator.protocol import (
     CoreToApi,
@@ -319,7 +319,7 @@ class Call:
     """Its context by its plan, halfway through."""
     mark: Mark | None = None
     """How its worker's gauge stood when it began to decode."""
-    decoded: tuple[float, float, float, float] | None = None
+    decoded: Decoded | None = None
     """What its worker's gauge said at its end."""
     run: Run | None = None
     """The run of a workflow that it belongs to, if that is tracked."""

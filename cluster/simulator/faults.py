@@ -116,6 +116,7 @@ def random_setup(rng: random.Random) -> ClusterSetup:
         network=network,
         limits=limits,
         placement=Placement(
+            policy=rng.choice(("pythia", "least_kv")),
             remote_prefill_min_tokens=rng.choice((1, 16, 256)),
             reserve_output_tokens=rng.choice((16, 256)),
         ),

@@ -6,21 +6,25 @@ For each worker that may decode the call, and each way to have the prompt's KV t
     remotely    on another worker, behind those that wait there, then what the decode worker
                 lacks is moved over the link between them
 
-this is reckoned, in seconds:
+this is reckoned, in seconds of all calls together:
 
-    own         until the first token, then decoding in the batch that will be there
-    others      whom the prompt's computation delays, on the worker that does it; the longer
-                steps of the calls that are decoded beside this one, as long as both are
-    forgotten   computing again what caches give up for the new KV, as far as it will be asked
-                for; more KV than there will be room for
+    own         until the first token, then decoding in the batch that will be there, slowed by
+                prompts to come as it was by those of late
+    others      the calls that a worker decodes while it computes the prompt; longer steps of
+                those decoded beside this one, for as long as both are
+    later       calls that come while prompts wait, and wait longer for this one. Where it is
+                computed makes no difference to how much work there is, so that all workers
+                have one price: what makes it dear is what nobody has cached
+    forgotten   what caches give up for the new KV is computed again, as far as it will be asked
+                for; KV beyond what a worker has is preempted
 
 The least sum is taken. Among nearly equal ones a hash of the call's turn chooses, so that
-decisions on the same stale reports do not all fall alike. Affinity to caches, balance, and
-whether disaggregation pays all come of the sums: there are no thresholds.
+decisions on the same stale reports do not all fall alike. Affinity to caches, balance, whether
+disaggregation pays, and workers that rather prefill or rather decode all come of the sums:
+there are no thresholds.
 
-That the decode worker comes first and prefill is an addition is Splitwise's and DistServe's
-separation seen from KV memory; one sum of queueing, prefill and transfer is Mooncake's
-(FAST 2025, "Conductor"), costs to others are Preble's (ICLR 2025, "E2").
+One estimate of queueing, prefill and transfer for each pair is Mooncake's ("Conductor", FAST
+2025); costs to others, and of what is evicted, are Preble's ("E2", ICLR 2025).
 
 Pure functions of views; nothing is remembered.
 """
@@ -41,13 +45,10 @@ PREFILLERS_TRIED = 3
 LINK_BYTES_PER_S = 10e9
 LINK_FIXED_S = 5e-3
 """Of a link nobody has used yet."""
-BUSY_MOST = 0.9
-LATER = 3.0
-FORGOTTEN = 1
-INTERFERENCE = 1.0
-SOFT_ROLES = 1
 OVERFLOW_WEIGHT = 2.0
 """What is preempted is computed again, and others wait meanwhile."""
+BUSY_MOST = 0.9
+"""A worker is taken to spend at most this share of its time on prompts."""
 
 
 class Outlook(NamedTuple):
@@ -60,20 +61,20 @@ class Outlook(NamedTuple):
     reuse: float
 
 
-class Way(NamedTuple):
-    """A worker that can compute the prompt. ``delayed_s``: what that costs others there."""
-
-    ready_s: float
-    delayed_s: float
-    worker: WorkerView
-
-
 class Found(NamedTuple):
-    """Where to decode; ``prefill`` None: there."""
+    """Where to decode, what it costs; ``prefill`` None: there."""
 
     decode: WorkerView
     prefill: WorkerView | None
     seconds: float
+
+
+class _Way(NamedTuple):
+    """A worker that can compute the prompt. ``others_s``: what that costs others."""
+
+    ready_s: float
+    others_s: float
+    worker: WorkerView
 
 
 def cheapest(
@@ -85,32 +86,33 @@ def cheapest(
     block_size: int,
     outlook: Outlook,
 ) -> Found:
-    """The cheapest worker and way; ``roomy``: those that may decode, at least one."""
-    costs = _Costs(ask, held, block_size, outlook)
-    if LATER:
-        now_s = outlook.now_s
-        pool = {worker.name: worker.gauge for worker in (*roomy, *prefillers)}.values()
-        size = len(pool)
-        waiting_s = sum(gauge.waiting_s(now_s) for gauge in pool) / size
-        rate = sum(gauge.prompts_per_s(now_s) for gauge in pool) / size
-        share = sum(gauge.prefilling_share(now_s) for gauge in pool) / size
-        costs._later = LATER * rate * waiting_s / (1.0 - min(BUSY_MOST, share))
-    ways = sorted((costs.way(worker) for worker in prefillers), key=_soonest)[:PREFILLERS_TRIED]
+    """The cheapest worker and way.
+
+    ``roomy``: those that may decode, at least one; ``prefillers``: those that may compute the
+    prompt for another one. With ``disaggregated`` = always nothing is computed locally that
+    can be computed elsewhere.
+    """
+    costs = _Costs(ask, roomy, prefillers, held, placement, block_size, outlook)
+    ways = sorted((costs.way(worker) for worker in prefillers), key=_soonest)
+    ways = ways[:PREFILLERS_TRIED]
     found: list[tuple[float, str, str, WorkerView, WorkerView | None]] = []
     for decode in roomy:
         for seconds, prefill in costs.of(decode, ways):
-            name = prefill.name if prefill is not None else ""
-            found.append((seconds, decode.name, name, decode, prefill))
+            found.append((seconds, decode.name, prefill.name if prefill else "", decode, prefill))
+    if placement.disaggregated == "always":
+        found = [each for each in found if each[4] is not None] or found
     found.sort(key=lambda each: each[:3])
-    least = found[0][0]
-    near = [each for each in found if each[0] <= least * (1.0 + placement.band)]
-    at = _hashed(ask.turn) % len(near) if len(near) > 1 else 0
-    seconds, _, _, decode, prefill = near[at]
-    return Found(decode, prefill, seconds)
+    most = found[0][0] * (1.0 + placement.band)
+    count = 1
+    while count < len(found) and found[count][0] <= most:
+        count += 1
+    # Exactly equal ones are ties, which go to the smallest name if nothing is to be drawn.
+    chosen = found[_hashed(ask.turn) % count if placement.band and count > 1 else 0]
+    return Found(chosen[3], chosen[4], chosen[0])
 
 
-def _soonest(way: Way) -> tuple[float, str]:
-    return way.ready_s + way.delayed_s, way.worker.name
+def _soonest(way: _Way) -> tuple[float, str]:
+    return way.ready_s + way.others_s, way.worker.name
 
 
 def _hashed(turn: int) -> int:
@@ -119,13 +121,21 @@ def _hashed(turn: int) -> int:
 
 
 class _Costs:
-    """Of one call."""
+    """Of one call, wherever it goes."""
 
     def __init__(
-        self, ask: Ask, held: Mapping[str, int], block_size: int, outlook: Outlook
+        self,
+        ask: Ask,
+        roomy: Sequence[WorkerView],
+        prefillers: Collection[WorkerView],
+        held: Mapping[str, int],
+        placement: Placement,
+        block_size: int,
+        outlook: Outlook,
     ) -> None:
         self._ask = ask
         self._held = held
+        self._placement = placement
         self._block_size = block_size
         self._outlook = outlook
         self._output_tokens = ask.expected_tokens or float(ask.output_tokens)
@@ -133,39 +143,38 @@ class _Costs:
         _, token_s, pair_s = outlook.speeds.prefill.coefficients
         self._block_s = (token_s + pair_s * 0.5 * ask.prompt_tokens) * block_size
         """To compute a block again."""
-        self._later = 0.0
+        self._later = self._price(roomy, prefillers) if placement.work_price else 0.0
 
-    def way(self, worker: WorkerView) -> Way:
+    def _price(self, roomy: Sequence[WorkerView], prefillers: Collection[WorkerView]) -> float:
+        """How many calls come, for each worker, before the prompts that wait by now are computed:
+        so many seconds a second of work costs them. (Of an M/G/1 queue's busy period.)"""
+        now_s = self._outlook.now_s
+        gauges = {worker.name: worker.gauge for worker in (*roomy, *prefillers)}.values()
+        waiting_s = sum(gauge.waiting_s(now_s) for gauge in gauges) / len(gauges)
+        prompts_per_s = sum(gauge.prompts_per_s(now_s) for gauge in gauges) / len(gauges)
+        share = sum(gauge.prefilling_share(now_s) for gauge in gauges) / len(gauges)
+        calls = prompts_per_s * waiting_s / (1.0 - min(BUSY_MOST, share))
+        return self._placement.work_price * calls
+
+    def way(self, worker: WorkerView) -> _Way:
         """To compute the prompt on a worker for another one."""
         own_s = self._prefill_s(worker)
-        waiting_s = worker.gauge.waiting_s(self._outlook.now_s)
-        delayed_s = own_s * self._delayed(worker, waiting_s, own_s)
-        delayed_s += self._forgotten_s(worker, self._ask.prompt_tokens)
-        return Way(waiting_s + own_s, delayed_s, worker)
+        others_s = own_s * (worker.gauge.decoding + self._later)
+        others_s += self._forgotten_s(worker, self._ask.prompt_tokens)
+        return _Way(worker.gauge.waiting_s(self._outlook.now_s) + own_s, others_s, worker)
 
-    def _delayed(self, worker: WorkerView, waiting_s: float, own_s: float) -> float:
-        """How many others wait while a worker computes a prompt: those it decodes, and those
-        that come before all it has to compute then is computed."""
-        gauge, now_s = worker.gauge, self._outlook.now_s
-        return gauge.decoding + self._later
-
-    def of(
-        self, decode: WorkerView, ways: Sequence[Way]
-    ) -> list[tuple[float, WorkerView | None]]:
-        """What each way costs in all if ``decode`` decodes."""
+    def of(self, decode: WorkerView, ways: Sequence[_Way]) -> list[tuple[float, WorkerView | None]]:
+        """What each way costs in all if ``decode`` decodes; None: it computes the prompt, too."""
         here_s = self._decode_s(decode)
-        gauge = decode.gauge
-        waiting_s = gauge.waiting_s(self._outlook.now_s)
+        waiting_s = decode.gauge.waiting_s(self._outlook.now_s)
         own_s = self._prefill_s(decode)
-        found: list[tuple[float, WorkerView | None]] = [
-            (here_s + waiting_s + own_s + own_s * self._delayed(decode, waiting_s, own_s), None)
-        ]
-        warm = decode.warm_sources
+        local_s = waiting_s + own_s * (1.0 + decode.gauge.decoding + self._later)
+        found: list[tuple[float, WorkerView | None]] = [(here_s + local_s, None)]
         for way in ways:
-            if way.worker is not decode and way.worker.name in warm:
+            if way.worker is not decode and way.worker.name in decode.warm_sources:
                 # What waits here to be computed slows decoding when that begins.
                 ready_s = max(way.ready_s + self._moving_s(way.worker, decode), waiting_s)
-                found.append((here_s + ready_s + way.delayed_s, way.worker))
+                found.append((here_s + ready_s + way.others_s, way.worker))
         return found
 
     def _prefill_s(self, worker: WorkerView) -> float:
@@ -175,6 +184,7 @@ class _Costs:
         return self._outlook.speeds.prefill_s(new_tokens, cached_tokens)
 
     def _moving_s(self, source: WorkerView, target: WorkerView) -> float:
+        """Until what ``target`` lacks of the prompt has come."""
         cached = cached_blocks_of(self._ask, self._held, target, self._block_size)
         blocks = -(-self._ask.prompt_tokens // self._block_size) - cached
         size_bytes = blocks * target.kv_bytes_per_block
@@ -190,22 +200,23 @@ class _Costs:
         batch = len(decode.decodes)
         longer_s = sequence_s + token_s * self._context_tokens
         step_s = start_s + sequence_s * batch + token_s * gauge.context_tokens + longer_s
-        together = min(gauge.left_tokens, output_tokens * batch)
-        share = INTERFERENCE * min(BUSY_MOST, gauge.prefilling_share(self._outlook.now_s))
-        seconds = output_tokens * step_s / (1.0 - share) + together * longer_s
-        return seconds + self._forgotten_s(decode, self._ask.prompt_tokens + output_tokens)
+        share = min(BUSY_MOST, gauge.prefilling_share(self._outlook.now_s))
+        own_s = (
+            output_tokens * step_s / (1.0 - min(BUSY_MOST, self._placement.interference * share))
+        )
+        others_s = min(gauge.left_tokens, output_tokens * batch) * longer_s
+        return own_s + others_s + self._forgotten_s(decode, self._ask.prompt_tokens + output_tokens)
 
     def _forgotten_s(self, worker: WorkerView, tokens: float) -> float:
-        """To compute again what a worker's cache gives up for so many tokens of the call."""
-        block_size = self._block_size
+        """To compute again what a worker gives up for so many tokens of the call."""
+        gauge, block_size = worker.gauge, self._block_size
         new_blocks = tokens / block_size - self._held.get(worker.name, 0)
         lost_blocks = new_blocks - max(0, self._outlook.room(worker.name))
-        seconds = self._outlook.reuse * self._block_s * lost_blocks if lost_blocks > 0.0 else 0.0
-        gauge = worker.gauge
+        seconds = 0.0
+        if lost_blocks > 0.0:
+            again_s = self._outlook.reuse * self._block_s * lost_blocks
+            seconds = self._placement.forgotten * again_s * (1.0 + gauge.decoding + self._later)
         over_blocks = (gauge.context_tokens + tokens) / block_size - worker.usable_blocks
-        if FORGOTTEN:
-            now_s = self._outlook.now_s
-            seconds *= 1.0 + self._delayed(worker, gauge.waiting_s(now_s), 0.0)
         if over_blocks > 0.0:
             seconds += OVERFLOW_WEIGHT * over_blocks * self._block_s
         return seconds

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from coordinator.protocol import Role
+from coordinator.gauge import Gauge
+from coordinator.protocol import LinkLoad, Role
 
 
 @dataclass
@@ -26,3 +27,10 @@ class Seen:
     prefilling: int = 0
     prefill_tokens: int = 0
     warm_sources: set[str] = field(default_factory=set)
+    gauge: Gauge = field(default_factory=Gauge)
+    kv_bytes_per_block: int = 1 << 20
+    links: dict[str, LinkLoad] = field(default_factory=dict)
+
+    def link(self, source: str) -> LinkLoad | None:
+        """What it said of reading from ``source``."""
+        return self.links.get(source)

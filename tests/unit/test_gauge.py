@@ -87,7 +87,9 @@ def test_how_busy_it_has_been_fades() -> None:
     gauge.queue("a", prompt(6.0, 0.0))
     gauge.computed("a", 6.0)
     assert gauge.prefilling_share(6.0) == pytest.approx(6.0 / FADING_S)
-    assert gauge.prefilling_share(6.0 + FADING_S) == pytest.approx(6.0 / FADING_S / 2.71828, rel=1e-3)
+    assert gauge.prefilling_share(6.0 + FADING_S) == pytest.approx(
+        6.0 / FADING_S / 2.71828, rel=1e-3
+    )
     assert gauge.prefilling_share(1e6) == pytest.approx(0.0)
 
 
