@@ -63,6 +63,7 @@ from coordinator.protocol import (
     WorkerToCore,
 )
 from coordinator.roles import Roles
+from coordinator.speeds import Speeds
 from coordinator.standing import Standing
 from coordinator.state import Api, Peer, Send, State, Worker, WorkerPhase
 from coordinator.view import call_status, link_status, run_status, worker_status
@@ -148,6 +149,11 @@ class Core:
     def counters(self) -> dict[str, int]:
         """What happened so far, by name; the set of names is fixed."""
         return self._state.counters
+
+    @property
+    def speeds(self) -> Speeds:
+        """How fast engines are, as far as that has been learned."""
+        return self._pace.speeds
 
     def role(self, worker: str) -> Role | None:
         """The role that a worker has by now; None if it is not registered."""

@@ -92,6 +92,9 @@ class Ratio(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     share of what counts as overloaded."""
 
 
+Policy = Literal["pythia", "least_kv", "round_robin", "least_loaded", "cache_aware", "cost"]
+
+
 class Placement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the placement policy is told. Tokens and fractions.
 
@@ -99,9 +102,7 @@ class Placement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     alone: other policies are here to be compared with.
     """
 
-    policy: Literal["pythia", "least_kv", "round_robin", "least_loaded", "cache_aware", "cost"] = (
-        "pythia"
-    )
+    policy: Policy = "pythia"
     """``pythia`` chooses the decode worker and the way to have the prompt's KV there together, by
     what they cost; see ``policy.joint``. The others choose the decode worker among those with
     room, see ``policy.decode_choice``, and then whether and where to prefill elsewhere."""

@@ -30,7 +30,7 @@ from cluster.simulator.world import World, engine_facts, settle
 from cluster.workload.form import Run, Workload
 from cluster.workload.generators import GENERATORS
 from cluster.workload.source import open_workload
-from coordinator.limits import Limits, Placement
+from coordinator.limits import Limits, Placement, Policy
 from coordinator.protocol import Role
 from coordinator.shape import ModelShape
 
@@ -116,7 +116,6 @@ def random_setup(rng: random.Random) -> ClusterSetup:
         network=network,
         limits=limits,
         placement=Placement(
-            policy=rng.choice(("pythia", "least_kv")),
             remote_prefill_min_tokens=rng.choice((1, 16, 256)),
             reserve_output_tokens=rng.choice((16, 256)),
         ),
@@ -166,11 +165,14 @@ def random_workload(rng: random.Random, seed: int, tokens_max: int) -> Workload:
     return msgspec.structs.replace(workload, runs=tuple(kept))
 
 
-def run_fault_seed(seed: int) -> FaultReport:
-    """Simulate what a seed says. OracleError if anything happens that must not, or breaks."""
+def run_fault_seed(seed: int, policy: Policy = "pythia") -> FaultReport:
+    """Simulate what a seed says, with a placement policy. OracleError if anything happens that
+    must not, or breaks."""
     began_s = time.perf_counter()
     rng = random.Random(f"{seed}/faults")
     setup, faults = random_setup(rng), random_faults(rng)
+    placement = msgspec.structs.replace(setup.placement, policy=policy)
+    setup = msgspec.structs.replace(setup, placement=placement)
     workload = random_workload(rng, seed, engine_facts(setup).max_model_len)
     world = World(setup, workload, faults, seed, letters=LETTERS)
     trouble = Trouble(world, rng)
