@@ -85,23 +85,16 @@ class Gauge:
     _came: float = 0.0
     _busy_at_s: float = 0.0
 
-    def waiting_s(self, now_s: float) -> float:
-        """Until what it has to compute by now is computed."""
-        if not self.prompts:
-            return 0.0
-        first = next(iter(self.prompts.values()))
-        passed_s = now_s - max(self._since_s, first.planned_s)
-        return self.backlog_s - min(first.seconds, max(0.0, passed_s))
-
-    def prefilling_share(self, now_s: float) -> float:
-        """The share of its time that it has spent on prompts lately."""
+    def reading(self, now_s: float) -> tuple[float, float, float]:
+        """How long until what it has to compute by now is computed; which share of its time it
+        has spent on prompts lately; how many of them a second."""
         self._fade(now_s)
-        return self._busy_s / FADING_S
-
-    def prompts_per_s(self, now_s: float) -> float:
-        """How many prompts it has computed lately."""
-        self._fade(now_s)
-        return self._came / FADING_S
+        waiting_s = 0.0
+        if self.prompts:
+            first = next(iter(self.prompts.values()))
+            began_s = max(self._since_s, first.planned_s)
+            waiting_s = self.backlog_s - min(first.seconds, max(0.0, now_s - began_s))
+        return waiting_s, self._busy_s / FADING_S, self._came / FADING_S
 
     # --- prompts --------------------------------------------------------------------------
 

@@ -36,7 +36,7 @@ from hashlib import blake2b
 from typing import NamedTuple
 
 from coordinator.limits import Placement
-from coordinator.policy.ask import Ask, cached_blocks_of
+from coordinator.policy.ask import Ask
 from coordinator.speeds import Speeds
 from coordinator.view import WorkerView
 
@@ -69,9 +69,24 @@ class Found(NamedTuple):
     seconds: float
 
 
-class _Way(NamedTuple):
-    """A worker that can compute the prompt. ``others_s``: what that costs others."""
+class _Place(NamedTuple):
+    """A worker as this call finds it. ``cached``: blocks of the prompt that are of use there;
+    ``own_s``: to compute the rest, ``waiting_s``: before that; ``share`` of its time that it
+    computed prompts lately, ``prompts_per_s``: how many."""
 
+    worker: WorkerView
+    cached: int
+    own_s: float
+    waiting_s: float
+    share: float
+    prompts_per_s: float
+
+
+class _Way(NamedTuple):
+    """A worker that can compute the prompt for another one. ``others_s``: what that costs others."""
+
+    seconds: float
+    name: str
     ready_s: float
     others_s: float
     worker: WorkerView
@@ -80,7 +95,7 @@ class _Way(NamedTuple):
 def cheapest(
     ask: Ask,
     roomy: Sequence[WorkerView],
-    prefillers: Collection[WorkerView],
+    prefillers: Sequence[WorkerView],
     held: Mapping[str, int],
     placement: Placement,
     block_size: int,
@@ -92,32 +107,38 @@ def cheapest(
     prompt for another one. With ``disaggregated`` = always nothing is computed locally that
     can be computed elsewhere.
     """
-    costs = _Costs(ask, roomy, prefillers, held, placement, block_size, outlook)
-    ways = sorted((costs.way(worker) for worker in prefillers), key=_soonest)
-    ways = ways[:PREFILLERS_TRIED]
-    found: list[tuple[float, str, str, WorkerView, WorkerView | None]] = []
+    costs = _Costs(ask, held, placement, block_size, outlook)
+    places = {worker.name: costs.place(worker) for worker in roomy}
+    for worker in prefillers:
+        if worker.name not in places:
+            places[worker.name] = costs.place(worker)
+    costs.set_price(places.values())
+    ways = sorted([costs.way(places[worker.name]) for worker in prefillers])[:PREFILLERS_TRIED]
+    found: list[tuple[float, str, str]] = []
+    most, width = float("inf"), 1.0 + placement.band
     for decode in roomy:
-        for seconds, prefill in costs.of(decode, ways):
-            found.append((seconds, decode.name, prefill.name if prefill else "", decode, prefill))
-    if placement.disaggregated == "always":
-        found = [each for each in found if each[4] is not None] or found
-    found.sort(key=lambda each: each[:3])
+        # What cannot be among the best any more is not looked into.
+        place = places[decode.name]
+        for seconds, prefill in costs.of(place, ways, most):
+            if seconds <= most:
+                found.append((seconds, decode.name, prefill))
+                most = min(most, seconds * width)
+    chosen = _chosen(found, placement, ask.turn)
+    seconds, name, prefill = chosen
+    return Found(places[name].worker, places[prefill].worker if prefill else None, seconds)
+
+
+def _chosen(
+    found: list[tuple[float, str, str]], placement: Placement, turn: int
+) -> tuple[float, str, str]:
+    """The least, or one that is as good; ties go to the smallest names if none is drawn."""
+    found.sort()
+    if not placement.band or len(found) == 1:
+        return found[0]
     most = found[0][0] * (1.0 + placement.band)
-    count = 1
-    while count < len(found) and found[count][0] <= most:
-        count += 1
-    # Exactly equal ones are ties, which go to the smallest name if nothing is to be drawn.
-    chosen = found[_hashed(ask.turn) % count if placement.band and count > 1 else 0]
-    return Found(chosen[3], chosen[4], chosen[0])
-
-
-def _soonest(way: _Way) -> tuple[float, str]:
-    return way.ready_s + way.others_s, way.worker.name
-
-
-def _hashed(turn: int) -> int:
+    near = [each for each in found if each[0] <= most]
     digest = blake2b(turn.to_bytes(8, "little"), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
+    return near[int.from_bytes(digest, "little") % len(near)]
 
 
 class _Costs:
@@ -126,86 +147,96 @@ class _Costs:
     def __init__(
         self,
         ask: Ask,
-        roomy: Sequence[WorkerView],
-        prefillers: Collection[WorkerView],
         held: Mapping[str, int],
         placement: Placement,
         block_size: int,
         outlook: Outlook,
     ) -> None:
-        self._ask = ask
         self._held = held
         self._placement = placement
         self._block_size = block_size
         self._outlook = outlook
+        self._prompt_tokens = ask.prompt_tokens
+        self._useful_blocks = (ask.prompt_tokens - 1) // block_size
+        self._blocks = -(-ask.prompt_tokens // block_size)
         self._output_tokens = ask.expected_tokens or float(ask.output_tokens)
-        self._context_tokens = ask.prompt_tokens + 0.5 * self._output_tokens
-        _, token_s, pair_s = outlook.speeds.prefill.coefficients
+        self._always = placement.disaggregated == "always"
+        self._coefficients = outlook.speeds.prefill.coefficients
+        _, token_s, pair_s = self._coefficients
         self._block_s = (token_s + pair_s * 0.5 * ask.prompt_tokens) * block_size
         """To compute a block again."""
-        self._later = self._price(roomy, prefillers) if placement.work_price else 0.0
+        step_s, sequence_s, context_s = outlook.speeds.step.coefficients
+        self._longer_s = sequence_s + context_s * (ask.prompt_tokens + 0.5 * self._output_tokens)
+        """By how much this call makes steps longer."""
+        self._step_s, self._sequence_s, self._context_s = step_s, sequence_s, context_s
+        self._later = 0.0
 
-    def _price(self, roomy: Sequence[WorkerView], prefillers: Collection[WorkerView]) -> float:
+    def place(self, worker: WorkerView) -> _Place:
+        """What does not depend on the way."""
+        cached = self._held.get(worker.name, 0)
+        if cached > self._useful_blocks:
+            cached = self._useful_blocks
+        cached_tokens = cached * self._block_size
+        new_tokens = self._prompt_tokens - cached_tokens
+        start_s, token_s, pair_s = self._coefficients
+        own_s = start_s + new_tokens * (token_s + pair_s * (cached_tokens + 0.5 * new_tokens))
+        return _Place(worker, cached, own_s, *worker.gauge.reading(self._outlook.now_s))
+
+    def set_price(self, places: Collection[_Place]) -> None:
         """How many calls come, for each worker, before the prompts that wait by now are computed:
         so many seconds a second of work costs them. (Of an M/G/1 queue's busy period.)"""
-        now_s = self._outlook.now_s
-        gauges = {worker.name: worker.gauge for worker in (*roomy, *prefillers)}.values()
-        waiting_s = sum(gauge.waiting_s(now_s) for gauge in gauges) / len(gauges)
-        prompts_per_s = sum(gauge.prompts_per_s(now_s) for gauge in gauges) / len(gauges)
-        share = sum(gauge.prefilling_share(now_s) for gauge in gauges) / len(gauges)
-        calls = prompts_per_s * waiting_s / (1.0 - min(BUSY_MOST, share))
-        return self._placement.work_price * calls
+        waiting_s = share = prompts_per_s = 0.0
+        for place in places:
+            waiting_s += place.waiting_s
+            share += place.share
+            prompts_per_s += place.prompts_per_s
+        count = len(places)
+        calls = waiting_s * prompts_per_s / count**2 / (1.0 - min(BUSY_MOST, share / count))
+        self._later = self._placement.work_price * calls
 
-    def way(self, worker: WorkerView) -> _Way:
-        """To compute the prompt on a worker for another one."""
-        own_s = self._prefill_s(worker)
-        others_s = own_s * (worker.gauge.decoding + self._later)
-        others_s += self._forgotten_s(worker, self._ask.prompt_tokens)
-        return _Way(worker.gauge.waiting_s(self._outlook.now_s) + own_s, others_s, worker)
+    def way(self, place: _Place) -> _Way:
+        """To compute the prompt there for another worker."""
+        worker = place.worker
+        others_s = place.own_s * (worker.gauge.decoding + self._later)
+        others_s += self._forgotten_s(worker, self._prompt_tokens)
+        ready_s = place.waiting_s + place.own_s
+        return _Way(ready_s + others_s, worker.name, ready_s, others_s, worker)
 
-    def of(self, decode: WorkerView, ways: Sequence[_Way]) -> list[tuple[float, WorkerView | None]]:
-        """What each way costs in all if ``decode`` decodes; None: it computes the prompt, too."""
-        here_s = self._decode_s(decode)
-        waiting_s = decode.gauge.waiting_s(self._outlook.now_s)
-        own_s = self._prefill_s(decode)
-        local_s = waiting_s + own_s * (1.0 + decode.gauge.decoding + self._later)
-        found: list[tuple[float, WorkerView | None]] = [(here_s + local_s, None)]
+    def of(self, place: _Place, ways: Sequence[_Way], most: float) -> list[tuple[float, str]]:
+        """What each way costs in all if the call is decoded there; an empty name: locally. Ways
+        that cost more than ``most`` may be missing."""
+        decode = place.worker
+        here_s = self._decode_s(place)
+        local_s = place.waiting_s + place.own_s * (1.0 + decode.gauge.decoding + self._later)
+        found: list[tuple[float, str]] = [(here_s + local_s, "")]
         for way in ways:
-            if way.worker is not decode and way.worker.name in decode.warm_sources:
+            if here_s + way.seconds > most and not self._always:
+                break
+            if way.worker is not decode and way.name in decode.warm_sources:
                 # What waits here to be computed slows decoding when that begins.
-                ready_s = max(way.ready_s + self._moving_s(way.worker, decode), waiting_s)
-                found.append((here_s + ready_s + way.others_s, way.worker))
-        return found
+                ready_s = max(way.ready_s + self._moving_s(way, place), place.waiting_s)
+                found.append((here_s + ready_s + way.others_s, way.name))
+        return found[1:] if self._always and len(found) > 1 else found
 
-    def _prefill_s(self, worker: WorkerView) -> float:
-        blocks = cached_blocks_of(self._ask, self._held, worker, self._block_size)
-        cached_tokens = blocks * self._block_size
-        new_tokens = self._ask.prompt_tokens - cached_tokens
-        return self._outlook.speeds.prefill_s(new_tokens, cached_tokens)
-
-    def _moving_s(self, source: WorkerView, target: WorkerView) -> float:
-        """Until what ``target`` lacks of the prompt has come."""
-        cached = cached_blocks_of(self._ask, self._held, target, self._block_size)
-        blocks = -(-self._ask.prompt_tokens // self._block_size) - cached
-        size_bytes = blocks * target.kv_bytes_per_block
-        link = target.link(source.name)
+    def _moving_s(self, way: _Way, place: _Place) -> float:
+        """Until what the target lacks of the prompt has come."""
+        target = place.worker
+        size_bytes = (self._blocks - place.cached) * target.kv_bytes_per_block
+        link = target.link(way.name)
         if link is None or link.bytes_per_s <= 0.0:
             return LINK_FIXED_S + size_bytes / LINK_BYTES_PER_S
         return link.fixed_s + (size_bytes + link.in_flight_bytes) / link.bytes_per_s
 
-    def _decode_s(self, decode: WorkerView) -> float:
+    def _decode_s(self, place: _Place) -> float:
         """To decode the call beside those that are there, and what that costs them."""
-        start_s, sequence_s, token_s = self._outlook.speeds.step.coefficients
-        gauge, output_tokens = decode.gauge, self._output_tokens
-        batch = len(decode.decodes)
-        longer_s = sequence_s + token_s * self._context_tokens
-        step_s = start_s + sequence_s * batch + token_s * gauge.context_tokens + longer_s
-        share = min(BUSY_MOST, gauge.prefilling_share(self._outlook.now_s))
-        own_s = (
-            output_tokens * step_s / (1.0 - min(BUSY_MOST, self._placement.interference * share))
-        )
-        others_s = min(gauge.left_tokens, output_tokens * batch) * longer_s
-        return own_s + others_s + self._forgotten_s(decode, self._ask.prompt_tokens + output_tokens)
+        decode, output_tokens = place.worker, self._output_tokens
+        gauge, batch = decode.gauge, len(decode.decodes)
+        step_s = self._step_s + self._sequence_s * batch + self._longer_s
+        step_s += self._context_s * gauge.context_tokens
+        slowed = min(BUSY_MOST, self._placement.interference * place.share)
+        together = min(gauge.left_tokens, output_tokens * batch)
+        seconds = output_tokens * step_s / (1.0 - slowed) + together * self._longer_s
+        return seconds + self._forgotten_s(decode, self._prompt_tokens + output_tokens)
 
     def _forgotten_s(self, worker: WorkerView, tokens: float) -> float:
         """To compute again what a worker gives up for so many tokens of the call."""

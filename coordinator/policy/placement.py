@@ -184,7 +184,7 @@ def _jointly(
     alone = ask.aggregated or placement.disaggregated == "never"
     sibling = _sibling(ask, roomy)
     needed = prefill_blocks(ask, block_size)
-    prefillers: Collection[WorkerView] = ()
+    prefillers: Sequence[WorkerView] = ()
     if not alone:
         prefillers = [
             worker
