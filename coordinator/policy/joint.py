@@ -83,7 +83,7 @@ class _Place(NamedTuple):
 
 
 class _Way(NamedTuple):
-    """A worker that can compute the prompt for another one. ``others_s``: what that costs others."""
+    """A worker that can compute the prompt for another one; ``others_s``: what others pay."""
 
     seconds: float
     name: str
