@@ -116,6 +116,20 @@ def test_who_holds_the_most_is_compared_however_loaded() -> None:
     assert (found.decode, found.prefill) == ("w030", "")
 
 
+def test_the_joint_choice_among_a_few_is_that_among_all() -> None:
+    bed = cluster(policy="pythia", band=0.0)
+    for worker in bed.state.workers.values():
+        bed.take(worker, 5)
+        worker.gauge.plan(80.0, 20.0)
+    hashes = chain(*range(1, 50))
+    for holder in ("w030", "w028"):
+        bed.index.stored(holder, hashes)
+        found = bed.near(bed.ask(49 * BLOCK), hashes)
+        assert isinstance(found, Choice)
+        assert found == bed.all(bed.ask(49 * BLOCK), hashes)
+        assert found.decode == holder, "w028 has the role prefill and the smaller name"
+
+
 def test_when_nobody_has_room_nobody_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     bed = cluster()
     for worker in bed.state.workers.values():
