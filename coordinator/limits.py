@@ -128,8 +128,9 @@ class Placement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     prefill_workers_decode: bool = True
     """``pythia``: a call may be decoded on a prefill worker, too, if that costs least."""
     band: Factor = 0.02
-    """``pythia``: choices that cost at most so much more than the cheapest (as a share of it) are
-    as good: a hash of the call's turn chooses. 0: the cheapest, ties by name."""
+    """``pythia``: workers on which a call costs at most so much more than on the cheapest, as a
+    share of what is not the same everywhere, are as good: a hash of the call's turn chooses. 0: the
+    cheapest, ties by name."""
     work_price: Factor = 3.0
     """``pythia``: how much it counts that prompts hold up calls that come later."""
     interference: Factor = 1.0

@@ -118,14 +118,13 @@ def cheapest(
     most, width = float("inf"), 1.0 + placement.band
     for decode in roomy:
         # What cannot be among the best any more is not looked into.
-        place = places[decode.name]
-        for seconds, prefill in costs.of(place, ways, most):
-            if seconds <= most:
-                found.append((seconds, decode.name, prefill))
-                most = min(most, seconds * width)
-    chosen = _chosen(found, placement, ask.turn)
-    seconds, name, prefill = chosen
-    return Found(places[name].worker, places[prefill].worker if prefill else None, seconds)
+        seconds, prefill = costs.of(places[decode.name], ways, most)
+        if seconds <= most:
+            found.append((seconds, decode.name, prefill))
+            most = min(most, seconds * width)
+    seconds, name, prefill = _chosen(found, placement, ask.turn)
+    computes = places[prefill].worker if prefill else None
+    return Found(places[name].worker, computes, seconds + costs.alone_s)
 
 
 def _chosen(
@@ -169,6 +168,8 @@ class _Costs:
         self._longer_s = sequence_s + context_s * (ask.prompt_tokens + 0.5 * self._output_tokens)
         """By how much this call makes steps longer."""
         self._step_s, self._sequence_s, self._context_s = step_s, sequence_s, context_s
+        self.alone_s = self._output_tokens * (step_s + self._longer_s)
+        """To decode it alone: the same everywhere, so it makes nothing nearly equal."""
         self._later = 0.0
 
     def place(self, worker: WorkerView) -> _Place:
@@ -202,13 +203,13 @@ class _Costs:
         ready_s = place.waiting_s + place.own_s
         return _Way(ready_s + others_s, worker.name, ready_s, others_s, worker)
 
-    def of(self, place: _Place, ways: Sequence[_Way], most: float) -> list[tuple[float, str]]:
-        """What each way costs in all if the call is decoded there; an empty name: locally. Ways
-        that cost more than ``most`` may be missing."""
+    def of(self, place: _Place, ways: Sequence[_Way], most: float) -> tuple[float, str]:
+        """What the call costs beyond ``alone_s`` if it is decoded there, and who computes its
+        prompt then; an empty name: the same. Ways that cost more than ``most`` may be missed."""
         decode = place.worker
         here_s = self._decode_s(place)
         local_s = place.waiting_s + place.own_s * (1.0 + decode.gauge.decoding + self._later)
-        found: list[tuple[float, str]] = [(here_s + local_s, "")]
+        found = [(here_s + local_s, "")]
         for way in ways:
             if here_s + way.seconds > most and not self._always:
                 break
@@ -216,7 +217,7 @@ class _Costs:
                 # What waits here to be computed slows decoding when that begins.
                 ready_s = max(way.ready_s + self._moving_s(way, place), place.waiting_s)
                 found.append((here_s + ready_s + way.others_s, way.name))
-        return found[1:] if self._always and len(found) > 1 else found
+        return min(found[1:] if self._always and len(found) > 1 else found)
 
     def _moving_s(self, way: _Way, place: _Place) -> float:
         """Until what the target lacks of the prompt has come."""
@@ -228,14 +229,16 @@ class _Costs:
         return link.fixed_s + (size_bytes + link.in_flight_bytes) / link.bytes_per_s
 
     def _decode_s(self, place: _Place) -> float:
-        """To decode the call beside those that are there, and what that costs them."""
+        """By how much decoding takes longer beside those that are there, and what that costs
+        them."""
         decode, output_tokens = place.worker, self._output_tokens
         gauge, batch = decode.gauge, len(decode.decodes)
         step_s = self._step_s + self._sequence_s * batch + self._longer_s
         step_s += self._context_s * gauge.context_tokens
         slowed = min(BUSY_MOST, self._placement.interference * place.share)
         together = min(gauge.left_tokens, output_tokens * batch)
-        seconds = output_tokens * step_s / (1.0 - slowed) + together * self._longer_s
+        own_s = output_tokens * step_s / (1.0 - slowed) - self.alone_s
+        seconds = own_s + together * self._longer_s
         return seconds + self._forgotten_s(decode, self._prompt_tokens + output_tokens)
 
     def _forgotten_s(self, worker: WorkerView, tokens: float) -> float:
