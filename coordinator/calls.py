@@ -28,6 +28,7 @@ import msgspec
 
 from coordinator.kv_index import KvIndex
 from coordinator.limits import Placement
+from coordinator.pace import Pace
 from coordinator.placing import Placing
 from coordinator.policy.placement import Ask, Choice, Decision, Impossible, Wait
 from coordinator.policy.placer import Placer
@@ -109,12 +110,14 @@ class Calls:
         standing: Standing,
         placement: Placement,
         tracker: Tracker,
+        pace: Pace,
         placer: Placer | None = None,
     ) -> None:
         self._state = state
         self._index = index
         self._standing = standing
-        self._placing = Placing(state, index, standing, placement, placer)
+        self._pace = pace
+        self._placing = Placing(state, index, standing, placement, placer, pace)
         self.placement = placement
         self._tracker = tracker
         self._placer = placer
@@ -231,7 +234,7 @@ class Calls:
         """A worker is not registered any more: its calls go elsewhere."""
         for call in list(worker.decodes.values()):
             if call.phase is CallPhase.DECODING:
-                self._release(call)
+                self._release(call, now_s)
                 call.move(CallPhase.RESUMING, now_s, f"decode worker {worker.name} lost")
                 call.overdue = 0
                 self._set_due(call, now_s + self._state.limits.check_s)
@@ -429,6 +432,7 @@ class Calls:
             sibling=group.worker if group else "",
             turn=call.arrival + call.plans,
             last=self._last(submit.context) if placement.sticky else "",
+            expected_tokens=self._pace.expected_tokens(call),
         )
         return self._placing.decide(call, ask, now_s)
 
@@ -454,6 +458,7 @@ class Calls:
         call.cached_blocks = choice.cached_blocks
         if self.placement.single_flight:
             self._promise(call)
+        self._pace.planned(call, now_s)
         call.plans += 1
         call.plan = Plan(
             request=call.request,
@@ -494,7 +499,7 @@ class Calls:
 
     def _to_loading(self, call: Call, now_s: float, why: str) -> None:
         assert call.prefill is not None
-        self._computed(call)
+        self._computed(call, now_s)
         self._index.stored(call.prefill.name, call.submit.block_hashes)
         call.move(CallPhase.LOADING, now_s, why)
         call.overdue = 0
@@ -505,8 +510,9 @@ class Calls:
         assert call.decode is not None
         if call.phase is CallPhase.PREFILLING:
             self._to_loading(call, now_s, why)
-        self._computed(call)
+        self._computed(call, now_s)
         self._release_prefill(call)
+        self._pace.started(call, now_s)
         self._index.stored(call.decode.name, call.submit.block_hashes)
         call.move(CallPhase.DECODING, now_s, why)
         call.overdue = 0
@@ -568,7 +574,7 @@ class Calls:
 
     def _next_attempt(self, call: Call, now_s: float, why: str) -> None:
         """The current one is over for us."""
-        self._release(call)
+        self._release(call, now_s)
         call.move(CallPhase.QUEUED, now_s, why)
         call.attempt += 1
         call.overdue = 0
@@ -608,7 +614,7 @@ class Calls:
         if call.phase is CallPhase.QUEUED:
             self.queue.remove(call)
             state.room_changed = True
-        self._release(call)
+        self._release(call, now_s)
         call.move(phase, now_s, why)
         del call.api.calls[call.request]
         del state.calls[call.key]
@@ -616,6 +622,8 @@ class Calls:
         if call.submit.group:
             self._leave_group(call)
         self._tracker.closed(call, finished, now_s)
+        if finished is not None and phase is CallPhase.FINISHED:
+            self._pace.finished(call, finished)
         if call.plans:
             self._rate.note(now_s)
         state.counters[f"calls_{phase.value}"] += 1
@@ -665,10 +673,14 @@ class Calls:
             self._index.removed(call.computing.name, hashes, call.promised_from)
         call.promised_from = None
 
-    def _computed(self, call: Call) -> None:
-        """Nobody has the prompt to compute any more."""
+    def _computed(self, call: Call, now_s: float | None) -> None:
+        """Nobody has the prompt to compute any more: it was computed ``now_s``, or is given up."""
         if call.computing is None:
             return
+        if now_s is None:
+            self._pace.not_computed(call)
+        else:
+            self._pace.computed(call, now_s)
         call.computing.prefill_tokens -= call.uncached_tokens
         if call.computing is call.prefill:
             call.prefill.prefilling -= 1
@@ -681,18 +693,19 @@ class Calls:
 
     def _release_prefill(self, call: Call) -> None:
         """Give back the room on the prefill worker."""
-        self._computed(call)
+        self._computed(call, None)
         if call.prefill is not None:
             del call.prefill.prefills[call.key]
             self._give_back(call.prefill, call.prefill_blocks)
             call.prefill, call.prefill_blocks = None, 0
 
-    def _release(self, call: Call) -> None:
+    def _release(self, call: Call, now_s: float) -> None:
         """Give back all room; nothing happens if there is none."""
         self._break_promise(call)
         self._release_prefill(call)
         if call.decode is not None:
             del call.decode.decodes[call.key]
+            self._pace.released(call, call.decode, now_s)
             self._give_back(call.decode, call.decode_blocks)
             call.decode, call.decode_blocks = None, 0
 

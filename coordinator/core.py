@@ -26,6 +26,7 @@ from coordinator.invariants import check_all
 from coordinator.kv_index import KvIndex
 from coordinator.kv_sync import KvSync
 from coordinator.limits import Limits, Placement
+from coordinator.pace import Pace
 from coordinator.pairs import Pairs
 from coordinator.policy.placer import Placer
 from coordinator.protocol import (
@@ -68,6 +69,7 @@ from coordinator.protocol import (
     WorkerToCore,
 )
 from coordinator.roles import Roles
+from coordinator.speeds import Speeds
 from coordinator.standing import Standing
 from coordinator.state import Api, Peer, Send, State, Worker, WorkerPhase
 from coordinator.view import call_status, link_status, run_status, worker_status
@@ -134,8 +136,9 @@ class Core:
         self._learner = Learner(workflow_limits, keeps, epoch_s)
         self._registry = Registry(workflow_limits, self._learner, keeps)
         self._tracker = Tracker(self._state, workflow_limits, self._registry, self._learner)
+        self._pace = Pace(self._learner)
         self._calls = Calls(
-            self._state, self._index, self._standing, placement, self._tracker, placer
+            self._state, self._index, self._standing, placement, self._tracker, self._pace, placer
         )
         self._foresight = Foresight(self._learner, workflow_limits)
         self._desk = Desk(
@@ -156,6 +159,11 @@ class Core:
     def counters(self) -> dict[str, int]:
         """What happened so far, by name; the set of names is fixed."""
         return self._state.counters
+
+    @property
+    def speeds(self) -> Speeds:
+        """How fast engines are, as far as that has been learned."""
+        return self._pace.speeds
 
     def role(self, worker: str) -> Role | None:
         """The role that a worker has by now; None if it is not registered."""

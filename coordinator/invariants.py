@@ -7,6 +7,7 @@ the core keeps incrementally is summed up anew from the calls themselves. It cha
 from __future__ import annotations
 
 from collections import Counter
+from math import isclose
 
 from coordinator.calls import Calls
 from coordinator.kv_index import KvIndex
@@ -119,6 +120,22 @@ def _check_worker(worker: Worker, state: State, placement: Placement) -> None:
     assert worker.prefilling == len(prefilling), worker.name
     computing = [call.uncached_tokens for call in everyone if call.computing is worker]
     assert worker.prefill_tokens == sum(computing), worker.name
+    _check_gauge(worker, [call for call in everyone if call.computing is worker])
     assert len(worker.decodes) <= limits.calls_per_worker
     assert worker.prefilling <= limits.prefills_per_worker
     assert len(worker.story.lines) <= limits.story_lines
+
+
+def _check_gauge(worker: Worker, computing: list[Call]) -> None:
+    gauge, decodes = worker.gauge, worker.decodes.values()
+    assert gauge.prompts.keys() == {call.key for call in computing}, worker.name
+    sums = (
+        (gauge.backlog_s, sum(prompt.seconds for prompt in gauge.prompts.values())),
+        (gauge.context_tokens, sum(call.context_tokens for call in decodes)),
+        (gauge.left_tokens, sum(call.expected_tokens for call in decodes)),
+        (gauge.decoding_tokens, sum(call.context_tokens for call in decodes if call.mark)),
+    )
+    for kept, summed in sums:
+        assert isclose(kept, summed, rel_tol=1e-6, abs_tol=1e-6), worker.name
+    assert gauge.decoding == sum(call.phase is CallPhase.DECODING for call in decodes), worker.name
+    assert gauge.decoding == sum(call.mark is not None for call in decodes), worker.name

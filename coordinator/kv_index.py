@@ -173,6 +173,11 @@ class KvIndex:
         held = self._held.get(worker)
         return held.blocks if held is not None else 0
 
+    def room(self, worker: str) -> int:
+        """How many blocks ``worker`` can store before it forgets any."""
+        held = self._held.get(worker)
+        return held.capacity_blocks - held.blocks if held is not None else 0
+
     def check(self) -> None:
         """Assert that runs and workers agree and the bounds hold."""
         entries = 0

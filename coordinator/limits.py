@@ -97,6 +97,9 @@ class Ratio(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     busy all the time."""
 
 
+Policy = Literal["pythia", "least_kv", "round_robin", "least_loaded", "cache_aware", "cost"]
+
+
 class Placement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the placement policy is told. Tokens and fractions.
 
@@ -104,16 +107,19 @@ class Placement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     alone: other policies are here to be compared with.
     """
 
-    policy: Literal["pythia", "round_robin", "least_loaded", "cache_aware", "cost"] = "pythia"
-    """How the decode worker is chosen among those with room; see ``policy.decode_choice``."""
+    policy: Policy = "pythia"
+    """``pythia`` chooses the decode worker and the way to have the prompt's KV there together, by
+    what they cost; see ``policy.joint``. The others choose the decode worker among those with
+    room, see ``policy.decode_choice``, and then whether and where to prefill elsewhere."""
     prefill_policy: Literal["least_tokens", "least_loaded", "round_robin"] = "least_tokens"
-    """How the prefill worker is chosen among those with room; see ``policy.prefill_choice``."""
+    """Not ``pythia``: how the prefill worker is chosen among those with room; see
+    ``policy.prefill_choice``."""
     disaggregated: Literal["conditional", "always", "never"] = "conditional"
-    """When a dedicated prefill worker computes a prompt: from ``remote_prefill_min_tokens`` on,
-    whenever there is one, or never."""
+    """When a dedicated prefill worker computes a prompt: if that pays (``pythia``) or from
+    ``remote_prefill_min_tokens`` on, whenever there is one, or never."""
     remote_prefill_min_tokens: NotNegative = 512
-    """Prompt tokens not cached on the chosen decode worker from which a dedicated
-    prefill worker is used; below it the decode worker prefills itself."""
+    """Not ``pythia``: prompt tokens not cached on the chosen decode worker from which a
+    dedicated prefill worker is used; below it the decode worker prefills itself."""
     reserve: bool = True
     """Calls wait in the core until KV room is free for them on their workers. Otherwise they
     are sent at once, and engines let them wait and preempt them."""
@@ -122,15 +128,28 @@ class Placement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kv_headroom_fraction: Annotated[float, msgspec.Meta(ge=0.0, lt=1.0)] = 0.05
     """Share of a decode worker's KV blocks that is never reserved."""
     compared_workers: Positive = 32
-    """``pythia``: in a cluster of more workers only about so many are compared for a call: the
-    least loaded, those with the most room, those that hold the most of the prompt."""
+    """``pythia``, ``least_kv``: in a cluster of more workers only about so many are compared for
+    a call: the least loaded, those with the most room, those that hold the most of the prompt."""
+    prefill_workers_decode: bool = True
+    """``pythia``: a call may be decoded on a prefill worker, too, if that costs least."""
+    band: Factor = 0.02
+    """``pythia``: workers on which a call costs at most so much more than on the cheapest, as a
+    share of what is not the same everywhere, are as good: a hash of the call's turn chooses. 0: the
+    cheapest, ties by name."""
+    work_price: Factor = 3.0
+    """``pythia``: how much it counts that prompts hold up calls that come later."""
+    interference: Factor = 1.0
+    """``pythia``: how much it counts that prompts to come will slow decoding where prompts were
+    computed lately."""
+    forgotten: Factor = 1.0
+    """``pythia``: how much it counts that caches forget what was used longest ago."""
     siblings_together: bool = True
     """Calls of one group go to one decode worker while it has room."""
     single_flight: bool = True
     """A prompt counts as held by whoever has begun to compute it: calls that share a prefix with
     it and come meanwhile go there, where the engine computes it once."""
     cached_weight: Factor = 0.1
-    """``pythia``: having the whole prompt cached is worth this much of a worker's KV memory
+    """``least_kv``: having the whole prompt cached is worth this much of a worker's KV memory
     in load."""
     sticky: bool = False
     """``cache_aware``: an agent of a run that follows itself goes where its last call went, if
@@ -147,3 +166,12 @@ class Placement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``cost``: 0 takes the cheapest worker; above it draws by a softmax over the costs."""
     ratio: Ratio = Ratio()
     """How many workers prefill and how many decode."""
+
+    @property
+    def roles_shared(self) -> bool:
+        """Whether workers with the role prefill may decode beside others."""
+        return (
+            self.policy == "pythia"
+            and self.prefill_workers_decode
+            and self.disaggregated != "always"
+        )

@@ -1,9 +1,9 @@
 """Where a waiting call goes: what placement is asked, and whom it compares.
 
 Up to ``Placement.compared_workers`` workers are all compared. In a larger cluster ``pythia``
-compares those that can be the answer: an eighth of that number each of the least loaded
-decode and prefill workers and of those with the most room, and up to a half that hold the
-most of the prompt. So what a decision costs grows with the logarithm of the cluster. Where
+and ``least_kv`` compare those that can be the answer: an eighth of that number each of the least
+loaded decode and prefill workers and of those with the most room, and up to a half that hold
+the most of the prompt. So what a decision costs grows with the logarithm of the cluster. Where
 these are no answer all are asked, and so they are where nobody has room for sure, after a
 failure and by the other policies, which are here to be compared with.
 """
@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from coordinator.kv_index import KvIndex
 from coordinator.limits import Placement
+from coordinator.pace import Pace
+from coordinator.policy.joint import Outlook
 from coordinator.policy.placement import (
     NO_PREFILL_ROOM,
     NO_PREFILL_WORKER,
@@ -27,6 +29,9 @@ from coordinator.policy.placer import Placer
 from coordinator.standing import Standing
 from coordinator.state import Call, State
 
+FEW_COMPARED = ("pythia", "least_kv")
+"""Policies that compare only some workers of a large cluster."""
+
 
 class Placing:
     """Asks the configured policy, or the ``placer``."""
@@ -38,12 +43,14 @@ class Placing:
         standing: Standing,
         placement: Placement,
         placer: Placer | None,
+        pace: Pace,
     ) -> None:
         self._state = state
         self._index = index
         self._standing = standing
         self._placement = placement
         self._placer = placer
+        self._pace = pace
 
     def decide(self, call: Call, ask: Ask, now_s: float) -> Decision:
         """For the call that is first in the queue."""
@@ -55,14 +62,23 @@ class Placing:
 
         if self._placer is not None:
             return self._placer.place(call, ask, workers.values(), cached, now_s)
-        if len(workers) > self._placement.compared_workers and self._placement.policy == "pythia":
-            decision = self._near(ask, hashes)
+        if (
+            len(workers) > self._placement.compared_workers
+            and self._placement.policy in FEW_COMPARED
+        ):
+            decision = self._near(ask, hashes, now_s)
             if decision is not None:
                 return decision
         state = self._state
-        return place(ask, workers.values(), cached, state.limits, self._placement, state.block_size)
+        outlook = self._outlook(now_s)
+        return place(
+            ask, workers.values(), cached, state.limits, self._placement, state.block_size, outlook
+        )
 
-    def _near(self, ask: Ask, hashes: bytes) -> Decision | None:
+    def _outlook(self, now_s: float) -> Outlook:
+        return Outlook(self._pace.speeds, now_s, self._index.room, self._pace.reuse)
+
+    def _near(self, ask: Ask, hashes: bytes, now_s: float) -> Decision | None:
         """What comes of comparing a few; None if that settles nothing."""
         state, standing, placement = self._state, self._standing, self._placement
         standing.renew()
@@ -79,8 +95,11 @@ class Placing:
         held = self._index.longest_prefix(hashes, 4 * few, names)
         names |= dict.fromkeys(held)
         near = [state.workers[name] for name in names]
-        decision = place(ask, near, lambda: held, state.limits, placement, state.block_size)
+        decision = place(
+            ask, near, lambda: held, state.limits, placement, state.block_size, self._outlook(now_s)
+        )
         if isinstance(decision, Choice):
+            # Of ``least_kv``: others may have a link.
             settled = decision.reason != NO_PREFILL_WORKER or not prefillers
         else:
             blocks = prefill_blocks(ask, state.block_size)

@@ -97,7 +97,9 @@ class Standing:
 
     def __init__(self, limits: Limits, placement: Placement) -> None:
         self._limits = limits
+        self._placement = placement
         self._reserve = placement.reserve
+        self._roles_shared = placement.roles_shared
         self.decoders, self.prefillers = Side(), Side()
         self._workers: dict[str, Worker] = {}
         self._touched: set[str] = set()
@@ -135,7 +137,7 @@ class Standing:
         not. Prefill workers count only where there are no others."""
         if self._largest is None:
             workers = self._workers.values()
-            sizes = [worker.tokens_max for worker in workers if worker.role != "prefill"]
+            sizes = [worker.tokens_max for worker in workers if self._decodes(worker)]
             self._largest = max(sizes or (worker.tokens_max for worker in workers), default=0)
         return self._largest
 
@@ -143,7 +145,7 @@ class Standing:
         """Assert that the orders are what they would be if they were made now."""
         assert list(self._workers.values()) == list(workers)
         self.renew()
-        fresh = Standing(self._limits, Placement(reserve=self._reserve))
+        fresh = Standing(self._limits, self._placement)
         for worker in workers:
             fresh.add(worker)
         fresh.renew()
@@ -154,9 +156,12 @@ class Standing:
             assert ours.by_load.as_dict() == theirs.by_load.as_dict()
             assert ours.by_taken.as_dict() == theirs.by_taken.as_dict()
 
+    def _decodes(self, worker: Worker) -> bool:
+        return self._roles_shared or worker.role != "prefill"
+
     def _put(self, worker: Worker) -> None:
         limits = self._limits
-        if worker.up and worker.role != "prefill":
+        if worker.up and self._decodes(worker):
             taken = max(worker.kv_blocks_reserved, worker.kv_blocks_used)
             load = taken / worker.usable_blocks + worker.waiting / worker.batch_slots
             free = len(worker.decodes) < limits.calls_per_worker

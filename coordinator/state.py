@@ -16,6 +16,7 @@ import msgspec
 
 from coordinator.deadlines import Deadlines, Key
 from coordinator.errors import InvalidTransition, StoryLine
+from coordinator.gauge import Decoded, Gauge, Mark
 from coordinator.limits import Limits
 from coordinator.protocol import (
     CoreToApi,
@@ -167,6 +168,8 @@ class Worker:
     batch_slots: int = field(init=False)
     started_role: Role = field(init=False)
     """The one that it registered with."""
+    kv_bytes_per_block: int = field(init=False)
+    """What a block weighs on a link; 0 if its engine did not say."""
     turned_s: float = float("-inf")
     """When its role last changed since it registered."""
     phase: WorkerPhase = WorkerPhase.UP
@@ -186,10 +189,13 @@ class Worker:
     """Those of ``prefills`` that are not computed yet."""
     prefill_tokens: int = 0
     """Uncached prompt tokens that it has yet to compute, for itself or for others."""
+    gauge: Gauge = field(default_factory=Gauge)
+    """The same and what it decodes, in seconds and tokens to come."""
     warm_sources: set[str] = field(default_factory=set)
     """Workers whose KV it has been seen to pull."""
     links: list[LinkLoad] = field(default_factory=list)
     """What it said at the last beat of whom it reads from."""
+    _link_of: dict[str, LinkLoad] | None = None
     probe: Pair | None = None
     cold_urgent: dict[PairKey, Pair] = field(default_factory=dict)
     cold_other: dict[PairKey, Pair] = field(default_factory=dict)
@@ -200,6 +206,7 @@ class Worker:
         self.role = self.started_role = self.ready.role
         self.tokens_max = min(facts.max_model_len, facts.kv_blocks * facts.block_size)
         self.batch_slots = facts.max_num_seqs
+        self.kv_bytes_per_block = facts.kv_bytes_per_block
 
     @property
     def facts(self) -> EngineFacts:
@@ -209,9 +216,16 @@ class Worker:
     def beat(self, load: Load, links: list[LinkLoad]) -> None:
         """What its engine says of itself, and the worker of its links."""
         self.load = load
-        self.links = links
+        if links is not self.links:
+            self.links, self._link_of = links, None
         self.waiting = max(0, load.waiting)
         self.kv_blocks_used = load.kv_blocks_used
+
+    def link(self, source: str) -> LinkLoad | None:
+        """What it said at the last beat of reading from ``source``, if anything."""
+        if self._link_of is None:
+            self._link_of = {link.source: link for link in self.links}
+        return self._link_of.get(source)
 
     def turn(self, role: Role, now_s: float, why: str) -> None:
         """The only writer of ``role``; InvalidTransition for a turn not in the table.
@@ -306,6 +320,14 @@ class Call:
     if it does not."""
     cached_blocks: int = 0
     """What the index believed the decode worker to hold when the call was planned."""
+    expected_tokens: float = 0.0
+    """What it is expected to generate by its plan."""
+    context_tokens: float = 0.0
+    """Its context by its plan, halfway through."""
+    mark: Mark | None = None
+    """How its worker's gauge stood when it began to decode."""
+    decoded: Decoded | None = None
+    """What its worker's gauge said at its end."""
     run: Run | None = None
     """The run of a workflow that it belongs to, if that is tracked."""
     avoid: set[tuple[str, str]] = field(default_factory=set)

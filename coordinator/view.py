@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Set, Sized
 from typing import Protocol
 
+from coordinator.gauge import Gauge
 from coordinator.protocol import (
     CallStatus,
     Finished,
@@ -61,7 +62,12 @@ class WorkerView(Protocol):
     @property
     def prefill_tokens(self) -> int: ...
     @property
+    def gauge(self) -> Gauge: ...
+    @property
+    def kv_bytes_per_block(self) -> int: ...
+    @property
     def warm_sources(self) -> Set[str]: ...
+    def link(self, source: str) -> LinkLoad | None: ...
 
 
 def worker_status(worker: Worker, peers: int, now_s: float) -> WorkerStatus:

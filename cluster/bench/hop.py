@@ -78,7 +78,7 @@ def measure(model: str, pairs: int, prompt_tokens: int, console: Console) -> lis
         model,
         ["prefill", "decode"],
         metrics=True,
-        placement=Placement(remote_prefill_min_tokens=1),
+        placement=Placement(disaggregated="always"),
     )
     whole = cluster_config("bench-whole", model, ["mixed"], metrics=True)
     with scratch() as folder:

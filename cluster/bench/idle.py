@@ -49,7 +49,7 @@ def run(setup: Setup | None = None, console: Console | None = None) -> dict[str,
     process fails."""
     setup = setup or Setup()
     console = console or Console(stderr=True)
-    placement = Placement(remote_prefill_min_tokens=REMOTE_TOKENS)
+    placement = Placement(policy="least_kv", remote_prefill_min_tokens=REMOTE_TOKENS)
     config = cluster_config("bench-idle", setup.model, ROLES, placement=placement)
     with scratch() as folder:
         cluster = LocalCluster(config, folder, progress=progress_for(console))

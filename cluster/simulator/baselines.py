@@ -154,6 +154,7 @@ _STICKY: dict[str, object] = {"policy": "cache_aware", "sticky": True}
 
 BASELINES: Mapping[str, Baseline] = {
     "pythia": Baseline("Pythia's own placement with all its mechanisms", "split"),
+    "pythia-mixed": Baseline("the same, all workers may do everything", "mixed"),
     # --- other systems ---
     "aggregated-round-robin": Baseline(
         "aggregated, one worker after the other",
@@ -239,27 +240,38 @@ BASELINES: Mapping[str, Baseline] = {
         "split",
         limits={"prefills_per_worker": UNBOUNDED},
     ),
-    "pythia-no-cached-weight": Baseline(
-        "what decode workers hold of a prompt does not count", "split", {"cached_weight": 0.0}
-    ),
     "pythia-no-load": Baseline(
         "decode workers are chosen in turn, not by load and caches",
         "split",
         {"policy": "round_robin"},
     ),
-    "pythia-no-threshold": Baseline(
+    "pythia-no-choice": Baseline(
         "every prompt is prefilled by a prefill worker", "split", {"disaggregated": "always"}
+    ),
+    "pythia-no-joint": Baseline(
+        "the decode worker by KV memory, then a prefill worker for long prompts; no times",
+        "split",
+        {"policy": "least_kv"},
+    ),
+    "pythia-no-shared-roles": Baseline(
+        "prefill workers do not decode", "split", {"prefill_workers_decode": False}
+    ),
+    "pythia-no-work-price": Baseline(
+        "what prompts cost calls that come later does not count", "split", {"work_price": 0.0}
+    ),
+    "pythia-no-interference": Baseline(
+        "what prompts to come cost those that decode does not count",
+        "split",
+        {"interference": 0.0},
+    ),
+    "pythia-no-forgotten": Baseline(
+        "what caches forget does not count", "split", {"forgotten": 0.0}
+    ),
+    "pythia-no-band": Baseline(
+        "of nearly equal choices always the cheapest", "split", {"band": 0.0}
     ),
     "pythia-no-disaggregation": Baseline(
         "all workers do both, each call on one", "mixed", {"disaggregated": "never"}
-    ),
-    "pythia-no-least-tokens": Baseline(
-        "prefill workers are chosen in turn", "split", {"prefill_policy": "round_robin"}
-    ),
-    "pythia-no-prefill-cache": Baseline(
-        "what prefill workers hold of a prompt does not count",
-        "split",
-        {"prefill_policy": "least_loaded"},
     ),
     "pythia-no-single-flight": Baseline(
         "a prompt counts as held only when it is computed", "split", {"single_flight": False}

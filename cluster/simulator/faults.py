@@ -30,7 +30,7 @@ from cluster.simulator.world import World, engine_facts, settle
 from cluster.workload.form import Run, Workload
 from cluster.workload.generators import GENERATORS
 from cluster.workload.source import open_workload
-from coordinator.limits import Limits, Placement
+from coordinator.limits import Limits, Placement, Policy
 from coordinator.protocol import Role
 from coordinator.shape import ModelShape
 
@@ -165,14 +165,17 @@ def random_workload(rng: random.Random, seed: int, tokens_max: int) -> Workload:
     return msgspec.structs.replace(workload, runs=tuple(kept))
 
 
-def run_fault_seed(seed: int, api_crashes: bool = True) -> FaultReport:
-    """Simulate what a seed says. OracleError if anything happens that must not, or breaks.
+def run_fault_seed(seed: int, policy: Policy = "pythia", api_crashes: bool = True) -> FaultReport:
+    """Simulate what a seed says, with a placement policy. OracleError if anything happens that
+    must not, or breaks.
 
     ``api_crashes``: API processes crash, too, if the seed says so.
     """
     began_s = time.perf_counter()
     rng = random.Random(f"{seed}/faults")
     setup, faults = random_setup(rng), random_faults(rng)
+    placement = msgspec.structs.replace(setup.placement, policy=policy)
+    setup = msgspec.structs.replace(setup, placement=placement)
     if api_crashes:
         # By chance of its own: all else is as it would be without.
         every_s = random.Random(f"{seed}/api crashes").choice((0.0, 0.0, 10.0, 30.0))

@@ -22,6 +22,8 @@ class Ask(msgspec.Struct, frozen=True, gc=False):
     """Number of the call, plus the plans it has had: consecutive for consecutive calls."""
     last: str = ""
     """Worker that decoded the session's call before this one; empty if unknown."""
+    expected_tokens: float = 0.0
+    """What it is expected to generate; 0 for ``output_tokens``."""
 
 
 def cached_blocks_of(ask: Ask, held: Mapping[str, int], worker: WorkerView, block_size: int) -> int:

@@ -1,9 +1,10 @@
-"""Which of the workers with room decodes a call: one function per ``Placement.policy``.
+"""Which of the workers with room decodes a call: one function per ``Placement.policy`` but
+Pythia's own, which chooses more than that (``policy.joint``).
 
-``pythia``
+``least_kv``
     the least loaded, where load = (KV blocks taken + blocks this call needs) / usable KV
     blocks + waiting requests / batch slots - ``cached_weight`` * share of the prompt that
-    it holds already.
+    it holds already. No estimates of time.
 ``round_robin``
     one after the other by name, whatever they have to do.
 ``least_loaded``
@@ -46,7 +47,7 @@ DecodeChoice = Callable[
 size."""
 
 
-def pythia(
+def least_kv(
     ask: Ask,
     roomy: Sequence[WorkerView],
     blocks: int,
@@ -181,7 +182,7 @@ def _name(worker: WorkerView) -> str:
 
 
 DECODE_CHOICES: Mapping[str, DecodeChoice] = {
-    "pythia": pythia,
+    "least_kv": least_kv,
     "round_robin": round_robin,
     "least_loaded": least_loaded,
     "cache_aware": cache_aware,

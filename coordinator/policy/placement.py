@@ -1,19 +1,22 @@
 """Where a call decodes, and whether somebody else computes its prompt first.
 
-Decode first: one of the workers that may decode and have room, chosen by
-``Placement.policy`` (see ``decode_choice``). What is taken on a worker is the larger of
+Which workers may be asked: those that are up, can hold the prompt, have not failed the call
+before if there are others, and have room. What is taken on a worker is the larger of
 what is reserved and what the engine says is in use: outputs longer than their
 reservation, and calls that another core has planned, count too. A worker on which nothing
 is reserved always takes one call, whatever the numbers say, so that no call that fits an
 engine waits for ever.
 
-Then prefill, if needed: a dedicated worker computes the prompt iff enough of it is not
-cached on the decode worker and a link to it is known to work; one of those with room,
-chosen by ``Placement.prefill_policy`` (see ``prefill_choice``). If all of them are
-full the call waits; if there is none, the decode worker does it.
+``pythia`` chooses decode worker and prefill worker together, by what they cost in seconds
+(``joint``); where no prefill worker has room it knows what it costs to do without.
 
-Pure functions of views; nothing is remembered between calls. No estimates of time and
-no knowledge of workflows.
+Every other ``Placement.policy`` chooses the decode worker first (``decode_choice``). Then
+a dedicated worker computes the prompt iff enough of it is not cached on the decode worker
+and a link to it is known to work; one of those with room, chosen by
+``Placement.prefill_policy`` (``prefill_choice``). If all of them are full the call waits;
+if there is none, the decode worker does it.
+
+Pure functions of views; nothing is remembered between calls.
 """
 
 from __future__ import annotations
@@ -25,7 +28,9 @@ import msgspec
 from coordinator.limits import Limits, Placement
 from coordinator.policy.ask import Ask, cached_blocks_of
 from coordinator.policy.decode_choice import DECODE_CHOICES
+from coordinator.policy.joint import Outlook, cheapest
 from coordinator.policy.prefill_choice import PREFILL_CHOICES
+from coordinator.speeds import Speeds
 from coordinator.view import WorkerView
 
 __all__ = ["Ask", "Choice", "Decision", "Impossible", "Wait", "can_ever_hold", "place"]
@@ -61,6 +66,8 @@ class Impossible(msgspec.Struct, frozen=True, gc=False):
 
 Decision = Choice | Wait | Impossible
 
+NOTHING = Outlook(Speeds(), 0.0, lambda worker: 0, 0.0)
+"""What is known before anything is: a guess of speeds, and that caches do not matter."""
 NO_WORKER = Wait("no worker is up")
 NO_ROOM = Wait("no worker has room")
 NO_PREFILL_ROOM = Wait("no prefill worker has room")
@@ -78,14 +85,17 @@ def prefill_blocks(ask: Ask, block_size: int) -> int:
     return -(-ask.prompt_tokens // block_size)
 
 
-def can_ever_hold(workers: Collection[WorkerView], prompt_tokens: int) -> bool:
+def can_ever_hold(
+    workers: Collection[WorkerView], prompt_tokens: int, roles_shared: bool = False
+) -> bool:
     """Some registered worker that may decode is large enough for the prompt and one token.
 
-    Whether it is up or not. Prefill workers count only where there are no others.
+    Whether it is up or not. Prefill workers count only where there are no others, or where
+    roles are shared.
     """
     decoders = False
     for worker in workers:
-        if worker.role != "prefill":
+        if roles_shared or worker.role != "prefill":
             decoders = True
             if worker.tokens_max > prompt_tokens:
                 return True
@@ -99,11 +109,13 @@ def place(
     limits: Limits,
     placement: Placement,
     block_size: int,
+    outlook: Outlook | None = None,
 ) -> Decision:
     """Choose workers for a call.
 
     ``workers``: all registered ones, with blocks of ``block_size`` tokens. ``cached``: how
     many leading blocks of the prompt each holds; asked for only when there is a choice.
+    ``outlook``: what ``pythia`` knows of times, if anything.
     """
     prompt_tokens = ask.prompt_tokens
     no_decoders = not any(worker.up and worker.role != "prefill" for worker in workers)
@@ -111,11 +123,11 @@ def place(
         worker
         for worker in workers
         if worker.up
-        and (no_decoders or worker.role != "prefill")
+        and (no_decoders or placement.roles_shared or worker.role != "prefill")
         and worker.tokens_max > prompt_tokens
     ]
     if not able:
-        if not workers or can_ever_hold(workers, prompt_tokens):
+        if not workers or can_ever_hold(workers, prompt_tokens, placement.roles_shared):
             return NO_WORKER
         return Impossible(f"no worker can hold {prompt_tokens} prompt tokens")
     blocks = decode_blocks(ask, placement, block_size)
@@ -127,6 +139,10 @@ def place(
     if not roomy:
         return NO_ROOM
     held = cached()
+    if placement.policy == "pythia":
+        others = () if no_decoders else _without(workers, ask)
+        known = outlook or NOTHING
+        return _jointly(ask, others, roomy, held, limits, placement, block_size, known)
     decode = _sibling(ask, roomy) or DECODE_CHOICES[placement.policy](
         ask, roomy, blocks, held, placement, block_size
     )
@@ -152,6 +168,47 @@ def place(
         and worker.tokens_max > prompt_tokens
     ]
     return _with_prefill(ask, local, linked, held, limits, placement, block_size)
+
+
+def _jointly(
+    ask: Ask,
+    workers: Collection[WorkerView],
+    roomy: Sequence[WorkerView],
+    held: Mapping[str, int],
+    limits: Limits,
+    placement: Placement,
+    block_size: int,
+    outlook: Outlook,
+) -> Choice:
+    """Decode worker and way to have the prompt's KV there, chosen together."""
+    alone = ask.aggregated or placement.disaggregated == "never"
+    sibling = _sibling(ask, roomy)
+    needed = prefill_blocks(ask, block_size)
+    prefillers: Sequence[WorkerView] = ()
+    if not alone:
+        prefillers = [
+            worker
+            for worker in _with_room(workers, needed, placement)
+            if worker.role != "decode"
+            and worker.up
+            and worker.tokens_max > ask.prompt_tokens
+            and worker.prefilling < limits.prefills_per_worker
+        ]
+    decode, prefill, seconds = cheapest(
+        ask, [sibling] if sibling else roomy, prefillers, held, placement, block_size, outlook
+    )
+    computing = prefill or decode
+    own_blocks = cached_blocks_of(ask, held, computing, block_size)
+    way = f"remote: {seconds:.3f} s" if prefill else f"local: {seconds:.3f} s"
+    return Choice(
+        decode=decode.name,
+        prefill=prefill.name if prefill else "",
+        decode_blocks=min(decode_blocks(ask, placement, block_size), decode.usable_blocks),
+        prefill_blocks=min(needed, prefill.usable_blocks) if prefill else 0,
+        cached_blocks=cached_blocks_of(ask, held, decode, block_size),
+        uncached_tokens=ask.prompt_tokens - own_blocks * block_size,
+        reason=way,
+    )
 
 
 def _remote_from_tokens(placement: Placement) -> int:

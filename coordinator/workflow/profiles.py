@@ -33,6 +33,9 @@ from coordinator.workflow.sharing import Sketch, hashes_of
 from coordinator.workflow.units import IDLE, LAST, RUNNING, Units
 from coordinator.workflow.view import predicted, workflow_view
 
+FEW = 5.0
+"""Answers from which on an agent's own mean counts."""
+
 
 class _Tenant:
     """One tenant's workflows and live runs, the least recently used first."""
@@ -212,6 +215,15 @@ class Profiles:
         run = tenant.runs.get((self._short(key.workflow), self._short(key.run)))
         before = run.visits.get(symbol, 0) if run is not None else 0
         return profile.agent(symbol).answer_tokens(before, profile.everything)
+
+    def mean_output_tokens(self, tenant: str, workflow: str, agent: str) -> float:
+        """How long answers of an agent are in the mean, or of its workflow as long as it has
+        answered little; 0 if nothing is known."""
+        profile = self._known(tenant, workflow)
+        if profile is None:
+            return 0.0
+        own = profile.agent(profile.known_symbol(agent)).output_tokens
+        return own.mean() if own.values.samples >= FEW else profile.everything.output_tokens.mean()
 
     def workflows(self, tenant: str) -> list[str]:
         """The names of a tenant's workflows, in order."""

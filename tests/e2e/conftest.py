@@ -69,6 +69,7 @@ coordinator:
 limits:
   queue_s: {QUEUE_S}
 placement:
+  policy: least_kv # what it does does not depend on how fast this machine is
   remote_prefill_min_tokens: {REMOTE_MIN_TOKENS}
 """
 

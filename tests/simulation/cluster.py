@@ -41,7 +41,7 @@ def cluster(
         options=options or EngineOptions(kv_blocks=4096, max_model_len=16384),
         network=network or NetworkSetup(),
         limits=limits or Limits(),
-        placement=placement or Placement(remote_prefill_min_tokens=BLOCK),
+        placement=placement or Placement(policy="least_kv", remote_prefill_min_tokens=BLOCK),
         api_servers=api_servers,
     )
 

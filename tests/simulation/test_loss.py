@@ -26,7 +26,7 @@ LIMITS = Limits(
     call_s=60.0,
     probe_s=3.0,
 )
-PLACEMENT = Placement(remote_prefill_min_tokens=16, reserve_output_tokens=16)
+PLACEMENT = Placement(policy="least_kv", remote_prefill_min_tokens=16, reserve_output_tokens=16)
 WORKERS: tuple[tuple[str, Role], ...] = (
     ("p0", "prefill"),
     ("d0", "decode"),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from coordinator.protocol import Load, Role
+from coordinator.gauge import Gauge
+from coordinator.protocol import LinkLoad, Load, Role
 
 
 @dataclass
@@ -28,6 +29,13 @@ class Seen:
     prefilling: int = 0
     prefill_tokens: int = 0
     warm_sources: set[str] = field(default_factory=set)
+    gauge: Gauge = field(default_factory=Gauge)
+    kv_bytes_per_block: int = 1 << 20
+    links: dict[str, LinkLoad] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.started_role = self.started_role or self.role
+
+    def link(self, source: str) -> LinkLoad | None:
+        """What it said of reading from ``source``."""
+        return self.links.get(source)

@@ -89,14 +89,11 @@ def test_every_baseline_is_a_valid_configuration(name: str) -> None:
 
 
 def test_no_two_baselines_are_the_same() -> None:
-    configured = [
-        (each.roles, each.placement, each.limits, each.ratio) for each in BASELINES.values()
-    ]
-    known = [each for each in BASELINES.values() if each.placers or each.bound]
-    assert len(known) == 2
-    for number, each in enumerate(configured):
-        if list(BASELINES.values())[number] not in known:
-            assert configured.count(each) == 1, list(BASELINES)[number]
+    placed = {name: each for name, each in BASELINES.items() if not each.placers and not each.bound}
+    assert len(placed) == len(BASELINES) - 2
+    configured = [(each.roles, each.placement, each.limits, each.ratio) for each in placed.values()]
+    for name, each in zip(placed, configured, strict=True):
+        assert configured.count(each) == 1, name
     assert len({each.description for each in BASELINES.values()}) == len(BASELINES)
 
 

@@ -228,8 +228,8 @@ def test_while_every_worker_has_enough_to_prefill_nothing_is_sent() -> None:
 def test_calls_that_are_not_of_the_workload_are_placed_as_configured() -> None:
     cluster = Cluster(run_of("a", 700))
     cluster.plan("nobody", max_output_tokens=1000)
-    assert cluster.bed.reserved() == [20, 0]  # 64 + 256 tokens
-    assert cluster.bed.row("nobody").reason == "local: few uncached tokens"
+    assert sorted(cluster.bed.reserved()) == [0, 20]  # 64 + 256 tokens
+    assert cluster.bed.row("nobody").reason.startswith("local: ")
 
 
 def test_a_generated_part_is_no_output_any_more() -> None:

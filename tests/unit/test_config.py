@@ -62,8 +62,8 @@ BAD = [
     (
         "placement: {policy: round-robin}\n",
         4,
-        "placement.policy: must be one of pythia, round_robin, least_loaded, cache_aware, cost "
-        "(got 'round-robin'; did you mean 'round_robin'?)",
+        "placement.policy: must be one of pythia, least_kv, round_robin, least_loaded, "
+        "cache_aware, cost (got 'round-robin'; did you mean 'round_robin'?)",
     ),
     (
         "placement: {disaggregated: sometimes}\n",

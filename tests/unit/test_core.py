@@ -56,7 +56,10 @@ Told = list[tuple[str, object]]
 
 LIMITS = Limits(queue_calls=3, calls_per_worker=4, attempts=3, probe_attempts=2)
 PLACEMENT = Placement(
-    remote_prefill_min_tokens=100, reserve_output_tokens=32, kv_headroom_fraction=0.1
+    policy="least_kv",
+    remote_prefill_min_tokens=100,
+    reserve_output_tokens=32,
+    kv_headroom_fraction=0.1,
 )
 FACTS = EngineFacts("0.32", "model", "fingerprint", 16, 100, 2000, 8, 2048)
 LONG = 320

@@ -220,3 +220,11 @@ def test_a_few_of_many_holders_are_those_that_hold_the_most() -> None:
     assert asked == dict.fromkeys(["w12", "w13", "w14", "w15"], 10) | {"w00": 9}
     assert index.longest_prefix(chain(*range(1, 10)), 8) == {}
     assert len(index.longest_prefix(chain(*range(1, 10)), 40)) == 40
+
+
+def test_room_is_what_can_be_stored_before_anything_is_forgotten() -> None:
+    index = index_of(a=4)
+    index.stored("a", chain(1, 2, 3))
+    assert (index.room("a"), index.room("nobody")) == (1, 0)
+    index.stored("a", chain(4, 5))
+    assert index.room("a") == 0

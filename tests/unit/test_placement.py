@@ -20,7 +20,7 @@ from tests.unit.seen import Seen
 
 BLOCK_SIZE = 16
 LIMITS = Limits(calls_per_worker=4, prefills_per_worker=2)
-PLACEMENT = Placement(remote_prefill_min_tokens=100, reserve_output_tokens=64)
+PLACEMENT = Placement(policy="least_kv", remote_prefill_min_tokens=100, reserve_output_tokens=64)
 
 
 ASK = Ask(prompt_tokens=320, output_tokens=1000, aggregated=False, avoid=(), sibling="")

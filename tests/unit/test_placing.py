@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from random import Random
+from typing import Literal
 
 import pytest
 from hypothesis import given, settings
@@ -11,11 +12,14 @@ from hypothesis import strategies as st
 
 from coordinator.kv_index import KvIndex
 from coordinator.limits import Limits, Placement
+from coordinator.pace import Pace
 from coordinator.placing import Placing
 from coordinator.policy.placement import NO_ROOM, Ask, Choice, Decision, place
 from coordinator.protocol import CallContext, EngineFacts, Load, Ready, Role, Submit
 from coordinator.standing import Standing
 from coordinator.state import Api, Call, State, Worker, WorkerPhase
+from coordinator.workflow.learner import Learner
+from coordinator.workflow.limits import WorkflowLimits
 
 BLOCK = 16
 LIMITS = Limits(calls_per_worker=4, prefills_per_worker=2)
@@ -37,7 +41,8 @@ class Bed:
     def __post_init__(self) -> None:
         self.state.block_size = BLOCK
         self.standing = Standing(LIMITS, self.placement)
-        self.placing = Placing(self.state, self.index, self.standing, self.placement, None)
+        pace = Pace(Learner(WorkflowLimits()))
+        self.placing = Placing(self.state, self.index, self.standing, self.placement, None, pace)
 
     def worker(self, name: str, role: Role = "decode", kv_blocks: int = 100) -> Worker:
         facts = EngineFacts("0", "m", "f", BLOCK, kv_blocks, 10_000, 8, 2048)
@@ -80,7 +85,8 @@ class Bed:
 
 def cluster(few: int = 8, **placement: object) -> Bed:
     """A prefill worker for every three that decode, more than are compared."""
-    bed = Bed(Placement(compared_workers=few, **placement))  # type: ignore[arg-type]
+    terms = {"policy": "least_kv", "compared_workers": few, **placement}
+    bed = Bed(Placement(**terms))  # type: ignore[arg-type]
     for number in range(4 * few):
         bed.worker(f"w{number:03}", "prefill" if number % 4 == 0 else "decode")
     bed.warm()
@@ -108,6 +114,20 @@ def test_who_holds_the_most_is_compared_however_loaded() -> None:
     found = bed.near(bed.ask(49 * BLOCK), hashes)
     assert isinstance(found, Choice)
     assert (found.decode, found.prefill) == ("w030", "")
+
+
+def test_the_joint_choice_among_a_few_is_that_among_all() -> None:
+    bed = cluster(policy="pythia", band=0.0)
+    for worker in bed.state.workers.values():
+        bed.take(worker, 5)
+        worker.gauge.plan(80.0, 20.0)
+    hashes = chain(*range(1, 50))
+    for holder in ("w030", "w028"):
+        bed.index.stored(holder, hashes)
+        found = bed.near(bed.ask(49 * BLOCK), hashes)
+        assert isinstance(found, Choice)
+        assert found == bed.all(bed.ask(49 * BLOCK), hashes)
+        assert found.decode == holder, "w028 has the role prefill and the smaller name"
 
 
 def test_when_nobody_has_room_nobody_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,6 +192,7 @@ def load_of(bed: Bed, name: str) -> float:
     return max(worker.kv_blocks_reserved, worker.kv_blocks_used) / 100 + worker.waiting / 8
 
 
+policies = st.sampled_from(["pythia", "least_kv"])
 loads = st.lists(
     st.tuples(st.integers(0, 120), st.integers(0, 5), st.integers(0, 3), st.integers(0, 2000)),
     min_size=20,
@@ -180,11 +201,15 @@ loads = st.lists(
 
 
 @settings(max_examples=200, deadline=None)
-@given(loads, st.integers(1, 1500), st.integers(0, 2**32), st.booleans())
+@given(loads, st.integers(1, 1500), st.integers(0, 2**32), st.booleans(), policies)
 def test_a_few_find_a_place_whenever_all_do_and_the_best_by_load(
-    loads: list[tuple[int, int, int, int]], prompt_tokens: int, seed: int, caches: bool
+    loads: list[tuple[int, int, int, int]],
+    prompt_tokens: int,
+    seed: int,
+    caches: bool,
+    policy: Literal["pythia", "least_kv"],
 ) -> None:
-    bed, rng = Bed(Placement(compared_workers=16)), Random(seed)
+    bed, rng = Bed(Placement(policy=policy, compared_workers=16)), Random(seed)
     for number, (blocks, calls, waiting, tokens) in enumerate(loads):
         worker = bed.worker(f"w{number:03}", "prefill" if number % 4 == 0 else "decode")
         worker.prefilling = min(calls, 2) if worker.role == "prefill" else 0
@@ -200,7 +225,9 @@ def test_a_few_find_a_place_whenever_all_do_and_the_best_by_load(
     few, everybody = bed.near(ask, hashes), bed.all(ask, hashes)
     assert type(few) is type(everybody)
     bed.standing.check(bed.state.workers.values())
-    if isinstance(few, Choice) and isinstance(everybody, Choice) and not caches:
+    if policy == "pythia" or caches:
+        return
+    if isinstance(few, Choice) and isinstance(everybody, Choice):
         assert load_of(bed, few.decode) == pytest.approx(load_of(bed, everybody.decode))
 
 

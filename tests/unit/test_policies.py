@@ -28,7 +28,7 @@ CALL_BLOCKS = 24
 def where(
     *workers: Seen, held: dict[str, int] | None = None, ask: Ask = ASK, **placement: object
 ) -> Decision:
-    chosen = Placement(**placement)  # type: ignore[arg-type]
+    chosen = Placement(**{"policy": "least_kv", **placement})  # type: ignore[arg-type]
     return place(ask, workers, lambda: held or {}, LIMITS, chosen, BLOCK_SIZE)
 
 

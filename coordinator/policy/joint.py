@@ -1,0 +1,256 @@
+"""Where a call is decoded and how its prompt's KV gets there, chosen together by what it costs.
+
+For each worker that may decode the call, and each way to have the prompt's KV there,
+
+    locally     behind the prompts that wait there, on top of what it holds of this one
+    remotely    on another worker, behind those that wait there, then what the decode worker
+                lacks is moved over the link between them
+
+this is reckoned, in seconds of all calls together:
+
+    own         until the first token, then decoding in the batch that will be there, slowed by
+                prompts to come as it was by those of late
+    others      the calls that a worker decodes while it computes the prompt; longer steps of
+                those decoded beside this one, for as long as both are
+    later       calls that come while prompts wait, and wait longer for this one. Where it is
+                computed makes no difference to how much work there is, so that all workers
+                have one price: what makes it dear is what nobody has cached
+    forgotten   what caches give up for the new KV is computed again, as far as it will be asked
+                for; KV beyond what a worker has is preempted
+
+The least sum is taken. Among nearly equal ones a hash of the call's turn chooses, so that
+decisions on the same stale reports do not all fall alike. Affinity to caches, balance, whether
+disaggregation pays, and workers that rather prefill or rather decode all come of the sums:
+there are no thresholds.
+
+One estimate of queueing, prefill and transfer for each pair is Mooncake's ("Conductor", FAST
+2025); costs to others, and of what is evicted, are Preble's ("E2", ICLR 2025).
+
+Pure functions of views; nothing is remembered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from hashlib import blake2b
+from typing import NamedTuple
+
+from coordinator.limits import Placement
+from coordinator.policy.ask import Ask
+from coordinator.speeds import Speeds
+from coordinator.view import WorkerView
+
+PREFILLERS_TRIED = 3
+"""Of the workers that can compute a prompt soonest, for each that could decode."""
+LINK_BYTES_PER_S = 10e9
+LINK_FIXED_S = 5e-3
+"""Of a link nobody has used yet."""
+OVERFLOW_WEIGHT = 2.0
+"""What is preempted is computed again, and others wait meanwhile."""
+BUSY_MOST = 0.9
+"""A worker is taken to spend at most this share of its time on prompts."""
+
+
+class Outlook(NamedTuple):
+    """What is known beyond the workers. ``room``: blocks that a worker's cache takes before it
+    forgets any; ``reuse``: share of prompts that is found in caches."""
+
+    speeds: Speeds
+    now_s: float
+    room: Callable[[str], int]
+    reuse: float
+
+
+class Found(NamedTuple):
+    """Where to decode, what it costs; ``prefill`` None: there."""
+
+    decode: WorkerView
+    prefill: WorkerView | None
+    seconds: float
+
+
+class _Place(NamedTuple):
+    """A worker as this call finds it. ``cached``: blocks of the prompt that are of use there;
+    ``own_s``: to compute the rest, ``waiting_s``: before that; ``share`` of its time that it
+    computed prompts lately, ``prompts_per_s``: how many."""
+
+    worker: WorkerView
+    cached: int
+    own_s: float
+    waiting_s: float
+    share: float
+    prompts_per_s: float
+
+
+class _Way(NamedTuple):
+    """A worker that can compute the prompt for another one; ``others_s``: what others pay."""
+
+    seconds: float
+    name: str
+    ready_s: float
+    others_s: float
+    worker: WorkerView
+
+
+def cheapest(
+    ask: Ask,
+    roomy: Sequence[WorkerView],
+    prefillers: Sequence[WorkerView],
+    held: Mapping[str, int],
+    placement: Placement,
+    block_size: int,
+    outlook: Outlook,
+) -> Found:
+    """The cheapest worker and way.
+
+    ``roomy``: those that may decode, at least one; ``prefillers``: those that may compute the
+    prompt for another one. With ``disaggregated`` = always nothing is computed locally that
+    can be computed elsewhere.
+    """
+    costs = _Costs(ask, held, placement, block_size, outlook)
+    places = {worker.name: costs.place(worker) for worker in roomy}
+    for worker in prefillers:
+        if worker.name not in places:
+            places[worker.name] = costs.place(worker)
+    costs.set_price(places.values())
+    ways = sorted([costs.way(places[worker.name]) for worker in prefillers])[:PREFILLERS_TRIED]
+    found: list[tuple[float, str, str]] = []
+    most, width = float("inf"), 1.0 + placement.band
+    for decode in roomy:
+        # What cannot be among the best any more is not looked into.
+        seconds, prefill = costs.of(places[decode.name], ways, most)
+        if seconds <= most:
+            found.append((seconds, decode.name, prefill))
+            most = min(most, seconds * width)
+    seconds, name, prefill = _chosen(found, placement, ask.turn)
+    computes = places[prefill].worker if prefill else None
+    return Found(places[name].worker, computes, seconds + costs.alone_s)
+
+
+def _chosen(
+    found: list[tuple[float, str, str]], placement: Placement, turn: int
+) -> tuple[float, str, str]:
+    """The least, or one that is as good; ties go to the smallest names if none is drawn."""
+    found.sort()
+    if not placement.band or len(found) == 1:
+        return found[0]
+    most = found[0][0] * (1.0 + placement.band)
+    near = [each for each in found if each[0] <= most]
+    digest = blake2b(turn.to_bytes(8, "little"), digest_size=8).digest()
+    return near[int.from_bytes(digest, "little") % len(near)]
+
+
+class _Costs:
+    """Of one call, wherever it goes."""
+
+    def __init__(
+        self,
+        ask: Ask,
+        held: Mapping[str, int],
+        placement: Placement,
+        block_size: int,
+        outlook: Outlook,
+    ) -> None:
+        self._held = held
+        self._placement = placement
+        self._block_size = block_size
+        self._outlook = outlook
+        self._prompt_tokens = ask.prompt_tokens
+        self._useful_blocks = (ask.prompt_tokens - 1) // block_size
+        self._blocks = -(-ask.prompt_tokens // block_size)
+        self._output_tokens = ask.expected_tokens or float(ask.output_tokens)
+        self._always = placement.disaggregated == "always"
+        self._coefficients = outlook.speeds.prefill.coefficients
+        _, token_s, pair_s = self._coefficients
+        self._block_s = (token_s + pair_s * 0.5 * ask.prompt_tokens) * block_size
+        """To compute a block again."""
+        step_s, sequence_s, context_s = outlook.speeds.step.coefficients
+        self._longer_s = sequence_s + context_s * (ask.prompt_tokens + 0.5 * self._output_tokens)
+        """By how much this call makes steps longer."""
+        self._step_s, self._sequence_s, self._context_s = step_s, sequence_s, context_s
+        self.alone_s = self._output_tokens * (step_s + self._longer_s)
+        """To decode it alone: the same everywhere, so it makes nothing nearly equal."""
+        self._later = 0.0
+
+    def place(self, worker: WorkerView) -> _Place:
+        """What does not depend on the way."""
+        cached = self._held.get(worker.name, 0)
+        if cached > self._useful_blocks:
+            cached = self._useful_blocks
+        cached_tokens = cached * self._block_size
+        new_tokens = self._prompt_tokens - cached_tokens
+        start_s, token_s, pair_s = self._coefficients
+        own_s = start_s + new_tokens * (token_s + pair_s * (cached_tokens + 0.5 * new_tokens))
+        return _Place(worker, cached, own_s, *worker.gauge.reading(self._outlook.now_s))
+
+    def set_price(self, places: Collection[_Place]) -> None:
+        """How many calls come, for each worker, before the prompts that wait by now are computed:
+        so many seconds a second of work costs them. (Of an M/G/1 queue's busy period.)"""
+        waiting_s = share = prompts_per_s = 0.0
+        for place in places:
+            waiting_s += place.waiting_s
+            share += place.share
+            prompts_per_s += place.prompts_per_s
+        count = len(places)
+        calls = waiting_s * prompts_per_s / count**2 / (1.0 - min(BUSY_MOST, share / count))
+        self._later = self._placement.work_price * calls
+
+    def way(self, place: _Place) -> _Way:
+        """To compute the prompt there for another worker."""
+        worker = place.worker
+        others_s = place.own_s * (worker.gauge.decoding + self._later)
+        others_s += self._forgotten_s(worker, self._prompt_tokens)
+        ready_s = place.waiting_s + place.own_s
+        return _Way(ready_s + others_s, worker.name, ready_s, others_s, worker)
+
+    def of(self, place: _Place, ways: Sequence[_Way], most: float) -> tuple[float, str]:
+        """What the call costs beyond ``alone_s`` if it is decoded there, and who computes its
+        prompt then; an empty name: the same. Ways that cost more than ``most`` may be missed."""
+        decode = place.worker
+        here_s = self._decode_s(place)
+        local_s = place.waiting_s + place.own_s * (1.0 + decode.gauge.decoding + self._later)
+        found = [(here_s + local_s, "")]
+        for way in ways:
+            if here_s + way.seconds > most and not self._always:
+                break
+            if way.worker is not decode and way.name in decode.warm_sources:
+                # What waits here to be computed slows decoding when that begins.
+                ready_s = max(way.ready_s + self._moving_s(way, place), place.waiting_s)
+                found.append((here_s + ready_s + way.others_s, way.name))
+        return min(found[1:] if self._always and len(found) > 1 else found)
+
+    def _moving_s(self, way: _Way, place: _Place) -> float:
+        """Until what the target lacks of the prompt has come."""
+        target = place.worker
+        size_bytes = (self._blocks - place.cached) * target.kv_bytes_per_block
+        link = target.link(way.name)
+        if link is None or link.bytes_per_s <= 0.0:
+            return LINK_FIXED_S + size_bytes / LINK_BYTES_PER_S
+        return link.fixed_s + (size_bytes + link.in_flight_bytes) / link.bytes_per_s
+
+    def _decode_s(self, place: _Place) -> float:
+        """By how much decoding takes longer beside those that are there, and what that costs
+        them."""
+        decode, output_tokens = place.worker, self._output_tokens
+        gauge, batch = decode.gauge, len(decode.decodes)
+        step_s = self._step_s + self._sequence_s * batch + self._longer_s
+        step_s += self._context_s * gauge.context_tokens
+        slowed = min(BUSY_MOST, self._placement.interference * place.share)
+        together = min(gauge.left_tokens, output_tokens * batch)
+        own_s = output_tokens * step_s / (1.0 - slowed) - self.alone_s
+        seconds = own_s + together * self._longer_s
+        return seconds + self._forgotten_s(decode, self._prompt_tokens + output_tokens)
+
+    def _forgotten_s(self, worker: WorkerView, tokens: float) -> float:
+        """To compute again what a worker gives up for so many tokens of the call."""
+        gauge, block_size = worker.gauge, self._block_size
+        new_blocks = tokens / block_size - self._held.get(worker.name, 0)
+        lost_blocks = new_blocks - max(0, self._outlook.room(worker.name))
+        seconds = 0.0
+        if lost_blocks > 0.0:
+            again_s = self._outlook.reuse * self._block_s * lost_blocks
+            seconds = self._placement.forgotten * again_s * (1.0 + gauge.decoding + self._later)
+        over_blocks = (gauge.context_tokens + tokens) / block_size - worker.usable_blocks
+        if over_blocks > 0.0:
+            seconds += OVERFLOW_WEIGHT * over_blocks * self._block_s
+        return seconds

@@ -1,0 +1,250 @@
+"""Decode worker and way chosen together: what each cost is for, one by one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+
+import msgspec
+import pytest
+
+from coordinator.gauge import Gauge, Prompt
+from coordinator.limits import Limits, Placement
+from coordinator.policy.joint import Outlook
+from coordinator.policy.placement import Ask, Choice, place
+from coordinator.protocol import LinkLoad
+from coordinator.speeds import Speeds
+from tests.unit.seen import Seen
+
+BLOCK_SIZE = 16
+LIMITS = Limits(calls_per_worker=100, prefills_per_worker=2)
+ASK = Ask(
+    prompt_tokens=8000,
+    output_tokens=1000,
+    aggregated=False,
+    avoid=(),
+    sibling="",
+    expected_tokens=100.0,
+)
+PROMPT_BLOCKS = 500
+SPEEDS = Speeds((5e-3, 5e-5, 1e-9), (6e-3, 5e-5, 4e-8))
+
+
+def worker(name: str, role: str = "decode", **terms: object) -> Seen:
+    """With room for a dozen such calls."""
+    made = {"tokens_max": 100_000, "usable_blocks": 10_000, "batch_slots": 256} | terms
+    return Seen(name, role, **made)  # type: ignore[arg-type]
+
+
+def busy(seconds: float) -> Gauge:
+    """Somebody has so much to compute, from now on."""
+    gauge = Gauge()
+    gauge.queue("other", Prompt(seconds, 0.0, 1000, 0))
+    return gauge
+
+
+def decoding(calls: int, context_tokens: float = 2000.0, left_tokens: float = 500.0) -> Gauge:
+    """Somebody decodes so many calls."""
+    gauge = Gauge()
+    for _ in range(calls):
+        gauge.plan(context_tokens, left_tokens)
+        gauge.begin(context_tokens, 0.0)
+    return gauge
+
+
+def chosen(
+    *workers: Seen,
+    held: Mapping[str, int] | None = None,
+    ask: Ask = ASK,
+    room: Callable[[str], int] = lambda name: 10**9,
+    reuse: float = 0.5,
+    **placement: object,
+) -> Choice:
+    terms = {"band": 0.0, **placement}
+    decision = place(
+        ask,
+        workers,
+        lambda: held or {},
+        LIMITS,
+        Placement(**terms),  # type: ignore[arg-type]
+        BLOCK_SIZE,
+        Outlook(SPEEDS, 0.0, room, reuse),
+    )
+    assert isinstance(decision, Choice), decision
+    return decision
+
+
+def way(choice: Choice) -> tuple[str, str]:
+    return choice.decode, choice.prefill
+
+
+def but(**changes: object) -> Ask:
+    return msgspec.structs.replace(ASK, **changes)
+
+
+# --- local or remote ----------------------------------------------------------------------------
+
+
+def test_an_idle_worker_computes_its_own_prompts() -> None:
+    assert way(chosen(worker("d", warm_sources={"p"}), worker("p", "prefill"))) == ("d", "")
+
+
+def test_decodes_are_spared_by_computing_elsewhere() -> None:
+    d = worker("d", warm_sources={"p"}, decodes=["c"] * 8, gauge=decoding(8))
+    terms = {"prefill_workers_decode": False}
+    assert way(chosen(d, worker("p", "prefill"), **terms)) == ("d", "p")
+    assert way(chosen(d, worker("p", "prefill"), held={"d": 490}, **terms)) == ("d", "")
+
+
+def test_what_a_prefill_worker_holds_makes_it_cheap() -> None:
+    p, q = worker("p", "prefill"), worker("q", "prefill")
+    d = worker("d", warm_sources={"p", "q"}, decodes=["c"] * 8, gauge=decoding(8))
+    choice = chosen(d, p, q, held={"q": 400}, prefill_workers_decode=False)
+    assert way(choice) == ("d", "q")
+    assert choice.uncached_tokens == 8000 - 400 * BLOCK_SIZE
+
+
+def test_rather_here_than_behind_a_long_queue() -> None:
+    d = worker("d", warm_sources={"p"}, decodes=["c"] * 2, gauge=decoding(2))
+    quick, slow = worker("p", "prefill"), worker("p", "prefill", gauge=busy(30.0))
+    assert way(chosen(d, quick, prefill_workers_decode=False)) == ("d", "p")
+    assert way(chosen(d, slow, prefill_workers_decode=False)) == ("d", "")
+
+
+def test_a_full_prefill_worker_does_not_make_a_call_wait() -> None:
+    d = worker("d", warm_sources={"p"}, decodes=["c"] * 8, gauge=decoding(8))
+    full = worker("p", "prefill", prefilling=2)
+    assert way(chosen(d, full, prefill_workers_decode=False)) == ("d", "")
+
+
+def test_a_slow_link_is_no_way() -> None:
+    p = worker("p", "prefill")
+    for bytes_per_s, prefill in ((50e9, "p"), (50e6, "")):
+        link = LinkLoad("p", bytes_per_s=bytes_per_s, fixed_s=1e-3)
+        d = worker("d", warm_sources={"p"}, decodes=["c"] * 8, gauge=decoding(8), links={"p": link})
+        assert way(chosen(d, p, prefill_workers_decode=False)) == ("d", prefill)
+
+
+def test_what_is_in_flight_is_waited_for() -> None:
+    p = worker("p", "prefill")
+    link = LinkLoad("p", bytes_per_s=50e9, fixed_s=1e-3, in_flight_bytes=10**12)
+    d = worker("d", warm_sources={"p"}, decodes=["c"] * 8, gauge=decoding(8), links={"p": link})
+    assert way(chosen(d, p, prefill_workers_decode=False)) == ("d", "")
+
+
+@pytest.mark.parametrize("ask", [but(aggregated=True), ASK])
+def test_aggregated_calls_and_clusters_stay_together(ask: Ask) -> None:
+    d = worker("d", warm_sources={"p"}, decodes=["c"] * 8, gauge=decoding(8))
+    terms = {} if ask.aggregated else {"disaggregated": "never"}
+    choice = chosen(d, worker("p", "prefill"), ask=ask, prefill_workers_decode=False, **terms)
+    assert way(choice) == ("d", "")
+
+
+def test_always_means_elsewhere_if_there_is_anybody() -> None:
+    assert way(
+        chosen(worker("d", warm_sources={"p"}), worker("p", "prefill"), disaggregated="always")
+    ) == ("d", "p")
+    assert way(chosen(worker("d"), worker("p", "prefill"), disaggregated="always")) == ("d", "")
+
+
+def test_cold_pairs_and_decode_workers_are_no_way() -> None:
+    d = worker("d", warm_sources={"e"}, decodes=["c"] * 8, gauge=decoding(8))
+    e = worker("e", decodes=["c"] * 9, gauge=decoding(9))
+    p = worker("p", "prefill", gauge=busy(60.0))
+    assert chosen(d, e, p).prefill == ""
+
+
+# --- who decodes --------------------------------------------------------------------------------
+
+
+def test_the_prompts_cache_draws_and_a_backlog_drives_away() -> None:
+    a, b = worker("a"), worker("b")
+    assert chosen(a, b, held={"b": 400}).decode == "b"
+    assert chosen(a, worker("b", gauge=busy(0.05)), held={"b": 400}).decode == "b"
+    assert chosen(a, worker("b", gauge=busy(5.0)), held={"b": 400}).decode == "a"
+
+
+def test_a_smaller_batch_with_less_context_decodes_faster() -> None:
+    few = worker("b", decodes=["c"] * 2, gauge=decoding(2))
+    many = worker("a", decodes=["c"] * 20, gauge=decoding(20))
+    assert chosen(many, few, held={"a": 500, "b": 500}).decode == "b"
+    long = worker("a", decodes=["c"] * 2, gauge=decoding(2, context_tokens=60_000.0))
+    assert chosen(long, few, held={"a": 500, "b": 500}).decode == "b"
+
+
+def test_long_answers_weigh_batches_more_than_caches() -> None:
+    few = worker("b", decodes=["c"] * 2, gauge=decoding(2))
+    many = worker("a", decodes=["c"] * 12, gauge=decoding(12, left_tokens=2000.0))
+    held = {"a": 200}
+    assert chosen(many, few, held=held, ask=but(expected_tokens=2000.0)).decode == "b"
+    calm = worker("a", decodes=["c"] * 3, gauge=decoding(3))
+    assert chosen(calm, few, held={"a": 490}, ask=but(expected_tokens=5.0)).decode == "a"
+
+
+def test_where_prompts_were_computed_more_will_come() -> None:
+    prefilling = Gauge()
+    prefilling.queue("p", Prompt(20.0, -20.0, 1000, 0))
+    prefilling.computed("p", 0.0)
+    workers = worker("a", gauge=prefilling), worker("b")
+    assert chosen(*workers).decode == "b"
+    assert chosen(*workers, interference=0.0).decode == "a"
+
+
+def test_prefill_workers_decode_unless_they_may_not() -> None:
+    d = worker("d", decodes=["c"] * 30, gauge=decoding(30))
+    p = worker("p", "prefill")
+    assert chosen(d, p).decode == "p"
+    assert chosen(d, p, prefill_workers_decode=False).decode == "d"
+    assert chosen(d, p, disaggregated="always").decode == "d"
+
+
+def test_a_full_cache_is_worth_something() -> None:
+    room = {"a": 0, "b": 1000}.__getitem__
+    workers = worker("a"), worker("b")
+    assert chosen(*workers, room=room).decode == "b"
+    assert chosen(*workers, room=room, reuse=0.0).decode == "a"
+    assert chosen(*workers, room=room, forgotten=0.0).decode == "a"
+
+
+def test_work_is_dear_while_prompts_wait() -> None:
+    def queueing() -> Gauge:
+        gauge = Gauge()
+        for number in range(30):
+            gauge.queue(number, Prompt(0.9, -30.0, 1000, 0))
+            gauge.computed(number, -29.0 + number)
+        gauge.queue("other", Prompt(4.0, 0.0, 1000, 0))
+        return gauge
+
+    # Whoever holds half of the prompt has a little more to do than who holds nothing of it.
+    a, b = worker("a", gauge=queueing()), worker("b", gauge=queueing())
+    b.gauge.queue("more", Prompt(0.35, 0.0, 1000, 0))
+    assert chosen(a, b, held={"b": 250}, work_price=0.0).decode == "a"
+    assert chosen(a, b, held={"b": 250}).decode == "b"
+
+
+def test_kv_beyond_what_there_is_would_be_preempted() -> None:
+    tight = worker("a", usable_blocks=1300, gauge=decoding(1, context_tokens=19_000.0))
+    wide = worker("b", gauge=decoding(1, context_tokens=22_000.0))
+    assert chosen(tight, wide, reserve=False).decode == "b"
+
+
+# --- ties ---------------------------------------------------------------------------------------
+
+
+def test_ties_go_to_the_smallest_name_or_are_drawn_by_the_turn() -> None:
+    workers = [worker(name) for name in ("c", "a", "b")]
+    assert chosen(*workers).decode == "a"
+    drawn = [chosen(*workers, ask=but(turn=turn), band=0.02).decode for turn in range(300)]
+    assert drawn == [chosen(*workers, ask=but(turn=t), band=0.02).decode for t in range(300)]
+    assert min(Counter(drawn)[name] for name in "abc") > 70
+
+
+def test_only_nearly_equal_choices_are_drawn() -> None:
+    workers = worker("a"), worker("b", gauge=busy(1.0))
+    assert {chosen(*workers, ask=but(turn=turn), band=0.02).decode for turn in range(50)} == {"a"}
+
+
+def test_siblings_stay_together_and_who_failed_is_avoided() -> None:
+    workers = worker("a"), worker("b", gauge=busy(9.0))
+    assert chosen(*workers, ask=but(sibling="b")).decode == "b"
+    assert chosen(*workers, ask=but(avoid={("a", "1")})).decode == "b"
