@@ -142,7 +142,12 @@ def requests(
                 files=_files(config, workflows or {} if host == home else {}, action),
                 ports=_ports(config, host) if action == "up" else [],
                 gpus=max(
-                    (d + 1 for entry in config.workers if entry.host == host for d in entry.devices),
+                    (
+                        d + 1
+                        for entry in config.workers
+                        if entry.host == host
+                        for d in entry.devices
+                    ),
                     default=0,
                 ),
                 control_address=config.control_address if host == home else "",
@@ -154,9 +159,7 @@ def requests(
     return made
 
 
-def _files(
-    config: ClusterConfig, workflows: Mapping[str, str], action: Action
-) -> dict[str, str]:
+def _files(config: ClusterConfig, workflows: Mapping[str, str], action: Action) -> dict[str, str]:
     if action != "up":
         return {}
     # Hosts that keep workflows in no file must not look for any.

@@ -145,9 +145,7 @@ def _start(folder: Path, name: str, arguments: Sequence[str]) -> Child:
     child = Child(name, [sys.executable, *arguments], folder / f"{name}.log", start)
     # Dead or alive, it is our child: nobody else has got its id yet.
     identity = identify(child.pid) or ProcessIdentity(child.pid, 0)
-    _write_private(
-        folder / f"{name}.json", msgspec.json.encode(Record(identity, boot_id(), token))
-    )
+    _write_private(folder / f"{name}.json", msgspec.json.encode(Record(identity, boot_id(), token)))
     return child
 
 

@@ -48,16 +48,15 @@ exit 7
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     """Slurm with two nodes."""
     need(
-        ["munged", "slurmctld", "slurmd", "sbatch"], ["munge", "slurmctld", "slurmd", "slurm-client"]
+        ["munged", "slurmctld", "slurmd", "sbatch"],
+        ["munge", "slurmctld", "slurmd", "slurm-client"],
     )
     with running_site(tmp_path_factory.mktemp("slurm")) as made:
         yield made
 
 
 @pytest.fixture
-def file(
-    site: Site, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Path:
+def file(site: Site, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cluster file; commands of Slurm's talk to the test's own."""
     monkeypatch.setenv("SLURM_CONF", site.environment["SLURM_CONF"])
     monkeypatch.setenv("PYTHIA_RUN_DIR", str(tmp_path / "run"))
