@@ -191,12 +191,12 @@ def _problems(config: ClusterConfig) -> list[str]:
             f"coordinator.host: {config.coordinator.host} is no address that workers of other"
             " machines can reach"
         )
-    if local := sorted(hosts & LOOPBACK):
-        if hosts - {host for host in hosts if host in LOOPBACK or host.startswith("127.")}:
-            problems.append(
-                f"{', '.join(local)}: means another machine on every host of this file;"
-                " give the coordinator and every worker an address that all can reach"
-            )
+    local = sorted(hosts & LOOPBACK)
+    if local and not all(host in LOOPBACK or host.startswith("127.") for host in hosts):
+        problems.append(
+            f"{', '.join(local)}: means another machine on every host of this file;"
+            " give the coordinator and every worker an address that all can reach"
+        )
     if config.network.nixl_host is not None and len({e.host for e in config.workers}) > 1:
         problems.append(
             "network.nixl_host: is one address for all workers, who are on several hosts;"

@@ -102,7 +102,7 @@ class Connection:
         """Connects, without waiting for it. SshError if there is no ``ssh`` here."""
         self.host = request.host
         self._answers = answers
-        self._complaints = tempfile.TemporaryFile()
+        self._complaints = tempfile.TemporaryFile()  # noqa: SIM115, closed with the connection
         try:
             self._ssh = subprocess.Popen(
                 way.command(request.host),

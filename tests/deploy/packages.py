@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
@@ -21,6 +22,11 @@ def need(programs: Sequence[str], packages: Sequence[str]) -> None:
         pytest.skip(
             f"{', '.join(_missing(programs))}: not installed, and only root with apt-get could"
             f" (apt-get install {' '.join(packages)})"
+        )
+    if Path("/run/systemd/system").exists():
+        pytest.skip(
+            f"{', '.join(_missing(programs))}: not installed, and installing would start services"
+            f" of this machine; do it yourself (apt-get install {' '.join(packages)})"
         )
     for command in (["update"], ["install", "--yes", "--no-install-recommends", *packages]):
         done = subprocess.run(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,8 +12,8 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
-from cluster.config import load
 from cluster.cli import app
+from cluster.config import load
 from cluster.slurm import JobRequest, script
 from cluster.slurm_job import hand_over, job_environment, log_folder
 from tests.deploy.packages import need
@@ -66,12 +67,12 @@ def file(site: Site, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.Monke
     return path
 
 
-def submitted(file: Path, *then: str, time: str = "5") -> str:
+def submitted(file: Path, *then: str) -> str:
     """The id of a job with fake workers, one on each node."""
     program = [sys.executable, "-m", "tests.deploy.fake_workers", str(file), "2", *then]
     config = load(file)
     folder = log_folder(config.name)
-    text = script(config, JobRequest(nodes=2, time=time), folder, program, job_environment())
+    text = script(config, JobRequest(nodes=2, time="5"), folder, program, job_environment())
     return hand_over(text, folder)
 
 
@@ -122,6 +123,31 @@ def test_scancel_lets_the_workers_leave_and_leaves_nothing(site: Site, file: Pat
     assert left(file) == []
 
 
+def test_the_signal_before_the_time_limit_ends_a_cluster_in_order(site: Site, file: Path) -> None:
+    job_id = submitted(file)
+    wait_until_ready(job_id)
+    # What "--signal=B:TERM@60" has Slurm send: to the batch script, not to the steps.
+    site.ask("scancel", "--batch", "--signal=TERM", job_id)
+    assert site.wait_for(job_id, ("COMPLETED", "FAILED", "CANCELLED"), END_S) == "COMPLETED"
+    assert site.job(job_id)["ExitCode"] == "0:0"
+    log = log_of(job_id)
+    assert "SIGTERM: stopping slurm" in log
+    assert "Killed" not in log
+    assert "slurm is stopped" in log
+    assert left(file) == []
+
+
+def test_a_cluster_that_can_not_start_fails_its_job(site: Site, file: Path) -> None:
+    broken = file.with_name("slurm.yaml")
+    broken.write_text(CLUSTER.replace("tiny-llama", "/no/such/model"))
+    answer = CliRunner().invoke(app, ["slurm", str(broken)])
+    assert answer.exit_code == 0, answer.output
+    job_id = answer.output.split()[1]
+    assert site.wait_for(job_id, ("COMPLETED", "FAILED"), END_S) == "FAILED"
+    assert site.job(job_id)["ExitCode"] == "1:0"
+    assert "/no/such/model" in log_of(job_id)
+
+
 def test_what_slurm_refuses_is_said_in_its_words(file: Path) -> None:
     answer = CliRunner().invoke(app, ["slurm", str(file), "--partition", "no-such"])
     assert answer.exit_code == 1
@@ -134,8 +160,6 @@ def wait_until_ready(job_id: str) -> None:
 
 
 def wait_for_log(job_id: str, text: str, timeout_s: float = END_S) -> None:
-    import time
-
     deadline_s = time.monotonic() + timeout_s
     while text not in log_of(job_id):
         assert time.monotonic() < deadline_s, log_of(job_id)

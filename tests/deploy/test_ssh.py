@@ -223,7 +223,7 @@ def test_a_cluster_with_the_real_coordinator_serves_and_goes(
     way: Way, tmp_path: Path, tiny_model: Path
 ) -> None:
     config = parse(
-        "model: tiny-llama\nname: fakes\n"
+        f"model: {tiny_model}\nserved_model_name: tiny-llama\nname: fakes\n"
         "engine: {dtype: float32, enforce_eager: true, block_size: 32, max_model_len: 512}\n"
         "workers:\n"
         f"  - {{name: prefill-0, role: prefill, host: {HERE}}}\n"

@@ -32,7 +32,8 @@ def config_of(
         devices = list(range(first, first + gpus))
         lines.append(f"  - {{name: {name}, role: {role}, host: {host}, devices: {devices}}}\n")
     return parse(
-        f"model: tiny-llama\nworkers:\n{''.join(lines)}coordinator: {{host: {coordinator}}}\n{more}",
+        f"model: tiny-llama\nworkers:\n{''.join(lines)}"
+        f"coordinator: {{host: {coordinator}}}\n{more}",
         "team.yaml",
     )
 

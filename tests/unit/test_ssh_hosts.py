@@ -53,7 +53,8 @@ def test_every_host_is_told_its_own_part() -> None:
     home, other = requests(config, "up", run_dir="/runs", workflows={"workflow-0.yaml": WORKFLOW})
     assert (home.host, list(home.processes)) == ("10.0.0.1", [COORDINATOR, "w1"])
     assert (other.host, list(other.processes)) == ("10.0.0.2", ["w0", "w2"])
-    assert other.processes["w2"] == "-m cluster worker --config cluster.yaml --name w2".split()
+    words = ["-m", "cluster", "worker", "--config", "cluster.yaml", "--name", "w2"]
+    assert other.processes["w2"] == words
     assert (home.gpus, other.gpus) == (1, 2)
     assert (home.control_address, other.control_address) == ("tcp://10.0.0.1:5570", "")
     assert home.api == ("127.0.0.1", 8000)
