@@ -47,6 +47,7 @@ MARK = "pythia-answer: "
 GO = "go"
 LINE_BYTES_MAX = 8 * 1024 * 1024
 STATE_S = 0.5
+ANSWER_ONCE_S = 5.0
 KILL_S = 5.0
 TOKEN = "PYTHIA_LAUNCH"
 """The environment variable that all of one started process's descendants have."""
@@ -239,7 +240,9 @@ def _core(request: Request) -> CoreState | None:
     if not request.control_address:
         return None
     try:
-        snapshot = inspect(request.control_address, ANSWER_S)
+        # Who asks only once had better wait a little; who watches asks again.
+        timeout_s = ANSWER_S if request.action == "up" else ANSWER_ONCE_S
+        snapshot = inspect(request.control_address, timeout_s)
     except Unreachable:
         return None
     return CoreState(snapshot.workers, is_ready(*request.api))

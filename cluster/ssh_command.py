@@ -75,16 +75,16 @@ def up(config: ClusterConfig, requests: Sequence[Request], way: Way, console: Co
             begun.check()
             begun.go()
             begun.wait()
-        except (Interrupted, LaunchError) as error:
+        except BaseException as error:
             signals.defer()
             begun.close()
             if isinstance(error, Interrupted):
                 say(console, f"{error}: stopping {config.name}")
             if begun.is_started:
                 _stop_after_failure(requests, way, console)
-            if isinstance(error, LaunchError):
-                raise
-            return INTERRUPTED
+            if isinstance(error, Interrupted):
+                return INTERRUPTED
+            raise
         finally:
             begun.close()
     say(console, f"{config.name} is ready: {config.base_url}/v1 serves {config.served_name}")
@@ -116,6 +116,7 @@ class Start:
         for request in self._requests:
             self._connections.append(Connection(self._way, request, self._answers))
         waiting = {request.host for request in self._requests}
+        refusing: set[str] = set()
         problems = []
         while waiting:
             self._show(dict.fromkeys(waiting, "being reached"))
@@ -123,8 +124,12 @@ class Start:
                 problems += [f"{host}: no answer within {CHECK_S:.0f} s" for host in waiting]
                 break
             for host, answer in self._news():
+                # A host that has refused goes; one that has agreed must not.
+                if host not in refusing:
+                    found = [f"{host}: {problem}" for problem in _refusals(answer)]
+                    refusing |= {host} if found else set()
+                    problems += found
                 waiting.discard(host)
-                problems += [f"{host}: {problem}" for problem in _refusals(answer)]
         if problems:
             raise PreflightError("\n".join(problems))
 
@@ -256,7 +261,7 @@ def _stop(requests: Sequence[Request], way: Way) -> tuple[list[str], bool]:
 
 
 def status(requests: Sequence[Request], way: Way, console: Console) -> int:
-    """Shows every host's processes. Returns 1 if one is missing or can't be reached."""
+    """Shows every host's processes. Returns 1 if something is missing or does not answer."""
     fine = True
     answers = _ask_all(requests, way, ANSWER_S)
     cores = [answer.core for _, answer in answers if isinstance(answer, HostState) and answer.core]
@@ -272,7 +277,9 @@ def status(requests: Sequence[Request], way: Way, console: Console) -> int:
             line, ok = _status_line(name, known.get(name), core, workers)
             say(console, f"{host}: {line}")
             fine = fine and ok
-    return 0 if fine else 1
+    if core is None:
+        say(console, "the coordinator does not answer")
+    return 0 if fine and core is not None else 1
 
 
 def _status_line(
@@ -282,7 +289,7 @@ def _status_line(
         return f"{name} is not running", False
     if process.obituary:
         return f"{name} (process {process.pid}) {process.obituary}", False
-    phase = process_phase(name, process, core, workers)
+    phase = process_phase(name, process, core, workers) if core else "is running"
     return f"{name} (process {process.pid}) {phase}", True
 
 

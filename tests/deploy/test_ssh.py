@@ -140,6 +140,7 @@ def test_processes_outlive_the_connection_and_are_found_again(
     assert "127.0.0.1: nothing was running" in deployment.said
     assert deployment.do("status") == 1
     assert "127.0.0.2: parent-two is not running" in deployment.said
+    assert "the coordinator does not answer" in deployment.said
 
 
 def test_a_process_that_dies_while_it_starts_stops_all_and_names_its_host(
@@ -182,6 +183,7 @@ def test_all_ports_in_use_are_named_with_their_host(deploy: Callable[..., Deploy
         deployment.do("up")
     assert f"127.0.0.1: api.port: port {deployment.config.api.port}" in str(caught.value)
     assert f"127.0.0.2: workers[1].data_port: port {port}" in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 2, caught.value
     assert deployment.left() == []
 
 
