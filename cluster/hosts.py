@@ -125,7 +125,10 @@ def requests(
     ``workflows``: texts of the file's workflow files by name; only the coordinator's host
     gets them. ConfigError with every reason why the file does not fit several hosts.
     """
-    if problems := _problems(config):
+    problems = _problems(config)
+    if run_dir and not run_dir.startswith("/"):
+        problems.append(f"--run-dir: must be an absolute path, the same on all hosts ({run_dir})")
+    if problems:
         raise ConfigError(problems)
     home = config.coordinator.host
     hosts = dict.fromkeys([home, *(entry.host for entry in config.workers)])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import re
+import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +24,7 @@ from cluster.config import parse
 from cluster.hosts import Action, requests
 from cluster.launch import COORDINATOR, LaunchError, PreflightError, process_command
 from cluster.process import free_port
-from cluster.schema import ClusterConfig
+from cluster.schema import ClusterConfig, Start
 from cluster.ssh import SshError, Way, destinations, this_installation
 from tests.deploy.packages import need
 from tests.deploy.ssh_site import running_sshd
@@ -218,6 +221,70 @@ def test_a_python_that_is_not_there_is_said(deploy: Callable[..., Deployment]) -
     with pytest.raises(PreflightError, match=r"127.0.0.1: Pythia can't be run there: .*no/such"):
         deployment.do("up")
     deployment.way = good
+
+
+@pytest.fixture
+def never_ready(deploy: Callable[..., Deployment]) -> Deployment:
+    """Its processes live and do nothing else."""
+    deployment = deploy(("one", HERE), ("two", THERE))
+    deployment.command_of = lambda name, path: ["python", "-c", "import time; time.sleep(60)"]
+    return deployment
+
+
+@contextlib.contextmanager
+def once_started(deployment: Deployment, act: Callable[[], object]) -> Iterator[None]:
+    """Does something from another thread when all three processes have been started."""
+
+    def wait() -> None:
+        deadline_s = time.monotonic() + 30.0
+        while len(list(deployment.run_dir.rglob("*.json"))) < 3:
+            if time.monotonic() > deadline_s:
+                return
+            time.sleep(0.05)
+        time.sleep(0.5)
+        act()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+
+
+def test_a_start_that_takes_too_long_is_undone(never_ready: Deployment) -> None:
+    config = msgspec.structs.replace(never_ready.config, start=Start(timeout_s=4.0))
+    never_ready.config = config
+    late = r"not ready within 4 s \(coordinator on 127.0.0.1: starting; worker one on 127.0.0.1"
+    with pytest.raises(LaunchError, match=late):
+        never_ready.do("up")
+    assert "127.0.0.2: stopped two" in never_ready.said
+    assert never_ready.left() == []
+
+
+def test_an_interrupted_start_is_undone(never_ready: Deployment) -> None:
+    with once_started(never_ready, lambda: os.kill(os.getpid(), signal.SIGINT)):
+        assert never_ready.do("up") == 130
+    assert "SIGINT: stopping standin" in never_ready.said
+    assert "127.0.0.2: stopped two" in never_ready.said
+    assert never_ready.left() == []
+
+
+def test_a_connection_that_breaks_while_it_starts_undoes_the_start(
+    never_ready: Deployment,
+) -> None:
+    def break_it() -> None:
+        for child in psutil.Process().children():
+            if child.name() == "ssh" and THERE in child.cmdline():
+                child.kill()
+
+    with (
+        once_started(never_ready, break_it),
+        pytest.raises(LaunchError, match=r"127.0.0.2: the connection ended"),
+    ):
+        never_ready.do("up")
+    assert "127.0.0.2: stopped two" in never_ready.said
+    assert never_ready.left() == []
 
 
 @pytest.mark.engine

@@ -25,7 +25,7 @@ from cluster.schema import ClusterConfig, ConfigError
 from cluster.ssh import Way, destinations
 from cluster.ssh_command import process_phase
 
-WORKFLOW = "name: w\nagents: []\n"
+WORKFLOW = (Path(__file__).parents[2] / "examples/workflows/research-team.yaml").read_text()
 WAY = Way(python="/opt/py thon", root="/opt/pythia")
 
 
@@ -75,6 +75,24 @@ def test_the_file_that_hosts_get_reads_as_the_original(tmp_path: Path) -> None:
         path.write_text(request.files["cluster.yaml"])
         assert load(path).workers == config.workers
         assert load(path).name == "team"
+
+
+def test_workflow_files_go_with_the_coordinator(tmp_path: Path) -> None:
+    home, other = requests(config_of("10.0.0.2"), "up", workflows={"workflow-0.yaml": WORKFLOW})
+    for request in (home, other):
+        folder = tmp_path / request.host
+        folder.mkdir()
+        for name, text in request.files.items():
+            (folder / name).write_text(text)
+    assert load(tmp_path / home.host / "cluster.yaml").workflows == [
+        str(tmp_path / home.host / "workflow-0.yaml")
+    ]
+    assert load(tmp_path / other.host / "cluster.yaml").workflows == []
+
+
+def test_a_run_directory_means_the_same_everywhere() -> None:
+    with pytest.raises(ConfigError, match="--run-dir: must be an absolute path"):
+        requests(config_of("10.0.0.2"), "up", run_dir="run")
 
 
 def test_only_up_takes_files_and_ports_along() -> None:
