@@ -8,6 +8,7 @@ they stay when this program, or its connection, goes.
 from __future__ import annotations
 
 import queue
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -48,14 +49,14 @@ Answers = queue.SimpleQueue[tuple[str, Answer | Closed]]
 def describe(requests: Sequence[Request], way: Way, console: Console) -> int:
     """What ``--dry-run`` shows: every host, its command line and what it is told. Returns 0."""
     for request in requests:
-        say(console, f"{request.host}: {' '.join(way.command(request.host))}")
+        say(console, f"{request.host}: {shlex.join(way.command(request.host))}")
         for name in request.files:
             say(console, f"  writes {name}")
         for each in request.ports:
             if each.port:
                 say(console, f"  needs port {each.port} of {each.host} ({each.key})")
         for name, arguments in request.processes.items():
-            what = f"{way.python} {' '.join(arguments)}" if request.action == "up" else name
+            what = shlex.join([way.python, *arguments]) if request.action == "up" else name
             say(console, f"  {request.action} {what}")
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -138,14 +139,16 @@ def test_the_signal_before_the_time_limit_ends_a_cluster_in_order(site: Site, fi
 
 
 def test_a_cluster_that_can_not_start_fails_its_job(site: Site, file: Path) -> None:
-    broken = file.with_name("slurm.yaml")
-    broken.write_text(CLUSTER.replace("tiny-llama", "/no/such/model"))
-    answer = CliRunner().invoke(app, ["slurm", str(broken)])
-    assert answer.exit_code == 0, answer.output
-    job_id = answer.output.split()[1]
-    assert site.wait_for(job_id, ("COMPLETED", "FAILED"), END_S) == "FAILED"
-    assert site.job(job_id)["ExitCode"] == "1:0"
-    assert "/no/such/model" in log_of(job_id)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        file.write_text(CLUSTER.replace("api: {port: 0}", f"api: {{port: {port}}}"))
+        answer = CliRunner().invoke(app, ["slurm", str(file)])
+        assert answer.exit_code == 0, answer.output
+        job_id = answer.output.split()[1]
+        assert site.wait_for(job_id, ("COMPLETED", "FAILED"), END_S) == "FAILED"
+    assert site.job(job_id)["ExitCode"] == "2:0"
+    assert f"api.port: port {port} on 127.0.0.1 is in use" in log_of(job_id)
+    assert left(file) == []
 
 
 def test_what_slurm_refuses_is_said_in_its_words(file: Path) -> None:

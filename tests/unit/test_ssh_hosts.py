@@ -166,7 +166,7 @@ def test_dry_run_shows_everything_and_connects_to_nobody(
     )
     assert shown.exit_code == 0, shown.output
     assert "10.0.0.1: ssh -T -oBatchMode=yes" in shown.output
-    assert "-- me@b cd" in shown.output
+    assert "-- me@b 'cd " in shown.output
     assert "needs port 5570 of 10.0.0.1 (coordinator.port)" in shown.output
     assert "cluster worker --config cluster.yaml --name w0" in shown.output
     for action in ("down", "status", "logs"):
