@@ -17,6 +17,8 @@ import typer
 import typer.core
 from rich.console import Console
 
+from cluster import deploy_cli
+
 if TYPE_CHECKING:
     from cluster.schema import ClusterConfig, WorkerEntry
 
@@ -231,6 +233,9 @@ def worker(
         cluster = msgspec.structs.replace(cluster, workers=[])
     cluster = joined(cluster, _entry(cluster, given), coordinator)
     raise typer.Exit(serve(worker_config(cluster, name, resolve(cluster.model))))
+
+
+deploy_cli.add_to(app)
 
 
 @app.command()

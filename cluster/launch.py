@@ -13,7 +13,7 @@ import http.client
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import TracebackType
 
@@ -78,6 +78,7 @@ class LocalCluster:
 
     ``config``'s ports of 0 for the core and the API are replaced by free ones. Start it
     from a thread that lives as long as the program: its processes end with that thread.
+    ``fits`` finds out before the start why it could not work, ``preflight`` if not given.
     ``LaunchError`` when it can't be started.
     """
 
@@ -88,11 +89,13 @@ class LocalCluster:
         *,
         progress: Progress | None = None,
         command_of: CommandOf = process_command,
+        fits: Callable[[ClusterConfig], None] | None = None,
     ) -> None:
         self.log_dir = log_dir or run_directory(config.name)
         self.config = with_store(with_free_ports(config), self.log_dir)
         self._progress = progress or NoProgress()
         self._command_of = command_of
+        self._fits = fits or preflight
         self._children: list[Child] = []
         self._template: Template | None = None
         self._phases: dict[str, tuple[str, float]] = {}
@@ -150,7 +153,7 @@ class LocalCluster:
     def start(self) -> None:
         """Starts everything and waits until it is ready. On an error, call ``stop``."""
         assert not self._children, "started already"
-        preflight(self.config)
+        self._fits(self.config)
         started_s = time.monotonic()
         model = self._resolved_model(started_s)
         config_path = self._write_config(model)
@@ -266,7 +269,7 @@ class LocalCluster:
         child.read_announcements()
         if child.name == COORDINATOR:
             return self._coordinator_phase(child, snapshot)
-        return _worker_phase(name, child, workers, len(self.config.workers))
+        return worker_phase(workers.get(name), child.announced, workers, len(self.config.workers))
 
     def _coordinator_phase(self, child: Child, snapshot: Snapshot | None) -> str:
         if snapshot is None:
@@ -276,10 +279,16 @@ class LocalCluster:
         return f"core is up, API: {child.announced or 'starting'}"
 
 
-def _worker_phase(name: str, child: Child, known: dict[str, WorkerStatus], expected: int) -> str:
-    status = known.get(name)
+def worker_phase(
+    status: WorkerStatus | None, announced: str, known: Collection[str], expected: int
+) -> str:
+    """How far a worker's start is, in words; ``READY`` when nothing is missing.
+
+    ``status``: what the core says of it; ``announced``: what its log does; ``known``: the
+    workers that the core knows, of which there will be ``expected``.
+    """
     if status is None:
-        return child.announced or "starting"
+        return announced or "starting"
     if status.state != "up" or status.warm_peers < status.peers:
         return f"{status.state}, {status.warm_peers} of {status.peers} pairs warm"
     return READY if len(known) >= expected else "up, waits for the others"
@@ -311,7 +320,7 @@ def with_free_ports(config: ClusterConfig) -> ClusterConfig:
 def preflight(config: ClusterConfig) -> None:
     """Finds out before anything is started why it could not work. PreflightError with all."""
     problems = []
-    for key, host, port in _fixed_ports(config):
+    for key, host, port in fixed_ports(config):
         try:
             if not port_is_free(host, port):
                 problems.append(f"{key}: port {port} on {host} is in use by another program")
@@ -325,7 +334,8 @@ def preflight(config: ClusterConfig) -> None:
         raise PreflightError("\n".join(problems))
 
 
-def _fixed_ports(config: ClusterConfig) -> list[tuple[str, str, int]]:
+def fixed_ports(config: ClusterConfig) -> list[tuple[str, str, int]]:
+    """Key, host and port of everything that the file has listen at a port of its choice."""
     wanted = [
         ("coordinator.port", config.coordinator.host, config.coordinator.port),
         ("api.port", config.api.host, config.api.port),

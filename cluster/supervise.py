@@ -264,13 +264,21 @@ def _relay(lines: IO[str], console: Console) -> None:
 
 
 def stay(cluster: LocalCluster, console: Console) -> int:
-    """Returns never: a lost worker is reported, a useless cluster is a LaunchError."""
+    """Tells the person at the terminal that it is ready, then ``watch``."""
     name = cluster.config.name
     say(console, f"{name} is ready: {cluster.base_url}/v1 serves {cluster.config.served_name}")
     say(console, f"logs are in {cluster.log_dir}; 'pythia status' looks at it")
     say(console, f"Ctrl-C or 'pythia down {name}' stops it")
+    return watch(cluster, console, lambda: None)
+
+
+def watch(cluster: LocalCluster, console: Console, over: Callable[[], int | None]) -> int:
+    """Stays until ``over`` says a number, and returns that.
+
+    A lost worker is reported, a useless cluster is a LaunchError.
+    """
     reported: set[str] = set()
-    while True:
+    while (code := over()) is None:
         dead = {child.name: child for child in cluster.dead()}
         for name in dead.keys() - reported:
             say(console, dead[name].obituary())
@@ -280,3 +288,4 @@ def stay(cluster: LocalCluster, console: Console) -> int:
         if all(e.name in dead for e in cluster.config.workers if e.role != "prefill"):
             raise LaunchError("no worker that decodes is left: the cluster is of no use any more")
         time.sleep(WATCH_S)
+    return code
