@@ -149,11 +149,12 @@ class KvListener:
         asked = self._replay.post([b"", first.to_bytes(NUMBER_BYTES, "big")])
         while asked:
             frames = await self._replay.receive()
-            if len(frames) != 3 or bytes(frames[1].buffer) == END:
+            # An empty frame, the topic, the batch's number, the batch.
+            if len(frames) != 4 or bytes(frames[2].buffer) == END:
                 break
-            replayed = int.from_bytes(frames[1].buffer, "big")
+            replayed = int.from_bytes(frames[2].buffer, "big")
             if replayed == self._next_batch and replayed < number:
-                self._take(replayed, frames[2].buffer)
+                self._take(replayed, frames[3].buffer)
         if self._next_batch < number:
             logger.warning("%d of the engine's events are lost", number - self._next_batch)
             self.translation.forget()

@@ -309,11 +309,12 @@ def is_ready(host: str, port: int) -> bool:
 def with_free_ports(config: ClusterConfig) -> ClusterConfig:
     """The same cluster with ports for the core and the API where they were left open."""
     coordinator, api = config.coordinator, config.api
+    taken = {port for _, _, port in fixed_ports(config)}
     if not coordinator.port:
-        port = free_port(coordinator.host)
+        port = free_port(coordinator.host, taken)
         coordinator = msgspec.structs.replace(coordinator, port=port)
     if not api.port:
-        api = msgspec.structs.replace(api, port=free_port(api.host))
+        api = msgspec.structs.replace(api, port=free_port(api.host, taken))
     return msgspec.structs.replace(config, coordinator=coordinator, api=api)
 
 

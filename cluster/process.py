@@ -18,6 +18,8 @@ import signal
 import socket
 import sys
 import time
+from collections import deque
+from collections.abc import Collection
 from pathlib import Path
 
 import msgspec
@@ -26,6 +28,7 @@ _PR_SET_PDEATHSIG = 1
 PHASE_PREFIX = "pythia phase: "
 FREE_PORTS_FROM, FREE_PORTS_TO = 15_000, 32_000
 FREE_PORT_TRIES = 100
+PORTS_REMEMBERED = 1024
 
 
 class ProcessIdentity(msgspec.Struct, frozen=True):
@@ -105,15 +108,20 @@ def usable_cores() -> int:
     return cores
 
 
-def free_port(host: str) -> int:
-    """A port of ``host`` that nobody listened on a moment ago.
+_handed_out: deque[int] = deque(maxlen=PORTS_REMEMBERED)
+
+
+def free_port(host: str, taken: Collection[int] = ()) -> int:
+    """A port of ``host`` that nobody listened on a moment ago, none of those ``taken``.
 
     From below the range that the kernel hands out by itself where there is room: whoever
-    is told the port may listen much later, and until then no connection must get it.
+    is told the port may listen much later, and until then no connection must get it, nor
+    anybody else who asks here.
     """
     for _ in range(FREE_PORT_TRIES):
         port = FREE_PORTS_FROM + secrets.randbelow(FREE_PORTS_TO - FREE_PORTS_FROM)
-        if port_is_free(host, port):
+        if port not in _handed_out and port not in taken and port_is_free(host, port):
+            _handed_out.append(port)
             return port
     with socket.socket(_family(host), socket.SOCK_STREAM) as probe:
         probe.bind((host, 0))

@@ -209,9 +209,13 @@ async def test_an_engine_s_blocks_are_told_by_our_names(engine_maker: list[Engin
 async def test_what_was_missed_is_asked_for_again(engine_maker: list[Engine]) -> None:
     engine = Engine()
     engine_maker.append(engine)
+    events = engine.listener._events.raw
+    events.setsockopt(zmq.UNSUBSCRIBE, b"")
+    await asyncio.sleep(0.3)
     for number in range(5):
         engine.stores(number)
     await asyncio.sleep(0.3)  # nobody has listened
+    events.setsockopt(zmq.SUBSCRIBE, b"")
     listening = asyncio.create_task(engine.listener.run())
     await asyncio.sleep(0.3)
     engine.stores(9)

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from cluster import process
 from cluster.config import load, parse
 from cluster.launch import COORDINATOR, LaunchError, LocalCluster, PreflightError
 from cluster.process import (
@@ -343,3 +344,12 @@ def test_port_is_free_tells_taken_from_free() -> None:
     assert port_is_free("127.0.0.1", port)
     with socket.create_server(("127.0.0.1", port)):
         assert not port_is_free("127.0.0.1", port)
+
+
+def test_no_port_is_handed_out_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "FREE_PORTS_TO", process.FREE_PORTS_FROM + 8)
+    monkeypatch.setattr(process, "FREE_PORT_TRIES", 1000)
+    named = process.FREE_PORTS_FROM + 3
+    found = {process.free_port("127.0.0.1", {named}) for _ in range(5)}
+    assert len(found) == 5
+    assert named not in found
