@@ -174,10 +174,13 @@ def coordinator(
     api_servers: Annotated[int | None, typer.Option(min=1, max=64, metavar="N")] = None,
     api_port: PortOption = None,
     coordinator_port: PortOption = None,
+    api_keys: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="More API keys, one a line.")
+    ] = None,
 ) -> None:
     """Run the coordinator of a cluster: the core and its API processes."""
     from cluster import reaper
-    from cluster.config import coordinator_config, load
+    from cluster.config import coordinator_config, load, with_keys
     from cluster.failure import CommandFailure
     from cluster.launch import run_directory, with_free_ports, with_store
     from cluster.model import resolve
@@ -190,6 +193,8 @@ def coordinator(
         config = msgspec.structs.replace(
             config, api=msgspec.structs.replace(config.api, servers=api_servers)
         )
+    if api_keys is not None:
+        config = with_keys(config, api_keys)
     config = with_store(with_free_ports(config), run_directory(config.name))
     reaper.protect_group()  # API processes would outlive a coordinator that is killed
     starting = coordinator_config(config, resolve(config.model))
@@ -210,12 +215,24 @@ def worker(
     devices: Annotated[str | None, typer.Option(metavar="0,1", help="GPU indexes.")] = None,
     data_host: Annotated[str | None, typer.Option(help="Where peers reach it.")] = None,
     data_port: PortOption = None,
+    node_rank: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Which node of an engine that spans several.")
+    ] = 0,
+    leader: Annotated[
+        str, typer.Option(metavar="HOST", help="Its first node; needs nnodes in 'engine'.")
+    ] = "",
+    like: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Unless in the file: as this one of it.")
+    ] = None,
 ) -> None:
     """Run one worker: of a cluster file, or one that joins a running coordinator."""
     from cluster.config import joined, worker_config
+    from cluster.follower import main as follow
     from cluster.model import resolve
     from cluster.worker import main as serve
 
+    if node_rank and not leader:
+        raise typer.BadParameter("--node-rank needs --leader HOST")
     if config is None and model is None:
         raise typer.BadParameter("give --config FILE or --model M")
     changes = {
@@ -229,8 +246,86 @@ def worker(
     cluster = _cluster(config, model, gpus=1 if given.get("devices") else 0)
     if config is None:
         cluster = msgspec.structs.replace(cluster, workers=[])
-    cluster = joined(cluster, _entry(cluster, given), coordinator)
-    raise typer.Exit(serve(worker_config(cluster, name, resolve(cluster.model))))
+    cluster = joined(cluster, _entry(cluster, given, like), coordinator)
+    starting = worker_config(cluster, name, resolve(cluster.model))
+    starting = msgspec.structs.replace(starting, node_rank=node_rank, leader=leader)
+    if node_rank:
+        raise typer.Exit(follow(starting))
+    raise typer.Exit(serve(starting))
+
+
+@app.command()
+def kubernetes(
+    file: FileArgument,
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Where the manifests are written.")
+    ] = Path("manifests"),
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print them, without secrets, and write nothing.")
+    ] = False,
+    image: Annotated[str | None, typer.Option(help="The workers' image.")] = None,
+    coordinator_image: Annotated[str | None, typer.Option(help="For no GPU.")] = None,
+    namespace: Annotated[str | None, typer.Option(metavar="NS")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, metavar="N", help="Else 8.")] = None,
+    span_nodes: Annotated[
+        bool, typer.Option("--span-nodes", help="Engines of more GPUs are LeaderWorkerSets.")
+    ] = False,
+    gpu_product: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Of nodes' label nvidia.com/gpu.product.")
+    ] = None,
+    rdma: Annotated[
+        str | None, typer.Option(metavar="rdma/NAME", help="A device for each worker.")
+    ] = None,
+    model_claim: Annotated[
+        str | None, typer.Option(metavar="CLAIM", help="The volume with models.")
+    ] = None,
+    storage: Annotated[str | None, typer.Option(help="For workflows; else 1Gi.")] = None,
+    storage_class: Annotated[str | None, typer.Option(help="Else the cluster's own.")] = None,
+    cpu: Annotated[str | None, typer.Option(help="Asked for by a worker; else 2.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Asked for by a worker; else 8Gi.")] = None,
+    monitors: Annotated[
+        bool, typer.Option("--monitors", help="PodMonitors, and metrics of workers.")
+    ] = False,
+    prometheus: Annotated[
+        str | None, typer.Option(metavar="URL", help="KEDA asks there how many workers to run.")
+    ] = None,
+    prefill_rate: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Prompt tokens/s of one worker.")
+    ] = None,
+    decode_rate: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Output tokens/s of one worker.")
+    ] = None,
+    replicas_max: Annotated[int | None, typer.Option(min=1, metavar="N", help="Else 16.")] = None,
+) -> None:
+    """Write the Kubernetes manifests of a cluster file."""
+    from cluster.kubernetes import command
+
+    given = {
+        "image": image,
+        "coordinator_image": coordinator_image,
+        "namespace": namespace,
+        "gpus_per_node": gpus_per_node,
+        "span_nodes": span_nodes,
+        "gpu_product": gpu_product,
+        "rdma": rdma,
+        "model_claim": model_claim,
+        "storage": storage,
+        "storage_class": storage_class,
+        "cpu": cpu,
+        "memory": memory,
+        "monitors": monitors,
+        "prometheus": prometheus,
+        "prefill_rate": prefill_rate,
+        "decode_rate": decode_rate,
+        "replicas_max": replicas_max,
+    }
+    objects = command.render(file, command.options_of(given))
+    if dry_run:
+        typer.echo(command.shown(objects), nl=False)
+        return
+    for path in command.write(objects, out):
+        typer.echo(path)
+    typer.echo(f"now: kubectl apply -k {out}")
 
 
 @app.command()
@@ -484,11 +579,13 @@ def _with_ports(
     return msgspec.structs.replace(config, api=api, coordinator=core)
 
 
-def _entry(cluster: ClusterConfig, given: dict[str, Any]) -> WorkerEntry:
-    """The worker of a command line: the file's one with changes, or a new one."""
+def _entry(cluster: ClusterConfig, given: dict[str, Any], like: str | None = None) -> WorkerEntry:
+    """The worker of a command line: the file's one with changes, one like it, or a new one."""
     from cluster.schema import ConfigError, WorkerEntry
 
     known = [entry for entry in cluster.workers if entry.name == given["name"]]
+    if not known and like is not None:
+        known = [cluster.worker(like)]
     if not known and "role" not in given:
         raise ConfigError([f"no file says what worker {given['name']!r} does: give --role"])
     fields = msgspec.structs.asdict(known[0]) | given if known else given
