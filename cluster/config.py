@@ -306,8 +306,9 @@ def _engine_of(cluster: ClusterConfig, entry: WorkerEntry) -> dict[str, Any]:
     engine = cluster.engine | entry.engine
     if not entry.devices:
         return _CPU_ENGINE | engine
+    devices = len(entry.devices) * engine.get("nnodes", 1)
     pipeline = engine.get("pipeline_parallel_size", 1)
-    return {"tensor_parallel_size": len(entry.devices) // pipeline} | engine
+    return {"tensor_parallel_size": devices // pipeline} | engine
 
 
 def _is_loopback(cluster: ClusterConfig) -> bool:

@@ -11,6 +11,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
+import threading
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -20,19 +23,26 @@ from cluster.config import WorkerConfig
 from cluster.process import announce
 from coordinator.link import refuse_pickle
 
+logger = logging.getLogger("pythia.follower")
+
+ENGINE_ID = "engine_id"
 NAME_PORT = 29_502
 """Of the leader: where the others ask for the engine's id. vLLM meets on the one before."""
 MEET_S = 600.0
+WATCH_S = 2.0
 
 
 @contextlib.contextmanager
 def engine_named(config: WorkerConfig, arguments: dict[str, Any]) -> Iterator[None]:
-    """While its block runs, a leader tells its followers which engine this is."""
+    """While its block runs, a leader tells its followers which engine this is.
+
+    They end when it does not answer any more.
+    """
     if not config.leader:
         yield
         return
     store = _store(config)
-    store.set("engine_id", arguments["kv_transfer_config"]["engine_id"])
+    store.set(ENGINE_ID, arguments["kv_transfer_config"]["engine_id"])
     yield
     del store
 
@@ -50,6 +60,16 @@ def _store(config: WorkerConfig) -> Any:
     )
 
 
+def _end_with_leader(store: Any) -> None:
+    """Waits for the leader's end, then ends this process. vLLM's own would wait for ever."""
+    try:
+        while store.check([ENGINE_ID]):
+            time.sleep(WATCH_S)
+    except RuntimeError as error:
+        logger.warning("the leader is gone: %s", error)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def main(config: WorkerConfig) -> int:
     """Runs this node's part until the leader is gone. Returns the process's exit code."""
     reaper.protect_group()
@@ -57,7 +77,9 @@ def main(config: WorkerConfig) -> int:
     os.environ.update(config.process_environment())
     refuse_pickle(os.environ)
     announce("asking the leader which engine this is")
-    engine_id = _store(config).get("engine_id").decode()
+    store = _store(config)
+    engine_id = store.get(ENGINE_ID).decode()
+    threading.Thread(target=_end_with_leader, args=(store,), name="leader", daemon=True).start()
     announce("importing vLLM")
     from vllm.config import KVTransferConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -73,6 +95,6 @@ def main(config: WorkerConfig) -> int:
     )
     executor = MultiprocExecutor(vllm_config, monitor_workers=False)
     announce(f"part of {engine_id}")
-    # Returns when a process of this node has ended, which they do when the leader does.
+    # Returns when a process of this node has ended.
     executor.start_worker_monitor(inline=True)
     return 1

@@ -40,14 +40,14 @@ def main(config: WorkerConfig) -> int:
     arguments = config.engine_arguments() | {"kv_events_config": endpoints.config()}
     with engine_named(config, arguments):
         engine = start_engine(arguments, metrics=config.metrics_port > 0)
-    announce(f"engine is up after {time.monotonic() - started_s:.0f} s")
-    # All that vLLM's import has made stays for good: a look at it takes a tenth of a second,
-    # in the middle of somebody's answer.
-    gc.collect()
-    gc.freeze()
-    try:
-        code: int = uvloop.run(serve(config, engine, endpoints))
-        return code
-    finally:
-        engine.shutdown(timeout=ENGINE_STOP_S)
-        endpoints.close()
+        announce(f"engine is up after {time.monotonic() - started_s:.0f} s")
+        # All that vLLM's import has made stays for good: a look at it takes a tenth of a second,
+        # in the middle of somebody's answer.
+        gc.collect()
+        gc.freeze()
+        try:
+            code: int = uvloop.run(serve(config, engine, endpoints))
+            return code
+        finally:
+            engine.shutdown(timeout=ENGINE_STOP_S)
+            endpoints.close()

@@ -20,6 +20,7 @@ from cluster.config import (
     joined,
     load,
     parse,
+    with_keys,
     worker_config,
 )
 from cluster.document import dump
@@ -331,6 +332,18 @@ class TestWorkerConfig:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,GPU-7")
         assert two.process_environment()["CUDA_VISIBLE_DEVICES"] == "GPU-7,4"
 
+    def test_an_engine_of_several_nodes_has_all_of_their_gpus(self) -> None:
+        text = "model: m\nengine: {nnodes: 2}\nworkers:\n  - {name: one, role: mixed, devices: [0, 1]}\n"
+        found = worker_config(parse(text, "x.yaml"), "one", "m")
+        assert found.engine == {"tensor_parallel_size": 4, "nnodes": 2}
+        assert "node_rank" not in found.engine_arguments()
+        second = msgspec.structs.replace(found, node_rank=1, leader="first-node")
+        arguments = second.engine_arguments()
+        assert (arguments["node_rank"], arguments["master_addr"]) == (1, "first-node")
+        assert second.process_environment()["VLLM_HOST_IP"] == "127.0.0.1"
+        with pytest.raises(ConfigError, match="4 GPUs do not fit the 2 that"):
+            parse(text.replace("{nnodes: 2}", "{nnodes: 2, tensor_parallel_size: 2}"), "x.yaml")
+
     def test_an_unknown_worker_is_a_config_error(self) -> None:
         with pytest.raises(ConfigError, match="there are: one, two"):
             worker_config(self.config(), "three", "m")
@@ -344,6 +357,19 @@ class TestWorkerConfig:
         for bad in ("10.0.0.1:99", "tcp://x", "tcp://x:70000", "ipc://x"):
             with pytest.raises(ConfigError, match="must be tcp://host:port"):
                 joined(self.config(), entry, bad)
+
+
+def test_more_api_keys_come_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text("sk-two\n\n  sk-three \n")
+    config = with_keys(parse(HEAD + "api: {keys: [sk-one]}\n", "x.yaml"), path)
+    assert config.api.keys == ["sk-one", "sk-two", "sk-three"]
+    for text in ("", "\n \n"):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match="there is no API key in it"):
+            with_keys(config, path)
+    with pytest.raises(ConfigError, match="No such file"):
+        with_keys(config, tmp_path / "missing")
 
 
 def test_coordinator_config_carries_what_the_file_says() -> None:
