@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 import yaml
 from hypothesis import given
@@ -333,7 +334,8 @@ class TestWorkerConfig:
         assert two.process_environment()["CUDA_VISIBLE_DEVICES"] == "GPU-7,4"
 
     def test_an_engine_of_several_nodes_has_all_of_their_gpus(self) -> None:
-        text = "model: m\nengine: {nnodes: 2}\nworkers:\n  - {name: one, role: mixed, devices: [0, 1]}\n"
+        worker = "workers:\n  - {name: one, role: mixed, devices: [0, 1]}\n"
+        text = "model: m\nengine: {nnodes: 2}\n" + worker
         found = worker_config(parse(text, "x.yaml"), "one", "m")
         assert found.engine == {"tensor_parallel_size": 4, "nnodes": 2}
         assert "node_rank" not in found.engine_arguments()
