@@ -37,6 +37,9 @@ def options_of(given: dict[str, Any]) -> Options:
         except msgspec.ValidationError as error:
             what = str(error).partition(" - at ")[0]
             problems.append(f"--{name.replace('_', '-')}: {what} (got {value!r})")
+    rates = wanted.get("prefill_rate") or wanted.get("decode_rate")
+    if bool(rates) != bool(wanted.get("prometheus")):
+        problems.append("--prometheus: goes with --prefill-rate or --decode-rate, and they with it")
     if problems:
         raise ConfigError(problems)
     return msgspec.convert(wanted, Options)

@@ -19,6 +19,7 @@ from cluster.kubernetes.pods import (
 FORECAST_HORIZON_S = 60
 """How far ahead the demand is looked up by which workers are added."""
 SCALE_DOWN_S = 600
+"""How long fewer workers must do before one is taken away."""
 
 
 def manifests(plan: Plan) -> dict[str, list[Object]]:
@@ -34,7 +35,7 @@ def manifests(plan: Plan) -> dict[str, list[Object]]:
     if plan.options.monitors:
         found["monitors"] = [_monitor(plan, "coordinator", "api")]
         found["monitors"] += [_monitor(plan, "worker", "metrics")]
-    if plan.options.prometheus and (scalers := [s for e in plan.sets if (s := _scaler(plan, e))]):
+    if scalers := [scaler for each in plan.sets if (scaler := _scaler(plan, each))]:
         found["scaling"] = scalers
     return found
 
@@ -114,6 +115,8 @@ def _headless(plan: Plan, name: str, component: str, ports: list[Object]) -> Obj
 
 def _worker_set(plan: Plan, each: WorkerSet) -> Object:
     name = set_name(plan.name, each.stem)
+    # Applied anew, a number would undo what the autoscaler has done.
+    replicas = {} if _rate(plan, each) else {"replicas": each.count}
     if each.nodes > 1:
         api_version = "leaderworkerset.x-k8s.io/v1"
         head = _object(plan, api_version, "LeaderWorkerSet", name, "worker")
@@ -123,9 +126,9 @@ def _worker_set(plan: Plan, each: WorkerSet) -> Object:
             "leaderTemplate": worker_template(plan, each),
             "workerTemplate": follower_template(plan, each),
         }
-        return head | {"spec": {"replicas": each.count, "leaderWorkerTemplate": groups}}
+        return head | {"spec": {**replicas, "leaderWorkerTemplate": groups}}
     spec: Object = {
-        "replicas": each.count,
+        **replicas,
         "serviceName": f"{plan.name}-workers",
         # All at once: none waits for another, and engines take minutes.
         "podManagementPolicy": "Parallel",
@@ -190,11 +193,19 @@ def _monitor(plan: Plan, component: str, port: str) -> Object:
     }
 
 
+def _rate(plan: Plan, each: WorkerSet) -> int:
+    """Tokens per second that one worker of a set is good for; 0 if the set is not scaled."""
+    options = plan.options
+    if not options.prometheus:
+        return 0
+    return options.prefill_rate if each.entry.role == "prefill" else options.decode_rate
+
+
 def _scaler(plan: Plan, each: WorkerSet) -> Object | None:
     """For KEDA: as many workers as the forecast demand of their role needs."""
     options = plan.options
     phase = "prefill" if each.entry.role == "prefill" else "decode"
-    rate = options.prefill_rate if phase == "prefill" else options.decode_rate
+    rate = _rate(plan, each)
     if not rate:
         return None
     horizon = f'horizon_seconds="{FORECAST_HORIZON_S}",bound="high"'
@@ -202,6 +213,7 @@ def _scaler(plan: Plan, each: WorkerSet) -> Object | None:
     query = f"max(pythia_forecast_{phase}_tokens_per_second{{{horizon}{where}}})"
     spans = each.nodes > 1
     name = set_name(plan.name, each.stem)
+    slowly = {"stabilizationWindowSeconds": SCALE_DOWN_S}
     return _object(plan, "keda.sh/v1alpha1", "ScaledObject", name, "worker") | {
         "spec": {
             "scaleTargetRef": {
@@ -211,7 +223,7 @@ def _scaler(plan: Plan, each: WorkerSet) -> Object | None:
             },
             "minReplicaCount": each.count,
             "maxReplicaCount": max(each.count, options.replicas_max),
-            "cooldownPeriod": SCALE_DOWN_S,
+            "advanced": {"horizontalPodAutoscalerConfig": {"behavior": {"scaleDown": slowly}}},
             "triggers": [
                 {
                     "type": "prometheus",

@@ -283,6 +283,8 @@ def test_workers_are_scaled_by_the_forecast_of_their_role(tmp_path: Path) -> Non
     (scaled,) = (each for each in objects if each["kind"] == "ScaledObject")
     assert scaled["spec"]["scaleTargetRef"]["name"] == "gpu-prefill"
     assert (scaled["spec"]["minReplicaCount"], scaled["spec"]["maxReplicaCount"]) == (2, 5)
+    assert "replicas" not in one(objects, "StatefulSet", "gpu-prefill")["spec"]
+    assert one(objects, "StatefulSet", "gpu-decode")["spec"]["replicas"] == 3
     (trigger,) = scaled["spec"]["triggers"]
     assert trigger["metadata"]["threshold"] == "20000"
     assert "pythia_forecast_prefill_tokens_per_second" in trigger["metadata"]["query"]
@@ -340,6 +342,8 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
         {"gpus_per_node": 4, "span_nodes": True},
         r"7: workers\[1\].engine.nnodes: follows from 'devices'",
     ),
+    (CPU, {"prometheus": "http://p"}, r"--prometheus: goes with --prefill-rate"),
+    (CPU, {"decode_rate": 5}, r"--prometheus: goes with --prefill-rate"),
     (CPU, {"namespace": "Not A Label"}, r"--namespace: "),
     (CPU, {"rdma": "hca"}, r"--rdma: "),
     (CPU, {"memory": "lots"}, r"--memory: "),
