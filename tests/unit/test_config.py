@@ -124,6 +124,9 @@ BAD = [
         "GPU 1 of 127.0.0.1 is already used by",
     ),
     ("  - {name: two, role: decode, data_port: 8000}\n", 4, "workers[1].data_port: port 8000"),
+    ("  - {name: two, role: decode, health_port: 8000}\n", 4, "workers[1].health_port: port 8000"),
+    ("engine: {nnodes: 0}\n", 4, "engine.nnodes: must be a whole"),
+    ("engine: {node_rank: 1}\n", 4, "engine.node_rank: may not be set here: say it to each node"),
     ("  - {name: two, role: decode, engine: {block_size: 64}}\n", 4, "exchange KV must agree"),
     (
         "  - {name: two, role: decode, engine: {served_model_name: x}}\n",
