@@ -20,6 +20,8 @@ RESERVED_ENGINE_ARGUMENTS = {
     "served_model_name": "set 'served_model_name' at the top level",
     "kv_transfer_config": _KV_IS_OURS,
     "kv_events_config": _KV_IS_OURS,
+    "node_rank": "say it to each node's 'pythia worker', with --node-rank",
+    "master_addr": "say it to each node's 'pythia worker', with --leader",
     "device_ids": "set 'devices' of the worker",
     "disable_log_stats": "Pythia needs the engine's statistics",
     "data_parallel_size": _NOT_PER_ENGINE,

@@ -120,6 +120,7 @@ def _ports(document: Document, config: ClusterConfig) -> None:
     for index, entry in enumerate(config.workers):
         wanted.append((entry.host, entry.data_port, ("workers", index, "data_port")))
         wanted.append((entry.host, entry.metrics_port, ("workers", index, "metrics_port")))
+        wanted.append((entry.host, entry.health_port, ("workers", index, "health_port")))
         if base:
             wanted.append((entry.host, base + index, ("network", "side_channel_port_base")))
     wanted.sort(key=lambda each: document.has(each[2]))  # blame what was given, not a default
@@ -162,8 +163,8 @@ def _same_everywhere(document: Document, config: ClusterConfig, name: str) -> No
 
 def _parallelism(document: Document, config: ClusterConfig, index: int, entry: WorkerEntry) -> None:
     engine = config.engine | entry.engine
-    needed = 1
-    for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+    needed, nodes = 1, 1
+    for name in ("tensor_parallel_size", "pipeline_parallel_size", "nnodes"):
         size = engine.get(name, 1)
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             document.problem(
@@ -171,8 +172,11 @@ def _parallelism(document: Document, config: ClusterConfig, index: int, entry: W
                 f"must be a whole number of at least 1 (got {size!r})",
             )
             return
-        needed *= size
-    given = len(entry.devices)
+        if name == "nnodes":
+            nodes = size
+        else:
+            needed *= size
+    given = len(entry.devices) * nodes
     if given and "tensor_parallel_size" not in engine:
         fits = given % needed == 0
     else:

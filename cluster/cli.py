@@ -18,6 +18,7 @@ import typer.core
 from rich.console import Console
 
 from cluster import deploy_cli
+from cluster.kubernetes.cli import kubernetes
 
 if TYPE_CHECKING:
     from cluster.schema import ClusterConfig, WorkerEntry
@@ -176,10 +177,13 @@ def coordinator(
     api_servers: Annotated[int | None, typer.Option(min=1, max=64, metavar="N")] = None,
     api_port: PortOption = None,
     coordinator_port: PortOption = None,
+    api_keys: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="More API keys, one a line.")
+    ] = None,
 ) -> None:
     """Run the coordinator of a cluster: the core and its API processes."""
     from cluster import reaper
-    from cluster.config import coordinator_config, load
+    from cluster.config import coordinator_config, load, with_keys
     from cluster.failure import CommandFailure
     from cluster.launch import run_directory, with_free_ports, with_store
     from cluster.model import resolve
@@ -192,6 +196,8 @@ def coordinator(
         config = msgspec.structs.replace(
             config, api=msgspec.structs.replace(config.api, servers=api_servers)
         )
+    if api_keys is not None:
+        config = with_keys(config, api_keys)
     config = with_store(with_free_ports(config), run_directory(config.name))
     reaper.protect_group()  # API processes would outlive a coordinator that is killed
     starting = coordinator_config(config, resolve(config.model))
@@ -212,12 +218,24 @@ def worker(
     devices: Annotated[str | None, typer.Option(metavar="0,1", help="GPU indexes.")] = None,
     data_host: Annotated[str | None, typer.Option(help="Where peers reach it.")] = None,
     data_port: PortOption = None,
+    node_rank: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Which node of an engine that spans several.")
+    ] = 0,
+    leader: Annotated[
+        str, typer.Option(metavar="HOST", help="Its first node; needs nnodes in 'engine'.")
+    ] = "",
+    like: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Unless in the file: as this one of it.")
+    ] = None,
 ) -> None:
     """Run one worker: of a cluster file, or one that joins a running coordinator."""
     from cluster.config import joined, worker_config
+    from cluster.follower import main as follow
     from cluster.model import resolve
     from cluster.worker import main as serve
 
+    if node_rank and not leader:
+        raise typer.BadParameter("--node-rank needs --leader HOST")
     if config is None and model is None:
         raise typer.BadParameter("give --config FILE or --model M")
     changes = {
@@ -231,8 +249,15 @@ def worker(
     cluster = _cluster(config, model, gpus=1 if given.get("devices") else 0)
     if config is None:
         cluster = msgspec.structs.replace(cluster, workers=[])
-    cluster = joined(cluster, _entry(cluster, given), coordinator)
-    raise typer.Exit(serve(worker_config(cluster, name, resolve(cluster.model))))
+    cluster = joined(cluster, _entry(cluster, given, like), coordinator)
+    starting = worker_config(cluster, name, resolve(cluster.model))
+    starting = msgspec.structs.replace(starting, node_rank=node_rank, leader=leader)
+    if node_rank:
+        raise typer.Exit(follow(starting))
+    raise typer.Exit(serve(starting))
+
+
+app.command()(kubernetes)
 
 
 deploy_cli.add_to(app)
@@ -489,11 +514,13 @@ def _with_ports(
     return msgspec.structs.replace(config, api=api, coordinator=core)
 
 
-def _entry(cluster: ClusterConfig, given: dict[str, Any]) -> WorkerEntry:
-    """The worker of a command line: the file's one with changes, or a new one."""
+def _entry(cluster: ClusterConfig, given: dict[str, Any], like: str | None = None) -> WorkerEntry:
+    """The worker of a command line: the file's one with changes, one like it, or a new one."""
     from cluster.schema import ConfigError, WorkerEntry
 
     known = [entry for entry in cluster.workers if entry.name == given["name"]]
+    if not known and like is not None:
+        known = [cluster.worker(like)]
     if not known and "role" not in given:
         raise ConfigError([f"no file says what worker {given['name']!r} does: give --role"])
     fields = msgspec.structs.asdict(known[0]) | given if known else given

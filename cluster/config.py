@@ -49,6 +49,7 @@ __all__ = [
     "joined",
     "load",
     "parse",
+    "with_keys",
     "worker_config",
 ]
 
@@ -62,7 +63,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     ``coordinator``: the core's address; ``model``: folder or Hugging Face id; ``engine``:
     the file's engine arguments; ``environment``: the file's variables; ``ucx_tls`` empty
     leaves the choice to UCX; ports of 0 are picked by the process; ``loopback``: all
-    workers are on this machine's CPU.
+    workers are on this machine's CPU; ``node_rank`` and ``leader``: of an engine that spans
+    nodes, which this is and the first one's address.
     """
 
     name: str
@@ -73,6 +75,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     host: str = "127.0.0.1"
     data_port: int = 0
     metrics_port: int = 0
+    health_port: int = 0
     devices: list[int] = []
     engine: dict[str, Any] = {}
     environment: dict[str, str] = {}
@@ -82,6 +85,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     ucx_tls: str = ""
     side_channel_port: int = 0
     loopback: bool = False
+    node_rank: int = 0
+    leader: str = ""
 
     def process_environment(self) -> dict[str, str]:
         """What to set before vLLM is imported; the file's own values win."""
@@ -89,21 +94,28 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
         environment = transfer_environment(self.nixl_host, port, loopback=self.loopback)
         if self.devices:
             environment["CUDA_VISIBLE_DEVICES"] = visible_devices(self.devices)
+        if self.leader:
+            environment["VLLM_HOST_IP"] = self.host
         if self.ucx_tls:
             environment["UCX_TLS"] = self.ucx_tls
         return environment | self.environment
 
     def engine_arguments(self) -> dict[str, Any]:
         """Arguments of vLLM's ``AsyncEngineArgs``. Another engine id at every call."""
-        return self.engine | {
-            "model": self.model,
-            "served_model_name": [self.served_model_name],
-            "kv_transfer_config": kv_transfer_config(
-                f"{self.name}-{uuid.uuid4().hex}",
-                lease_s=self.kv_lease_s,
-                nixl_progress_delay_us=self.nixl_progress_delay_us,
-            ),
-        }
+        place = {"node_rank": self.node_rank, "master_addr": self.leader} if self.leader else {}
+        return (
+            self.engine
+            | place
+            | {
+                "model": self.model,
+                "served_model_name": [self.served_model_name],
+                "kv_transfer_config": kv_transfer_config(
+                    f"{self.name}-{uuid.uuid4().hex}",
+                    lease_s=self.kv_lease_s,
+                    nixl_progress_delay_us=self.nixl_progress_delay_us,
+                ),
+            }
+        )
 
 
 def load(path: Path) -> ClusterConfig:
@@ -200,6 +212,24 @@ def joined(
     return msgspec.structs.replace(changed, coordinator=place)
 
 
+def with_keys(cluster: ClusterConfig, path: Path) -> ClusterConfig:
+    """The cluster with the API keys of a file, too: one a line, empty lines left out.
+
+    ConfigError when the file can't be read or has none: an API that was to be closed would
+    be open.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ConfigError([f"{path}: {reason}"]) from error
+    keys = [line.strip() for line in lines if line.strip()]
+    if not keys:
+        raise ConfigError([f"{path}: there is no API key in it"])
+    api = msgspec.structs.replace(cluster.api, keys=[*cluster.api.keys, *keys])
+    return msgspec.structs.replace(cluster, api=api)
+
+
 def worker_config(cluster: ClusterConfig, name: str, model: str) -> WorkerConfig:
     """What the worker ``name`` is told. ``model`` is the prepared model's folder or id.
 
@@ -222,6 +252,7 @@ def worker_config(cluster: ClusterConfig, name: str, model: str) -> WorkerConfig
         host=entry.host,
         data_port=entry.data_port,
         metrics_port=entry.metrics_port,
+        health_port=entry.health_port,
         devices=entry.devices,
         engine=_engine_of(cluster, entry),
         environment=environment | _as_text(cluster.environment) | _as_text(entry.environment),
@@ -275,8 +306,9 @@ def _engine_of(cluster: ClusterConfig, entry: WorkerEntry) -> dict[str, Any]:
     engine = cluster.engine | entry.engine
     if not entry.devices:
         return _CPU_ENGINE | engine
+    devices = len(entry.devices) * engine.get("nnodes", 1)
     pipeline = engine.get("pipeline_parallel_size", 1)
-    return {"tensor_parallel_size": len(entry.devices) // pipeline} | engine
+    return {"tensor_parallel_size": devices // pipeline} | engine
 
 
 def _is_loopback(cluster: ClusterConfig) -> bool:

@@ -348,6 +348,8 @@ def fixed_ports(config: ClusterConfig) -> list[tuple[str, str, int]]:
         wanted.append((f"{here}.data_port", entry.host, entry.data_port))
         if entry.metrics_port:
             wanted.append((f"{here}.metrics_port", entry.host, entry.metrics_port))
+        if entry.health_port:
+            wanted.append((f"{here}.health_port", entry.host, entry.health_port))
         if base:
             wanted.append(("network.side_channel_port_base", entry.host, base + index))
     return wanted

@@ -45,7 +45,8 @@ class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 class WorkerEntry(Section, frozen=True, kw_only=True):
     """One engine. ``devices``: GPU indexes on ``host``, none for CPU.
 
-    ``metrics_port``: where its engine's Prometheus metrics are served; 0 for nowhere.
+    ``metrics_port``: where its engine's Prometheus metrics are served; ``health_port``: where
+    it answers ``/live`` and ``/ready``; 0 for nowhere.
     """
 
     name: Name
@@ -56,6 +57,7 @@ class WorkerEntry(Section, frozen=True, kw_only=True):
     environment: dict[str, EnvironmentValue] = {}
     data_port: Port = 0
     metrics_port: Port = 0
+    health_port: Port = 0
 
 
 class CoordinatorEntry(Section, frozen=True, kw_only=True):

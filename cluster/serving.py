@@ -7,6 +7,7 @@ is said by ``prefill.worker`` and ``decode.worker``; where it goes was said by t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 import signal
@@ -27,6 +28,7 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from cluster.config import WorkerConfig
 from cluster.engine import WorkerEngine, engine_facts
+from cluster.health import health_server
 from cluster.kv_listener import Endpoints, KvListener
 from coordinator import protocol
 from coordinator.link import BAD_FRAME, BadBody, ControlLink, GarbageCounter
@@ -534,7 +536,16 @@ async def serve(
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     worker = Worker(config, engine, context, endpoints)
     try:
-        return await worker.run()
+        async with contextlib.AsyncExitStack() as stack:
+            if config.health_port:
+                health = health_server(
+                    config.host,
+                    config.health_port,
+                    live=lambda: not engine.errored,
+                    ready=lambda: worker.link.welcome is not None,
+                )
+                await stack.enter_async_context(health)
+            return await worker.run()
     finally:
         worker.close()
         context.destroy(linger=0)

@@ -14,6 +14,7 @@ import uvloop
 
 from cluster import reaper
 from cluster.config import WorkerConfig
+from cluster.follower import engine_named
 from cluster.process import announce
 from coordinator.link import refuse_pickle
 
@@ -37,15 +38,16 @@ def main(config: WorkerConfig) -> int:
     started_s = time.monotonic()
     endpoints = Endpoints()
     arguments = config.engine_arguments() | {"kv_events_config": endpoints.config()}
-    engine = start_engine(arguments, metrics=config.metrics_port > 0)
-    announce(f"engine is up after {time.monotonic() - started_s:.0f} s")
-    # All that vLLM's import has made stays for good: a look at it takes a tenth of a second,
-    # in the middle of somebody's answer.
-    gc.collect()
-    gc.freeze()
-    try:
-        code: int = uvloop.run(serve(config, engine, endpoints))
-        return code
-    finally:
-        engine.shutdown(timeout=ENGINE_STOP_S)
-        endpoints.close()
+    with engine_named(config, arguments):
+        engine = start_engine(arguments, metrics=config.metrics_port > 0)
+        announce(f"engine is up after {time.monotonic() - started_s:.0f} s")
+        # All that vLLM's import has made stays for good: a look at it takes a tenth of a second,
+        # in the middle of somebody's answer.
+        gc.collect()
+        gc.freeze()
+        try:
+            code: int = uvloop.run(serve(config, engine, endpoints))
+            return code
+        finally:
+            engine.shutdown(timeout=ENGINE_STOP_S)
+            endpoints.close()

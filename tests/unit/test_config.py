@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 import yaml
 from hypothesis import given
@@ -20,6 +21,7 @@ from cluster.config import (
     joined,
     load,
     parse,
+    with_keys,
     worker_config,
 )
 from cluster.document import dump
@@ -122,6 +124,9 @@ BAD = [
         "GPU 1 of 127.0.0.1 is already used by",
     ),
     ("  - {name: two, role: decode, data_port: 8000}\n", 4, "workers[1].data_port: port 8000"),
+    ("  - {name: two, role: decode, health_port: 8000}\n", 4, "workers[1].health_port: port 8000"),
+    ("engine: {nnodes: 0}\n", 4, "engine.nnodes: must be a whole"),
+    ("engine: {node_rank: 1}\n", 4, "engine.node_rank: may not be set here: say it to each node"),
     ("  - {name: two, role: decode, engine: {block_size: 64}}\n", 4, "exchange KV must agree"),
     (
         "  - {name: two, role: decode, engine: {served_model_name: x}}\n",
@@ -331,6 +336,19 @@ class TestWorkerConfig:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,GPU-7")
         assert two.process_environment()["CUDA_VISIBLE_DEVICES"] == "GPU-7,4"
 
+    def test_an_engine_of_several_nodes_has_all_of_their_gpus(self) -> None:
+        worker = "workers:\n  - {name: one, role: mixed, devices: [0, 1]}\n"
+        text = "model: m\nengine: {nnodes: 2}\n" + worker
+        found = worker_config(parse(text, "x.yaml"), "one", "m")
+        assert found.engine == {"tensor_parallel_size": 4, "nnodes": 2}
+        assert "node_rank" not in found.engine_arguments()
+        second = msgspec.structs.replace(found, node_rank=1, leader="first-node")
+        arguments = second.engine_arguments()
+        assert (arguments["node_rank"], arguments["master_addr"]) == (1, "first-node")
+        assert second.process_environment()["VLLM_HOST_IP"] == "127.0.0.1"
+        with pytest.raises(ConfigError, match="4 GPUs do not fit the 2 that"):
+            parse(text.replace("{nnodes: 2}", "{nnodes: 2, tensor_parallel_size: 2}"), "x.yaml")
+
     def test_an_unknown_worker_is_a_config_error(self) -> None:
         with pytest.raises(ConfigError, match="there are: one, two"):
             worker_config(self.config(), "three", "m")
@@ -344,6 +362,19 @@ class TestWorkerConfig:
         for bad in ("10.0.0.1:99", "tcp://x", "tcp://x:70000", "ipc://x"):
             with pytest.raises(ConfigError, match="must be tcp://host:port"):
                 joined(self.config(), entry, bad)
+
+
+def test_more_api_keys_come_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text("sk-two\n\n  sk-three \n")
+    config = with_keys(parse(HEAD + "api: {keys: [sk-one]}\n", "x.yaml"), path)
+    assert config.api.keys == ["sk-one", "sk-two", "sk-three"]
+    for text in ("", "\n \n"):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match="there is no API key in it"):
+            with_keys(config, path)
+    with pytest.raises(ConfigError, match="No such file"):
+        with_keys(config, tmp_path / "missing")
 
 
 def test_coordinator_config_carries_what_the_file_says() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -125,7 +126,8 @@ async def test_without_a_limit_it_stops_at_the_context_length() -> None:
 class Peer:
     """The core and an API process, as the worker meets them."""
 
-    def __init__(self, context: zmq.Context[Any], control_port: int) -> None:
+    def __init__(self, context: zmq.Context[Any], control_port: int, health_port: int) -> None:
+        self.health_port = health_port
         self.control = context.socket(zmq.ROUTER)
         self.control.bind(f"tcp://127.0.0.1:{control_port}")
         self.data = context.socket(zmq.DEALER)
@@ -196,13 +198,13 @@ def peer(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         default_cluster(str(tiny_model), 0),
         served_model_name="tiny",
         coordinator=CoordinatorEntry(port=port),
-        workers=[WorkerEntry(name=NAME, role="mixed")],
+        workers=[WorkerEntry(name=NAME, role="mixed", health_port=free_port("127.0.0.1"))],
     )
     folder = tmp_path_factory.mktemp("fake-worker")
     path = folder / "cluster.yaml"
     path.write_text(dump(config), encoding="utf-8")
     with zmq.Context() as context, (folder / "log").open("wb") as log:
-        made = Peer(context, port)
+        made = Peer(context, port, config.workers[0].health_port)
         command = fake_worker.command(path, NAME, "--step-s", "0.005")
         root = Path(__file__).parents[2]
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=root)
@@ -223,6 +225,12 @@ def test_it_registers_as_a_worker_does_and_beats(peer: Peer) -> None:
     assert peer.ready.facts.model == "tiny"
     assert peer.ready.facts.block_size == 32
     assert peer.told(protocol.Beat).incarnation == peer.incarnation
+
+
+def test_it_answers_over_http_that_it_lives_and_is_taken_in(peer: Peer) -> None:
+    for path in ("live", "ready"):
+        with urllib.request.urlopen(f"http://127.0.0.1:{peer.health_port}/{path}") as answer:
+            assert answer.status == 200
 
 
 def test_it_answers_probes(peer: Peer) -> None:

@@ -1,0 +1,1 @@
+"""A cluster file as Kubernetes manifests: plain objects, dumped as YAML."""
