@@ -26,7 +26,7 @@ from cluster.launch import COORDINATOR, LocalCluster, process_command
 from cluster.model_tiny import VOCABULARY
 from cluster.schema import ApiEntry
 from cluster.template import TEMPLATE
-from coordinator.limits import Limits
+from coordinator.limits import Limits, Placement
 from coordinator.protocol import CallStatus
 
 MODEL = "tiny-llama"
@@ -40,7 +40,10 @@ MARK = ": pythia"
 
 @contextlib.contextmanager
 def running(
-    log_dir: Path, roles: Sequence[str] = ("decode", "decode"), servers: int = API_SERVERS
+    log_dir: Path,
+    roles: Sequence[str] = ("decode", "decode"),
+    servers: int = API_SERVERS,
+    placement: Placement = Placement(),  # noqa: B008, frozen
 ) -> Iterator[LocalCluster]:
     """``servers`` API processes on one port, and a worker of each of the ``roles``."""
     config = cluster_config(
@@ -49,6 +52,7 @@ def running(
         roles,
         api=ApiEntry(port=0, servers=servers),
         limits=LIMITS,
+        placement=placement,
     )
     with LocalCluster(config, log_dir, command_of=_command_of) as cluster:
         yield cluster

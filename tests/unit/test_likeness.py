@@ -26,6 +26,7 @@ from cluster.simulator.records import CallRecord, Gaps, Result, RunRecord, Total
 from cluster.simulator.setup import ClusterSetup
 from cluster.simulator.world import simulate
 from coordinator.cost import Efficiency, ModelShape
+from coordinator.limits import Placement
 from coordinator.protocol import EngineFacts
 
 TINY = ModelShape(
@@ -66,7 +67,8 @@ TRUE = Constants(
 
 
 def config_of(*roles: str) -> ClusterConfig:
-    return cluster_config("like", "tiny-llama", roles)
+    # As ``--validate`` has it: which way calls go does not depend on how fast engines are.
+    return cluster_config("like", "tiny-llama", roles, placement=Placement(policy="least_kv"))
 
 
 def made(config: ClusterConfig, constants: Constants) -> ClusterSetup:

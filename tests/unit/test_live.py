@@ -14,6 +14,7 @@ from cluster.simulator.live import LiveError, LiveReplay, Target
 from cluster.simulator.records import CallRecord
 from cluster.workload.form import Call, Run, Workload
 from cluster.workload.spans import Spans
+from coordinator.limits import Placement
 from tests.unit.fake_cluster import MODEL, STEP_S, WAIT_S, running
 
 BLOCK = 16
@@ -22,7 +23,9 @@ BLOCK = 16
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
     log_dir = tmp_path_factory.mktemp("fake-cluster")
-    with running(log_dir, roles=("prefill", "decode"), servers=1) as cluster:
+    # By memory alone: which way calls go does not depend on how fast this machine is.
+    placement = Placement(policy="least_kv")
+    with running(log_dir, ("prefill", "decode"), 1, placement) as cluster:
         yield cluster
 
 
