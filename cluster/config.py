@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from cluster import check
-from cluster.devices import visible_devices
+from cluster.devices import beside_gpus, visible_devices
 from cluster.document import Document, read
 from cluster.process import free_port, usable_cores
 from cluster.schema import (
@@ -30,6 +30,7 @@ from cluster.schema import (
 from cluster.workflow_files import read_workflows
 from coordinator.protocol import Role
 from transfer.settings import (
+    GPU_NIXL_THREADS,
     LEASE_S,
     kv_transfer_config,
     progress_delay_us,
@@ -91,7 +92,9 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     def process_environment(self) -> dict[str, str]:
         """What to set before vLLM is imported; the file's own values win."""
         port = self.side_channel_port or free_port(self.host)
-        environment = transfer_environment(self.nixl_host, port, loopback=self.loopback)
+        environment = transfer_environment(
+            self.nixl_host, port, loopback=self.loopback, beside_gpus=beside_gpus()
+        )
         if self.devices:
             environment["CUDA_VISIBLE_DEVICES"] = visible_devices(self.devices)
         if self.leader:
@@ -113,6 +116,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
                     f"{self.name}-{uuid.uuid4().hex}",
                     lease_s=self.kv_lease_s,
                     nixl_progress_delay_us=self.nixl_progress_delay_us,
+                    nixl_threads=GPU_NIXL_THREADS if self.devices else 0,
                 ),
             }
         )

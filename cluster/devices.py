@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import subprocess
+from pathlib import Path
 
 LIST_S = 20.0
 
@@ -30,6 +31,11 @@ def gpu_count() -> int:
         return 0
     lines = listing.stdout.splitlines() if listing.returncode == 0 else []
     return sum(line.startswith("GPU ") for line in lines)
+
+
+def beside_gpus() -> bool:
+    """Whether this machine has NVIDIA GPUs, used by us or not."""
+    return any(Path(path).exists() for path in ("/dev/nvidiactl", "/proc/driver/nvidia/version"))
 
 
 def visible_devices(devices: list[int]) -> str:

@@ -41,6 +41,7 @@ from cluster.bench.transfer_setup import (
     Setup,
     model_config,
 )
+from cluster.devices import beside_gpus
 from cluster.process import free_port
 from transfer.settings import kv_transfer_config, transfer_environment
 
@@ -146,7 +147,9 @@ class Bench:
     async def _start_engine(self, stack: AsyncExitStack, name: str, model: Path) -> Child:
         setup = self._setup
         environment = {
-            **transfer_environment(HOST, free_port(HOST), loopback=setup.device == "cpu"),
+            **transfer_environment(
+                HOST, free_port(HOST), loopback=setup.device == "cpu", beside_gpus=beside_gpus()
+            ),
             "VLLM_CPU_KVCACHE_SPACE": "2",
         }
         arguments: dict[str, Any] = {
@@ -188,7 +191,9 @@ class Bench:
                 "threads": setup.nixl_threads,
                 "pause_us": setup.delay_us,
             },
-            transfer_environment(HOST, free_port(HOST), loopback=setup.device == "cpu"),
+            transfer_environment(
+                HOST, free_port(HOST), loopback=setup.device == "cpu", beside_gpus=beside_gpus()
+            ),
             self._folder / f"{name}.log",
         )
         stack.push_async_callback(child.stop)

@@ -45,6 +45,7 @@ class Buffer:
             "metadata": self.agent.get_agent_metadata().hex(),
             "address": self.address,
             "device": self.device,
+            "kind": self.kind,
         }
 
     def meet(self, facts: dict[str, Any]) -> str:
@@ -63,7 +64,7 @@ class Buffer:
         here = [(self.address + place, step, self.device) for place in offsets]
         there = [(facts["address"] + place, step, facts["device"]) for place in offsets]
         local = self.agent.prep_xfer_dlist("NIXL_INIT_AGENT", here, self.kind)
-        remote = self.agent.prep_xfer_dlist(peer, there, self.kind)
+        remote = self.agent.prep_xfer_dlist(peer, there, facts["kind"])
         order: Any = numpy.arange(pieces, dtype=numpy.int32)[::-1].copy()
         started_s = time.perf_counter()
         handle = self.agent.make_prepped_xfer("READ", local, order, remote, order, b"read:1")
