@@ -8,6 +8,9 @@ model that turns out wrong loses its say, and the last value is always among tho
 How far off the result was gives the interval, as quantiles of the ratio of what came to what was
 said, with levels that follow how often it was missed (adaptive conformal inference, see
 ``lengths``). All of it fades.
+
+One of those asked is a mixture of all others, and of what came in the windows before the last,
+fitted by least squares (``regression``): the weighing alone takes only shares of what it is told.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 import msgspec
 
 from coordinator.workflow.histogram import Histogram
+from coordinator.workflow.regression import Regression
 
 KEEP = 0.999
 """What regrets keep of their weight at each judgement."""
@@ -28,11 +32,13 @@ RATIO_MOST = 1e6
 EXCEEDED = 0.05
 STEP = 0.02
 LEVEL_LEAST, LEVEL_MOST = 0.001, 0.2
-MODEL, CALIBRATED, TYPICAL, RECENT, STEADY, LONG, LAST = range(7)
+MODEL, CALIBRATED, TYPICAL, RECENT, STEADY, LONG, LAST, FITTED = range(8)
 """Who is asked: the model of all runs; the same times what it was too low by lately; the median
-of what came lately; means that fade within a minute, five and thirty; and the last value."""
-ASKED = 7
-_REACTIVE = (0.0,) * LAST + (1.0,)
+of what came lately; means that fade within a minute, five and thirty; the last value; and what
+fits best of all these and ``EARLIER`` values before the last."""
+ASKED = 8
+EARLIER = 3
+_REACTIVE = tuple(float(who == LAST) for who in range(ASKED))
 """The weights before anything is known, and where nothing is better than the last value."""
 FADING_S = {RECENT: 60.0, STEADY: 300.0, LONG: 1800.0}
 
@@ -52,6 +58,7 @@ class Said(msgspec.Struct, frozen=True, gc=False):
 
     asked: tuple[float, ...]
     interval: Interval
+    inputs: tuple[float, ...]
 
 
 class Judgement(msgspec.Struct, frozen=True, gc=False):
@@ -80,13 +87,21 @@ class Blend:
         self._ratios = Histogram(HALF_LIFE)
         self._values = Histogram(HALF_LIFE)
         self._means: dict[int, float] = {}
+        self._fitted = Regression(FITTED + EARLIER)
         self._low_level = self._high_level = EXCEEDED
         self._low, self._high = 0.0, 1.0
         self._correction, self._typical = 1.0, 0.0
         self._error = self._last_error = self._within = self._count = 0.0
 
-    def say(self, model: float, last: float, spread: float) -> Said:
-        """A forecast. ``spread``: the model's standard deviation, for lack of experience."""
+    def say(
+        self,
+        model: float,
+        last: float,
+        spread: float,
+        earlier: tuple[float, ...] = (0.0,) * EARLIER,
+    ) -> Said:
+        """A forecast. ``spread``: the model's standard deviation, for lack of experience;
+        ``earlier``: the values before the last, the latest first."""
         found = [0.0] * ASKED
         found[MODEL] = model
         found[CALIBRATED] = model * self._correction
@@ -94,13 +109,15 @@ class Blend:
         for who in FADING_S:
             found[who] = self._means.get(who, last)
         found[LAST] = last
+        inputs = (*found[:FITTED], *earlier)
+        found[FITTED] = self._fitted.say(inputs)
         likely = sum(weight * value for weight, value in zip(self.weights, found, strict=True))
         low, high = likely * self._low, likely * self._high
         if self._ratios.samples < SAMPLES_LEAST:
             low = min(low, likely - 2 * spread)
             high = max(high, likely + 2 * spread)
         interval = Interval(max(0.0, low), likely, model, max(high, likely))
-        return Said(tuple(found), interval)
+        return Said(tuple(found), interval, inputs)
 
     def passed(self, value: float, elapsed_s: float) -> None:
         """This was the number over the last ``elapsed_s``: the fading means follow."""
@@ -123,6 +140,7 @@ class Blend:
         ]
         total = sum(shares)
         self.weights = [share / total for share in shares] if total else list(_REACTIVE)
+        self._fitted.learn(said.inputs, came)
         self._values.add(came)
         self._typical = self._values.quantile(0.5)
         if said.asked[MODEL] > 0:

@@ -17,7 +17,7 @@ from math import sqrt
 import msgspec
 import numpy as np
 
-from coordinator.workflow.blend import Blend, Interval, Judgement, Said
+from coordinator.workflow.blend import EARLIER, Blend, Interval, Judgement, Said
 from coordinator.workflow.demand import DECODE, PREFILL, QUANTITIES, RESIDENT, Look, Outlook
 from coordinator.workflow.limits import WorkflowLimits
 from coordinator.workflow.profiles import Profiles
@@ -113,7 +113,7 @@ class Forecaster:
         self._count_runs(now_s - last_s)
         self._learn(now_s, totals)
         self._past.append((now_s, *totals))
-        while self._past[0][0] < now_s - HORIZON_MOST_S - GAP_MOST_S:
+        while self._past[0][0] < now_s - (1 + EARLIER) * HORIZON_MOST_S - GAP_MOST_S:
             self._past.popleft()
         for horizon_s in JUDGED_S:
             said = self._say(horizon_s, now_s, self._outlook.look(horizon_s, now_s, self.rates()))
@@ -144,30 +144,36 @@ class Forecaster:
     def _say(self, horizon_s: float, now_s: float, look: Look) -> list[Said]:
         nearest_s = min(JUDGED_S, key=lambda judged_s: abs(judged_s - horizon_s))
         blends = self._blends[nearest_s]
-        last = self._last_rates(horizon_s, now_s)
+        lately = self._last_rates(horizon_s)
         said: list[Said] = []
         for quantity in (PREFILL, DECODE):
             spread = sqrt(max(0.0, float(look.squares[quantity]))) / horizon_s
             model = float(look.expected[quantity]) / horizon_s
-            said.append(blends[quantity].say(model, last[quantity], spread))
+            last, *earlier = (rates[quantity] for rates in lately)
+            said.append(blends[quantity].say(model, last, spread, tuple(earlier)))
         resident = float(look.expected[RESIDENT])
         said.append(blends[RESIDENT].say(resident, self._resident, resident))
         return said
 
-    def _last_rates(self, horizon_s: float, now_s: float) -> tuple[float, float]:
-        """What was prefilled and decoded per second over the last ``horizon_s``, about."""
-        if len(self._past) < 2:
-            return 0.0, 0.0
-        end_s, prefilled, decoded = self._past[-1]
-        from_s = end_s - max(horizon_s, TICK_S) - 0.5 * TICK_S
-        began = next(one for one in self._past if one[0] >= from_s)
-        if began[0] == end_s:
-            began = self._past[-2]
-        elapsed_s = end_s - began[0]
-        return (
-            max(0.0, prefilled - began[1]) / elapsed_s,
-            max(0.0, decoded - began[2]) / elapsed_s,
-        )
+    def _last_rates(self, horizon_s: float) -> list[tuple[float, float]]:
+        """What was prefilled and decoded per second over the last ``horizon_s``, about, and over
+        the ones before it; as the one after it where nothing is known any more."""
+        found: list[tuple[float, float]] = []
+        window = max(1, round(max(horizon_s, TICK_S) / TICK_S))
+        last = len(self._past) - 1
+        for end in range(last, last - window * (1 + EARLIER), -window):
+            began = max(0, end - window)
+            if end <= 0:
+                found.append(found[-1] if found else (0.0, 0.0))
+                continue
+            (from_s, *before), (to_s, *after) = self._past[began], self._past[end]
+            elapsed_s = to_s - from_s
+            prefilled, decoded = (
+                max(0.0, total - known) / elapsed_s
+                for total, known in zip(after, before, strict=True)
+            )
+            found.append((prefilled, decoded))
+        return found
 
     def _learn(self, now_s: float, totals: tuple[float, float]) -> None:
         passed_s = now_s - self._past[-1][0]

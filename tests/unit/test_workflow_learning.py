@@ -7,9 +7,10 @@ import random
 import pytest
 
 from coordinator.workflow.automaton import COUNT_MOST, Automaton
-from coordinator.workflow.blend import CALIBRATED, LAST, MODEL, Blend
+from coordinator.workflow.blend import CALIBRATED, FITTED, LAST, MODEL, Blend
 from coordinator.workflow.histogram import Histogram
 from coordinator.workflow.lengths import GUESS, Lengths
+from coordinator.workflow.regression import Regression
 from coordinator.workflow.scores import Scores
 from coordinator.workflow.sharing import Sketch, hashes_of
 
@@ -211,6 +212,33 @@ def test_a_blend_follows_whoever_is_right() -> None:
     assert ignorant.judgement().ratio < 0.95
     assert Blend().say(1e9, 5.0, 0.0).interval.likely == 5.0
     assert ignorant.weights[MODEL] < 0.05
+
+
+def test_a_blend_sees_that_much_now_means_little_next() -> None:
+    rng = random.Random(5)
+    alternating, values = Blend(), [10.0, 90.0, 10.0, 90.0]
+    for _ in range(400):
+        value = (10.0 if values[0] > 50 else 90.0) * rng.uniform(0.9, 1.1)
+        said = alternating.say(50.0, values[0], 40.0, (values[1], values[2], values[3]))
+        alternating.passed(values[0], 30.0)
+        alternating.judge(said, value)
+        values = [value, *values[:3]]
+    # No mean can tell the two apart, and the last value is always wrong.
+    assert alternating.weights[FITTED] > 0.9
+    assert alternating.judgement().ratio < 0.2
+
+
+def test_a_regression_stays_finite_whatever_it_is_told() -> None:
+    wild, tame = Regression(2), Regression(2)
+    assert wild.say((1.0, 2.0)) == 0.0
+    for came in [0.0] * 3000 + [1e12] * 10 + [0.0] * 3000 + [5.0] * 3000:
+        wild.learn((came, came), came)
+    assert 0.0 <= wild.say((5.0, 5.0)) < float("inf")
+    assert 0.0 <= wild.say((0.0, 1e12)) < float("inf")
+    for came in [0.0] * 30 + [5.0, 7.0] * 1000:
+        tame.learn((came, came), came)
+    # Inputs that always move together say no more than one of them.
+    assert tame.say((5.0, 5.0)) == pytest.approx(5.0, rel=0.02)
 
 
 def test_a_blend_keeps_to_the_last_value_where_nothing_else_is_right() -> None:
