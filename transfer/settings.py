@@ -15,6 +15,8 @@ LEASE_S_MIN = 6
 """Engines renew leases every sixth of them, in whole seconds."""
 PROGRESS_DELAY_US = 500
 """Sleep between two looks of NIXL's progress thread where cores are short."""
+CACHED_ONLY = "cached_only"
+"""In a request's ``kv_transfer_params``: of its prompt is held what is cached, and a token more."""
 FREE_CORES_TO_POLL = 2
 """Cores to spare per engine from which its NIXL progress thread may poll without sleep."""
 
