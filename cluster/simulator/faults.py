@@ -99,6 +99,7 @@ def random_setup(rng: random.Random) -> ClusterSetup:
         check_s=2.0,
         call_s=rng.choice((30.0, 60.0)),
         probe_s=3.0,
+        pull_s=0.5,
         recent_calls=rng.choice((4, 256)),
     )
     network = NetworkSetup(
