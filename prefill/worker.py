@@ -33,9 +33,10 @@ def prefill_request(
 ) -> EngineCoreRequest:
     """The engine request that computes ``request``'s prompt and holds its KV.
 
-    ``handle``: what is read of it first; ``cached_only``: see ``transfer.connector``. With ``first_token`` it samples as ``request`` says. Otherwise sampling options, stops and
-    grammars stay behind: they concern tokens, and no token is wanted. What shapes the KV
-    stays: prompt, adapter, salt, images.
+    ``handle``: what is read of it first; ``cached_only``: nothing is computed, what is cached is
+    held (see ``transfer.connector``). With ``first_token`` it samples as ``request`` says.
+    Otherwise sampling options, stops and grammars stay behind: they concern tokens, and no token
+    is wanted. What shapes the KV stays: prompt, adapter, salt, images.
     """
     transfer: dict[str, Any] = dict(HOLD)
     if handle is not None:

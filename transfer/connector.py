@@ -94,10 +94,10 @@ class PythiaScheduler(NixlPullConnectorScheduler):
             self._check_pull(request, params)
         else:
             _drop_source(params)
-        if request.kv_transfer_params and request.kv_transfer_params.get(CACHED_ONLY):
-            if not self._plain_attention:
-                # Its beginning alone could not be read.
-                _cut(request, 0)
+        wanted = request.kv_transfer_params
+        if wanted and wanted.get(CACHED_ONLY) and not self._plain_attention:
+            # Its beginning alone could not be read.
+            _cut(request, 0)
         super().on_new_request(request)
 
     def _check_pull(self, request: Any, params: dict[str, Any]) -> None:

@@ -212,9 +212,10 @@ class _Costs:
         """The best peers to read from, those that hold the most first."""
         found = []
         for blocks, worker in most_cached(peers, self._held, self._useful_blocks):
-            gauge, batch = worker.gauge, len(worker.decodes)
+            gauge = worker.gauge
             waiting_s = gauge.reading(self._outlook.now_s)[0]
-            step_s = self._step_s + self._sequence_s * batch + self._context_s * gauge.context_tokens
+            step_s = self._step_s + self._sequence_s * len(worker.decodes)
+            step_s += self._context_s * gauge.context_tokens
             ready_s = MESSAGES_S + waiting_s + STEPS_WAITED * step_s
             tokens = blocks * self._block_size
             others_s = gauge.decoding * (self._sequence_s + self._context_s * tokens)
