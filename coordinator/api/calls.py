@@ -705,9 +705,7 @@ class Calls:
         return hash_blocks(request.prompt_token_ids, self.block_size, salt)
 
 
-def _held_s(
-    done: protocol.PrefillDone, sent_s: float, now_s: float, unix_s: float
-) -> float:
+def _held_s(done: protocol.PrefillDone, sent_s: float, now_s: float, unix_s: float) -> float:
     """How long the blocks have been held at most: two clocks bound it, the smaller bound counts."""
     return min(now_s - sent_s, unix_s - done.held_at_unix_s + CLOCK_SKEW_S)
 

@@ -15,11 +15,13 @@ from coordinator.state import Call, Worker
 
 
 class PullEverything:
-    """Where Pythia would place a call, and from anyone in turn who holds anything of its prompt,
-    even less than whoever computes it. As a core takes it in place of its policy."""
+    """Where Pythia would place a call, every other one with a prefill worker if there is any, and
+    from anyone in turn who holds anything of its prompt, even less than whoever computes it. As a
+    core takes it in place of its policy."""
 
     def __init__(self, limits: Limits, placement: Placement) -> None:
-        self._limits, self._placement = limits, placement
+        always = msgspec.structs.replace(placement, disaggregated="always")
+        self._limits, self._placements = limits, (placement, always)
 
     def place(
         self,
@@ -31,7 +33,7 @@ class PullEverything:
     ) -> Decision:
         """As ``placement.place``."""
         block_size = next((worker.facts.block_size for worker in workers), 1)
-        placement, limits = self._placement, self._limits
+        placement, limits = self._placements[ask.turn % 2], self._limits
         decision = place(ask, workers, cached, limits, placement, block_size)
         if not isinstance(decision, Choice):
             return decision
