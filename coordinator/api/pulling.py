@@ -21,22 +21,31 @@ def pull_request(
     prompt = request.prompt_token_ids
     if prompt is None or request.prompt_embeds is not None or not block_size:
         return None
-    tokens = min(tokens, len(prompt) - 1)
     features: list[Any] = list(request.mm_features or ())
-    features.sort(key=lambda feature: feature.mm_position.offset)
-    for feature in features:
-        place = feature.mm_position
-        if place.offset <= tokens < place.offset + place.length:
-            tokens = min(tokens, place.offset - 1)
-    tokens -= tokens % block_size
+    tokens = _before_images(features, min(tokens, len(prompt) - 1), block_size)
     if tokens <= 0:
         return None
-    whole = [each for each in features if each.mm_position.offset < tokens]
+    whole = [each for each in features if each.mm_position.offset <= tokens]
     return msgspec.structs.replace(
         request,
         prompt_token_ids=prompt[: tokens + 1],
         mm_features=whole if request.mm_features is not None else None,
     )
+
+
+def _before_images(features: list[Any], tokens: int, block_size: int) -> int:
+    """Whole blocks of at most so many tokens, behind which, and a token more, no image goes on."""
+    while tokens > 0:
+        tokens -= tokens % block_size
+        cut = [
+            place.offset
+            for place in (feature.mm_position for feature in features)
+            if place.offset <= tokens < place.offset + place.length - 1
+        ]
+        if not cut:
+            break
+        tokens = min(cut) - 1
+    return tokens
 
 
 def tokens_held(done: PrefillDone, block_size: int) -> int:

@@ -107,7 +107,7 @@ def cheapest(
     placement: Placement,
     block_size: int,
     outlook: Outlook,
-    peers: Sequence[WorkerView] = (),
+    peers: Collection[WorkerView] = (),
     pull_s: float = 0.0,
 ) -> Found:
     """The cheapest worker and way.
@@ -208,7 +208,7 @@ class _Costs:
         calls = waiting_s * prompts_per_s / count**2 / (1.0 - min(BUSY_MOST, share / count))
         self._later = self._placement.work_price * calls
 
-    def sources(self, peers: Sequence[WorkerView], pull_s: float) -> list[Source]:
+    def sources(self, peers: Collection[WorkerView], pull_s: float) -> list[Source]:
         """The best peers to read from, those that hold the most first."""
         found = []
         for blocks, worker in most_cached(peers, self._held, self._useful_blocks):
@@ -256,6 +256,8 @@ class _Costs:
         for source in sources:
             if source.blocks <= place.cached:
                 break
+            if here_s + source.ready_s + source.rest_s > most:
+                continue
             if source.name in decode.warm_sources:
                 moving_s = self._moving_s(source.name, decode, source.blocks - place.cached)
                 ready_s = max(source.ready_s + moving_s, place.waiting_s)

@@ -200,9 +200,7 @@ def _jointly(
             and worker.tokens_max > ask.prompt_tokens
             and worker.prefilling < limits.prefills_per_worker
         ]
-    peers: Sequence[WorkerView] = ()
-    if placement.pulls and not alone:
-        peers = [worker for worker in workers if worker.up and worker.name in held]
+    peers = workers if placement.pulls and not alone and held else ()
     decode, prefill, seconds, pull, pull_blocks = cheapest(
         ask,
         [sibling] if sibling else roomy,

@@ -6,7 +6,7 @@ busy: what more of them could add is small, and each is looked at for every work
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 from coordinator.view import WorkerView
@@ -30,20 +30,16 @@ class Source(NamedTuple):
 
 
 def most_cached(
-    peers: Sequence[WorkerView], held: Mapping[str, int], useful_blocks: int
+    peers: Collection[WorkerView], held: Mapping[str, int], useful_blocks: int
 ) -> list[tuple[int, WorkerView]]:
-    """The best few that hold anything, the most first, ties by what they have to do and name."""
+    """The best few that hold anything and are up, the most first, ties by what they have to do
+    and name."""
     found = []
     for worker in peers:
         blocks = held.get(worker.name, 0)
-        if blocks:
-            busy = worker.gauge.backlog_s, len(worker.decodes)
-            found.append((-min(blocks, useful_blocks), busy, worker.name, worker))
-    found.sort(key=_before_worker)
+        if blocks and worker.up:
+            blocks = -min(blocks, useful_blocks)
+            found.append((blocks, worker.gauge.backlog_s, worker.name, worker))
+    # Names differ: workers are never compared.
+    found.sort()
     return [(-blocks, worker) for blocks, _, _, worker in found[:SOURCES_TRIED]]
-
-
-def _before_worker(
-    each: tuple[int, tuple[float, int], str, WorkerView],
-) -> tuple[int, tuple[float, int], str]:
-    return each[:3]
