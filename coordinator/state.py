@@ -442,6 +442,10 @@ COUNTERS = (
 )
 
 
+MOVED_COUNTERS = ("plans_pull", "pulls_missing", "pulls_unread", "tokens_moved", "tokens_pulled")
+"""Those that metrics show."""
+
+
 class State:
     """What the parts of the core share: peers, calls, deadlines, counters, the outbox."""
 

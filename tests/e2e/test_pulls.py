@@ -2,7 +2,8 @@
 
 Two clusters of two engines each, in which there is one way for a call to go: to the decode
 worker that is free, from the one that is busy and holds its prompt; and to the prefill worker,
-from the decode worker that holds the answer before. What was read is proved with vLLM's own counters.
+from the decode worker that holds the answer before. What was read is proved with vLLM's own
+counters.
 """
 
 from __future__ import annotations

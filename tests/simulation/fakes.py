@@ -535,19 +535,22 @@ class Oracle:
             elif row.phase in ("finished", "cancelled", "failed"):
                 assert row.request in self.ended, f"{row.request} never ended"
         for worker in world.workers.values():
-            met = {tuple(probe.handle.decode().split("|")[:2]) for probe in worker.probes_read}
-            for handle, (request, number) in worker.handles_read:
-                *maker, holder_request, holder_number = handle.decode().split("|")
-                owner = holder_request, holder_number
-                assert owner in (
-                    (request, str(number)),
-                    (request, str(pull_attempt(number))),
-                ), f"{request} holds {handle!r}"
-                assert tuple(maker) in met, f"{worker.address} would refuse {handle!r}"
-            for probe in worker.probes_read:
-                maker, _, what, number_text = probe.handle.decode().split("|")
-                expected = (probe.source, "probe", str(probe.probe))
-                assert (maker, what, number_text) == expected, f"{probe} holds another's handle"
+            self._check_handles(worker)
+
+    def _check_handles(self, worker: FakeWorker) -> None:
+        met = {tuple(probe.handle.decode().split("|")[:2]) for probe in worker.probes_read}
+        for handle, (request, number) in worker.handles_read:
+            *maker, holder_request, holder_number = handle.decode().split("|")
+            owner = holder_request, holder_number
+            assert owner in (
+                (request, str(number)),
+                (request, str(pull_attempt(number))),
+            ), f"{request} holds {handle!r}"
+            assert tuple(maker) in met, f"{worker.address} would refuse {handle!r}"
+        for probe in worker.probes_read:
+            maker, _, what, number_text = probe.handle.decode().split("|")
+            expected = (probe.source, "probe", str(probe.probe))
+            assert (maker, what, number_text) == expected, f"{probe} holds another's handle"
 
 
 class World:
@@ -606,7 +609,8 @@ class World:
     ) -> str:
         """A client of an API process asks for something; the request's id.
 
-        The prompts of one call in ``alike_every`` begin alike. All calls belong to one of three runs.
+        The prompts of one call in ``alike_every`` begin alike. All calls belong to one of three
+        runs.
         """
         self.requests += 1
         family = self.requests % self.alike_every and self.requests

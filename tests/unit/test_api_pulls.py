@@ -25,8 +25,8 @@ from coordinator.protocol import (
     Placed,
     Plan,
     Prefill,
-    Prefilled,
     PrefillDone,
+    Prefilled,
     Pulled,
     Started,
 )
@@ -108,7 +108,9 @@ def test_what_the_peer_holds_goes_to_the_prefill_worker(bench: Bench) -> None:
     bench.calls.on_prefill_done(done, output("r", 1, [5]), PREFILLER, bench.now_s, UNIX_S)
     assert sent(bench) == [(DECODER, Decode("r", 1, DECODER.incarnation, b"r/1"))]
     assert bench.wire.take_core() == [Prefilled("api", "r", 1)]
-    bench.tokens([7] * 9, finish=FinishReason.LENGTH, stats=PrefillStats(num_external_cached_tokens=11))
+    bench.tokens(
+        [7] * 9, finish=FinishReason.LENGTH, stats=PrefillStats(num_external_cached_tokens=11)
+    )
     finished = bench.wire.take_core()[-1]
     assert isinstance(finished, Finished)
     assert (finished.pulled_tokens, finished.moved_tokens) == (8, 11)
@@ -258,7 +260,14 @@ def test_a_pull_asks_for_whole_blocks_and_a_token() -> None:
 
 @pytest.mark.parametrize(
     ("place", "tokens", "images"),
-    [((1, 3), 8, 1), ((1, 6), 8, 1), ((6, 4), 4, 0), ((8, 2), 4, 0), ((10, 1), 8, 0), ((0, 9), 8, 1)],
+    [
+        ((1, 3), 8, 1),
+        ((1, 6), 8, 1),
+        ((6, 4), 4, 0),
+        ((8, 2), 4, 0),
+        ((10, 1), 8, 0),
+        ((0, 9), 8, 1),
+    ],
 )
 def test_images_are_taken_whole_or_not_at_all(
     place: tuple[int, int], tokens: int, images: int
@@ -282,4 +291,3 @@ def test_whole_blocks_are_held_and_only_with_a_handle() -> None:
     assert tokens_held(held(cached=7), 4) == 4
     assert tokens_held(held(cached=100), 4) == 8
     assert tokens_held(held(handle=b""), 4) == 0
-

@@ -1,4 +1,4 @@
-"""Calls that pull from a peer's cache, as the core sees them: phases, bounds, accounts, the index."""
+"""Calls that pull from a peer's cache, as the core sees them: phases, bounds, accounts, index."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from coordinator.protocol import (
     Plan,
     Prefilled,
     Pulled,
+    ShowFigures,
     Started,
+    WorkflowAnswer,
 )
+from coordinator.workflow.foresight import Figures
 from tests.simulation.pull_everything import pulling_core
 from tests.unit.test_core import LIMITS, LONG, PLACEMENT, Bed
 
@@ -89,6 +92,9 @@ def test_a_pull_is_planned_bounded_and_accounted_for(bed: PullBed) -> None:
     assert bed.reserved() == dict.fromkeys(NAMES, 0)
     assert bed.core.counters["plans_pull"] == 1
     assert bed.core.counters["tokens_pulled"] == BLOCKS * 16
+    bed.say("api", ShowFigures(1))
+    figures = msgspec.json.decode(bed.only(WorkflowAnswer).body, type=Figures)
+    assert figures.moved["tokens_pulled"] == BLOCKS * 16
 
 
 def test_what_is_not_pulled_is_computed(bed: PullBed) -> None:

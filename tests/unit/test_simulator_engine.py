@@ -458,7 +458,9 @@ def test_only_what_the_cache_lacks_is_pulled_and_the_rest_is_computed() -> None:
 
 
 @pytest.mark.parametrize(("same", "local"), [(17, 16), (9, 8), (3, 0)])
-def test_of_what_is_cached_only_one_token_is_computed_and_all_is_held(same: int, local: int) -> None:
+def test_of_what_is_cached_only_one_token_is_computed_and_all_is_held(
+    same: int, local: int
+) -> None:
     driven = Driven()
     cached(driven, "1", same, "a", 0.0)
     driven.submit("2", 17, 1, at_s=1.0, text="a", hold=True, cached_only=True)
