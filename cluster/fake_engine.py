@@ -37,6 +37,7 @@ from vllm.v1.metrics.loggers import StatLoggerManager
 from vllm.v1.metrics.stats import PrefillStats, SchedulerStats
 
 from cluster.engine import Relay, WorkerEngine
+from transfer.settings import CACHED_ONLY
 
 STEP_ARGUMENT = "step_s"
 """In a request's ``vllm_xargs``: the least seconds from one of its tokens to the next."""
@@ -181,7 +182,9 @@ class FakeCore(EngineCoreClient):  # type: ignore[misc]
         assert params is not None
         prompt_tokens = len(request.prompt_token_ids or ())
         extra = params.extra_args or {}
-        if _is_pulled(request):
+        if _transfer(request).get(CACHED_ONLY):
+            ready_s = now_s
+        elif _is_pulled(request):
             ready_s = now_s + self.behaviour.transfer_s
         else:
             ready_s = now_s + self.behaviour.prefill_s_per_token * prompt_tokens
@@ -313,5 +316,7 @@ def _prefill_stats(request: EngineCoreRequest) -> PrefillStats:
     stats = PrefillStats()
     # The last token of a prompt is computed in any case: it gives the first one's logits.
     moved = prompt_tokens - 1 if _is_pulled(request) else 0
-    stats.set(prompt_tokens, 0, moved)
+    # Nobody is asked for what is cached only unless it has computed that before.
+    cached = prompt_tokens - 1 if _transfer(request).get(CACHED_ONLY) else 0
+    stats.set(prompt_tokens, cached, moved)
     return stats

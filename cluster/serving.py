@@ -71,6 +71,11 @@ class Job(msgspec.Struct, gc=False):
     last: bool = False
     """... which is also the last one it wants."""
 
+    @property
+    def engine_id(self) -> str:
+        """What the engine knows it by."""
+        return engine_request_id(self.request, self.attempt)
+
 
 class Owed(msgspec.Struct, frozen=True):
     """Bad news for an API process whose queue was full."""
@@ -307,9 +312,17 @@ class Worker:
         return False
 
     def _fail(
-        self, api: bytes, request: str, attempt: int, reason: str, retryable: bool = True
+        self,
+        api: bytes,
+        request: str,
+        attempt: int,
+        reason: str,
+        retryable: bool = True,
+        handle_refused: bool = False,
     ) -> None:
-        failed = protocol.CallFailed(request, attempt, self.incarnation, reason, retryable)
+        failed = protocol.CallFailed(
+            request, attempt, self.incarnation, reason, retryable, handle_refused
+        )
         if not self.data.post([api, protocol.encode(failed)]) and len(self.owed) < OWED_MAX:
             self.owed[api, request, attempt] = Owed(failed, time.monotonic())
 
@@ -324,10 +337,26 @@ class Worker:
             message.attempt,
             prompt_tokens=len(request.prompt_token_ids or ()),
         )
+        handle = None
+        if message.handle and job.engine_id not in self.jobs:
+            try:
+                handle = self._accept(message.handle)
+                self.sources.started(job.engine_id, handle)
+            except handles.HandleError as error:
+                reason = f"handle refused: {error}"
+                self._fail(api, message.request, message.attempt, reason, handle_refused=True)
+                return
         job.first_token = message.first_token
         assert request.sampling_params is not None
         job.last = job.first_token and request.sampling_params.max_tokens == 1
-        prefill = prefill_request(request, message.request, message.attempt, job.first_token)
+        prefill = prefill_request(
+            request,
+            message.request,
+            message.attempt,
+            job.first_token,
+            handle,
+            message.cached_only,
+        )
         await self._submit(prefill, job)
 
     async def _decode(
@@ -342,7 +371,8 @@ class Worker:
                 handle = self._accept(message.handle)
                 self.sources.started(engine_request_id(message.request, message.attempt), handle)
             except handles.HandleError as error:
-                self._fail(api, message.request, message.attempt, f"handle refused: {error}")
+                reason = f"handle refused: {error}"
+                self._fail(api, message.request, message.attempt, reason, handle_refused=True)
                 return
         job = Job(
             "decode",
@@ -467,6 +497,7 @@ class Worker:
         if (stats := output.prefill_stats) is not None:
             job.cached_tokens = stats.num_cached_tokens
             job.moved_tokens = stats.num_external_cached_tokens
+        self.sources.ended(output.request_id)
         if job.kind == "probe_read":
             if output.finish_reason is not None:
                 elapsed_s = time.monotonic() - job.started_s
@@ -485,6 +516,7 @@ class Worker:
             self.facts.kv_lease_s,
             time.time(),
             job.last,
+            job.moved_tokens,
         )
         if result is None:
             return

@@ -5,9 +5,11 @@
              +----------------------- replan (attempt + 1) ---------------------+
              v                                                                  |
     Submit QUEUED --Plan--> PREFILLING --Prefilled--> LOADING --Started--> DECODING
-             |                  (remote)                 ^                   |   ^
-             +-------------------Plan (local)------------+     worker lost   v   | never
-                                                                        RESUMING-+
+             |                ^ (remote)                 ^                   |   ^
+             |                |                          |     worker lost   v   | never
+             +-----Plan----> PULLING --Pulled (local)----+              RESUMING-+
+             |              (from a peer's cache)        |
+             +-------------------Plan (local)------------+
     any of them --> FINISHED, CANCELLED, FAILED (by the API process), STOPPED (by us),
                     GONE (the API process is lost or does not know it); QUEUED --> REJECTED
 
@@ -44,6 +46,7 @@ from coordinator.protocol import (
     Placed,
     Plan,
     Prefilled,
+    Pulled,
     Rejected,
     Started,
     Stop,
@@ -51,6 +54,7 @@ from coordinator.protocol import (
     WorkerGone,
     WorkerUp,
 )
+from coordinator.pulls import Pulls
 from coordinator.standing import Standing
 from coordinator.state import Api, Call, CallKey, CallPhase, State, Worker
 from coordinator.view import call_status
@@ -70,11 +74,13 @@ CHECKS_MAX = 3
 """How often the API process is asked within ``check_s`` before a call is given up."""
 
 PHASE_ORDER = {
+    CallPhase.PULLING: -1,
     CallPhase.PREFILLING: 0,
     CallPhase.LOADING: 1,
     CallPhase.DECODING: 2,
 }
 CHECKED_PHASES = {
+    "pulling": CallPhase.PULLING,
     "prefilling": CallPhase.PREFILLING,
     "loading": CallPhase.LOADING,
     "decoding": CallPhase.DECODING,
@@ -118,6 +124,7 @@ class Calls:
         self._standing = standing
         self._pace = pace
         self._placing = Placing(state, index, standing, placement, placer, pace)
+        self._pulls = Pulls(state, index, standing, pace)
         self.placement = placement
         self._tracker = tracker
         self._placer = placer
@@ -151,10 +158,22 @@ class Calls:
             return
         self._enqueue_new(api, message, now_s)
 
+    def pulled(self, api: Api, message: Pulled, now_s: float) -> None:
+        """A peer has named what it has cached, or will not."""
+        call = self._current(api, message, now_s)
+        if call is not None:
+            if call.phase is CallPhase.PULLING:
+                self._pulls.answered(call, message, now_s)
+                self._past_pull(call, now_s, "pulled" if message.tokens > 0 else "nothing pulled")
+            else:
+                self._state.counters["messages_stale"] += 1
+
     def prefilled(self, api: Api, message: Prefilled, now_s: float) -> None:
         """The prompt is computed; the decode worker has it from now on."""
         call = self._current(api, message, now_s)
         if call is not None:
+            if call.phase is CallPhase.PULLING and call.prefill is not None:
+                self._past_pull(call, now_s, "prefilled")
             if call.phase is CallPhase.PREFILLING:
                 self._to_loading(call, now_s, "prefilled")
             else:
@@ -184,6 +203,8 @@ class Calls:
         phase = OUTCOME_PHASES.get(message.outcome, CallPhase.FINISHED)
         if phase is CallPhase.FINISHED:
             if call.planned:
+                if call.phase is CallPhase.PULLING:
+                    self._past_pull(call, now_s, "finished")
                 if message.undecoded and call.phase is CallPhase.PREFILLING:
                     self._to_loading(call, now_s, "prefilled")
                 elif not message.undecoded:
@@ -241,10 +262,13 @@ class Calls:
             else:
                 self._replan(call, now_s, f"decode worker {worker.name} lost")
         for call in list(worker.prefills.values()):
-            if call.phase is CallPhase.PREFILLING:
+            if call.phase is CallPhase.PREFILLING or call.phase is CallPhase.PULLING:
                 self._replan(call, now_s, f"prefill worker {worker.name} lost")
             else:
                 self._release_prefill(call)
+        for call in list(worker.pulls.values()):
+            # The call goes on without; so says its API process.
+            self._pulls.release(call)
 
     def api_lost(self, api: Api, now_s: float) -> None:
         """An API process is lost: nobody waits for its calls."""
@@ -293,7 +317,7 @@ class Calls:
     # --- asking, answering ------------------------------------------------------------
 
     def _current(
-        self, api: Api, message: Prefilled | Started | Finished | Checked, now_s: float
+        self, api: Api, message: Pulled | Prefilled | Started | Finished | Checked, now_s: float
     ) -> Call | None:
         """The live call that a message is about, if it is about the current attempt."""
         call = api.calls.get(message.request)
@@ -452,6 +476,8 @@ class Calls:
             prefill.prefilling += 1
             self._standing.touch(prefill)
         self._standing.touch(decode)
+        if choice.pull:
+            self._pulls.planned(call, choice)
         call.computing = prefill or decode
         call.computing.prefill_tokens += choice.uncached_tokens
         call.uncached_tokens = choice.uncached_tokens
@@ -466,6 +492,8 @@ class Calls:
             decode=Placed(decode.name, decode.incarnation),
             prefill=Placed(prefill.name, prefill.incarnation) if prefill else None,
             reason=choice.reason,
+            pull_worker=Placed(call.pull.name, call.pull.incarnation) if call.pull else None,
+            pull_tokens=call.pull_tokens,
         )
         call.overdue = 0
         if call.submit.group:
@@ -473,12 +501,9 @@ class Calls:
             group.worker = group.worker or decode.name
         if self.placement.sticky and call.submit.context.run:
             self._remember(call, decode)
-        if prefill is None:
-            state.counters["plans_local"] += 1
-            call.move(CallPhase.LOADING, now_s, choice.reason)
-        else:
-            state.counters["plans_remote"] += 1
-            call.move(CallPhase.PREFILLING, now_s, choice.reason)
+        phase = CallPhase.LOADING if prefill is None else CallPhase.PREFILLING
+        state.counters["plans_local" if prefill is None else "plans_remote"] += 1
+        call.move(phase if call.pull is None else CallPhase.PULLING, now_s, choice.reason)
         self._set_due(call, now_s + self._phase_s(call))
         state.send(call.api.peer, call.plan)
 
@@ -497,9 +522,17 @@ class Calls:
         if len(self.sessions) > self._state.limits.sessions:
             self.sessions.popitem(last=False)
 
+    def _past_pull(self, call: Call, now_s: float, why: str) -> None:
+        """Whoever computes the prompt has the peer's handle, or does without."""
+        phase = CallPhase.LOADING if call.prefill is None else CallPhase.PREFILLING
+        call.move(phase, now_s, why)
+        call.overdue = 0
+        self._set_due(call, now_s + self._phase_s(call))
+
     def _to_loading(self, call: Call, now_s: float, why: str) -> None:
         assert call.prefill is not None
         self._computed(call, now_s)
+        self._pulls.release(call)
         self._index.stored(call.prefill.name, call.submit.block_hashes)
         call.move(CallPhase.LOADING, now_s, why)
         call.overdue = 0
@@ -508,10 +541,13 @@ class Calls:
 
     def _to_decoding(self, call: Call, now_s: float, why: str) -> None:
         assert call.decode is not None
+        if call.phase is CallPhase.PULLING:
+            self._past_pull(call, now_s, why)
         if call.phase is CallPhase.PREFILLING:
             self._to_loading(call, now_s, why)
         self._computed(call, now_s)
         self._release_prefill(call)
+        self._pulls.release(call)
         self._pace.started(call, now_s)
         self._index.stored(call.decode.name, call.submit.block_hashes)
         call.move(CallPhase.DECODING, now_s, why)
@@ -520,6 +556,10 @@ class Calls:
 
     def _catch_up(self, call: Call, phase: CallPhase, now_s: float) -> None:
         """The API process knows better where a call stands, or agrees that it is stuck."""
+        if call.phase is CallPhase.PULLING and phase is not CallPhase.PULLING:
+            self._past_pull(call, now_s, "says the API process")
+            if PHASE_ORDER[phase] <= PHASE_ORDER[call.phase]:
+                return
         if PHASE_ORDER[phase] > PHASE_ORDER[call.phase]:
             step = self._to_loading if phase is CallPhase.LOADING else self._to_decoding
             step(call, now_s, "says the API process")
@@ -540,6 +580,8 @@ class Calls:
         """
         limits = self._state.limits
         worker = call.prefill if call.phase is CallPhase.PREFILLING else call.decode
+        if call.phase is CallPhase.PULLING:
+            worker = call.pull or worker
         assert worker is not None
         call.avoid.add((worker.name, worker.incarnation))
         why = f"stuck {call.phase.value} on {worker.name}"
@@ -648,6 +690,9 @@ class Calls:
     def _phase_s(self, call: Call) -> float:
         """How long a planned call may stay in its phase."""
         limits = self._state.limits
+        if call.phase is CallPhase.PULLING:
+            # The API process keeps the bound; this is for one that says nothing.
+            return limits.pull_s + limits.check_s
         if call.phase is CallPhase.PREFILLING:
             return limits.prefill_s
         if call.phase is CallPhase.LOADING:
@@ -663,7 +708,7 @@ class Calls:
         assert call.computing is not None
         prompt_blocks = call.prompt_tokens // self._state.block_size
         uncached_blocks = -(-call.uncached_tokens // self._state.block_size)
-        call.promised_from = max(0, prompt_blocks - uncached_blocks)
+        call.promised_from = max(0, prompt_blocks - uncached_blocks - call.pulled_blocks)
         self._index.stored(call.computing.name, call.submit.block_hashes)
 
     def _break_promise(self, call: Call) -> None:
@@ -703,6 +748,7 @@ class Calls:
         """Give back all room; nothing happens if there is none."""
         self._break_promise(call)
         self._release_prefill(call)
+        self._pulls.forgotten(call)
         if call.decode is not None:
             del call.decode.decodes[call.key]
             self._pace.released(call, call.decode, now_s)
@@ -725,6 +771,7 @@ class Calls:
         counters["tokens_prompt"] += call.submit.prompt_tokens
         counters["tokens_output"] += max(0, message.output_tokens)
         counters["tokens_moved"] += max(0, message.moved_tokens)
+        counters["tokens_pulled"] += max(0, message.pulled_tokens)
         counters["tokens_cached_local"] += max(0, message.local_cached_tokens)
         counters["tokens_cached_prefill"] += max(0, message.prefill_cached_tokens)
         block_size = self._state.block_size

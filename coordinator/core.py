@@ -51,6 +51,7 @@ from coordinator.protocol import (
     Prefilled,
     Probed,
     ProbeFinished,
+    Pulled,
     Ready,
     Refused,
     Role,
@@ -496,12 +497,14 @@ class Core:
     def _about_call(
         self,
         api: Api,
-        message: ApiBeat | Submit | Prefilled | Started | Finished | Failed | Checked,
+        message: ApiBeat | Submit | Pulled | Prefilled | Started | Finished | Failed | Checked,
         now_s: float,
     ) -> None:
         match message:
             case Submit():
                 self._calls.submit(api, message, now_s)
+            case Pulled():
+                self._calls.pulled(api, message, now_s)
             case Prefilled():
                 self._calls.prefilled(api, message, now_s)
             case Started():

@@ -23,6 +23,8 @@ class Prompt(NamedTuple):
     planned_s: float
     new_tokens: int
     cached_tokens: int
+    pulled: bool = False
+    """Some of it comes from elsewhere first, which takes its own time."""
 
 
 class Computed(NamedTuple):
@@ -124,6 +126,10 @@ class Gauge:
         self._came += 1.0
         pairs = prompt.new_tokens * (prompt.cached_tokens + 0.5 * prompt.new_tokens)
         before = self._together
+        if prompt.pulled:
+            # What that took says nothing of computing.
+            self._together = NOTHING
+            return before if before.prompts else None
         if took_s <= TOGETHER_S and before.prompts:
             self._together = Computed(
                 before.prompts + 1,

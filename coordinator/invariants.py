@@ -20,6 +20,7 @@ from coordinator.state import COUNTERS, Call, CallPhase, State, Worker, WorkerPh
 LIVE_PHASES = frozenset(
     {
         CallPhase.QUEUED,
+        CallPhase.PULLING,
         CallPhase.PREFILLING,
         CallPhase.LOADING,
         CallPhase.DECODING,
@@ -65,7 +66,8 @@ def _check_call(call: Call, state: State) -> None:
     due_s = state.deadlines.get(call.deadline_key)
     assert due_s is not None, f"{key} waits for ever"
     assert due_s <= call.deadline_s
-    decodes = call.phase in (CallPhase.PREFILLING, CallPhase.LOADING, CallPhase.DECODING)
+    planned = (CallPhase.PULLING, CallPhase.PREFILLING, CallPhase.LOADING)
+    decodes = call.phase in (*planned, CallPhase.DECODING)
     assert (call.decode is not None) == decodes, key
     assert (call.decode_blocks > 0) == decodes, key
     if call.decode is not None:
@@ -75,13 +77,26 @@ def _check_call(call: Call, state: State) -> None:
         assert call.plan.decode.incarnation == call.decode.incarnation
     if call.prefill is not None:
         assert state.workers.get(call.prefill.name) is call.prefill, f"{key} is on a lost worker"
-        assert call.phase in (CallPhase.PREFILLING, CallPhase.LOADING), key
+        assert call.phase in planned, key
     else:
         assert call.prefill_blocks == 0
         assert call.phase is not CallPhase.PREFILLING, key
     if call.computing is not None:
         assert call.computing in (call.prefill, call.decode), key
-        assert call.phase in (CallPhase.PREFILLING, CallPhase.LOADING), key
+        assert call.phase in planned, key
+    _check_pull(call, state)
+
+
+def _check_pull(call: Call, state: State) -> None:
+    if call.pull is None:
+        assert call.pull_blocks == 0, call.key
+        return
+    assert call.phase in (CallPhase.PULLING, CallPhase.PREFILLING, CallPhase.LOADING), call.key
+    assert state.workers.get(call.pull.name) is call.pull, f"{call.key} pulls from a lost worker"
+    assert call.plan is not None, call.key
+    assert call.plan.pull_worker is not None, call.key
+    assert call.plan.pull_worker.incarnation == call.pull.incarnation, call.key
+    assert 0 <= call.pulled_blocks * state.block_size <= call.pull_tokens, call.key
 
 
 def _check_queue(state: State, calls: Calls) -> None:
@@ -113,10 +128,13 @@ def _check_worker(worker: Worker, state: State, placement: Placement) -> None:
     assert worker.decodes == {call.key: call for call in everyone if call.decode is worker}
     assert worker.prefills == {call.key: call for call in everyone if call.prefill is worker}
     reserved = sum(call.decode_blocks for call in worker.decodes.values())
+    assert worker.pulls == {call.key: call for call in everyone if call.pull is worker}
     reserved += sum(call.prefill_blocks for call in worker.prefills.values())
+    reserved += sum(call.pull_blocks for call in worker.pulls.values())
     assert worker.kv_blocks_reserved == reserved, worker.name
     assert reserved <= worker.usable_blocks or not placement.reserve, worker.name
-    prefilling = [each for each in worker.prefills.values() if each.phase is CallPhase.PREFILLING]
+    before = (CallPhase.PULLING, CallPhase.PREFILLING)
+    prefilling = [each for each in worker.prefills.values() if each.phase in before]
     assert worker.prefilling == len(prefilling), worker.name
     computing = [call.uncached_tokens for call in everyone if call.computing is worker]
     assert worker.prefill_tokens == sum(computing), worker.name

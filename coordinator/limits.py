@@ -34,6 +34,8 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Longest time from plan to ``Prefilled`` before the core asks, then replans."""
     first_token_s: Seconds = 120.0
     """Longest time from plan or ``Prefilled`` to ``Started`` before the core asks."""
+    pull_s: Seconds = 3.0
+    """Longest time that a peer may take to name what it has cached; then it is computed."""
     decode_check_s: Seconds = 60.0
     """How long a decode may go unheard of before the core asks."""
     check_s: Seconds = 10.0
@@ -148,6 +150,9 @@ class Placement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     single_flight: bool = True
     """A prompt counts as held by whoever has begun to compute it: calls that share a prefix with
     it and come meanwhile go there, where the engine computes it once."""
+    pulls: bool = True
+    """``pythia``: what a peer has cached of a prompt may be read from it by whoever computes the
+    rest."""
     cached_weight: Factor = 0.1
     """``least_kv``: having the whole prompt cached is worth this much of a worker's KV memory
     in load."""

@@ -56,7 +56,17 @@ class Pace:
         call.decode.gauge.plan(call.context_tokens, call.expected_tokens)
         cached_tokens = call.prompt_tokens - call.uncached_tokens
         seconds = self.speeds.prefill_s(call.uncached_tokens, cached_tokens)
-        prompt = Prompt(seconds, now_s, call.uncached_tokens, cached_tokens)
+        pulled = call.pull_tokens > 0
+        prompt = Prompt(seconds, now_s, call.uncached_tokens, cached_tokens, pulled)
+        call.computing.gauge.queue(call.key, prompt)
+
+    def grown(self, call: Call, now_s: float) -> None:
+        """More of its prompt has to be computed than was planned."""
+        assert call.computing is not None
+        cached_tokens = call.prompt_tokens - call.uncached_tokens
+        seconds = self.speeds.prefill_s(call.uncached_tokens, cached_tokens)
+        prompt = Prompt(seconds, now_s, call.uncached_tokens, cached_tokens, pulled=True)
+        call.computing.gauge.drop(call.key)
         call.computing.gauge.queue(call.key, prompt)
 
     def computed(self, call: Call, now_s: float) -> None:

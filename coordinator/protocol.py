@@ -16,7 +16,7 @@ Control (core <-> API processes and workers), one msgpack frame each::
       | Probed / ProbeFinished |                        |
       |----------------------->|  Plan | Rejected       |
       |                        |----------------------->|
-      |                        |  Prefilled, Started    |
+      |                        |  Pulled, Prefilled, Started
       |                        |<-----------------------|
       |                        |  Finished | Failed     |
       |                        |<-----------------------|
@@ -36,6 +36,8 @@ frames of vLLM's own encoder behind it::
       |-------------------------------------->|
       | PrefillDone (handle) + first token    |   or CallFailed
       |<--------------------------------------|
+      | Prefill, cached only + request        |   to a peer whose cache is pulled from; its handle
+      |-------------------------------------->|   goes with the call's own Prefill or Decode
       | Decode (handle or none) + request     |
       |-------------------------------------->|
       | Deltas + EngineCoreOutputs ...        |   one per engine step and API process
@@ -283,6 +285,8 @@ class Finished(Message, frozen=True, gc=False, tag=True):
     ``moved_tokens``: came to the decode worker by KV transfer;
     ``local_cached_tokens``: found in the decode worker's own cache. ``undecoded``: over with
     the token that the prefill worker sampled; the decode worker never heard of it.
+    ``pulled_tokens``: came from a peer's cache to whoever computed the rest of the prompt; where
+    that is the decode worker they are among ``moved_tokens``.
     """
 
     api: str
@@ -296,6 +300,7 @@ class Finished(Message, frozen=True, gc=False, tag=True):
     ttft_s: float = 0.0
     elapsed_s: float = 0.0
     undecoded: bool = False
+    pulled_tokens: int = 0
 
 
 class Failed(Message, frozen=True, gc=False, tag=True):
@@ -313,7 +318,7 @@ class Failed(Message, frozen=True, gc=False, tag=True):
     generated_tokens: int = 0
 
 
-CheckedPhase = Literal["prefilling", "loading", "decoding", "gone"]
+CheckedPhase = Literal["prefilling", "loading", "decoding", "gone", "pulling"]
 
 
 class Checked(Message, frozen=True, gc=False, tag=True):
@@ -323,6 +328,17 @@ class Checked(Message, frozen=True, gc=False, tag=True):
     request: str
     attempt: int
     phase: CheckedPhase
+
+
+class Pulled(Message, frozen=True, gc=False, tag=True):
+    """The peer's handle for ``tokens`` of its cache goes to whoever computes the prompt now; with
+    none of them it is computed without. ``missing``: these are all that the peer still had."""
+
+    api: str
+    request: str
+    attempt: int
+    tokens: int = 0
+    missing: bool = False
 
 
 class Inspect(Message, frozen=True, gc=False, tag=True):
@@ -536,7 +552,8 @@ class Placed(msgspec.Struct, frozen=True, gc=False):
 class Plan(Message, frozen=True, gc=False, tag=True):
     """Where a call runs. ``prefill`` is None for a local prefill on ``decode``.
 
-    KV room on the decode worker is reserved from now on.
+    KV room on the decode worker is reserved from now on. ``pull_worker``: a peer from whose cache
+    the prompt's first ``pull_tokens`` tokens, whole blocks, come to whoever computes the rest.
     """
 
     request: str
@@ -544,6 +561,8 @@ class Plan(Message, frozen=True, gc=False, tag=True):
     decode: Placed
     prefill: Placed | None = None
     reason: str = ""
+    pull_worker: Placed | None = None
+    pull_tokens: int = 0
 
 
 class Rejected(Message, frozen=True, gc=False, tag=True):
@@ -629,6 +648,8 @@ class CallStatus(msgspec.Struct, frozen=True, gc=False):
     elapsed_s: float = 0.0
     outcome: str = ""
     reason: str = ""
+    pull: str = ""
+    pulled_tokens: int = 0
 
 
 class RunStatus(msgspec.Struct, frozen=True, gc=False):
@@ -682,13 +703,17 @@ class WorkflowAnswer(Message, frozen=True, gc=False, tag=True):
 class Prefill(Message, frozen=True, gc=False, tag=True):
     """Compute the prompt's KV, hold it, answer ``PrefillDone``. Request frames follow.
 
-    ``first_token``: sample it as well, with the request's own options.
+    ``first_token``: sample it as well, with the request's own options. ``handle``: the prompt's
+    beginning is read by it, the rest computed. ``cached_only``: compute nothing; hold what the
+    engine has cached of the prompt, and a token more.
     """
 
     request: str
     attempt: int
     incarnation: str
     first_token: bool = False
+    handle: bytes = b""
+    cached_only: bool = False
 
 
 class Decode(Message, frozen=True, gc=False, tag=True):
@@ -731,7 +756,8 @@ class PrefillDone(Message, frozen=True, gc=False, tag=True):
     handle must not be sent on.
 
     Frames of the engine's output follow if the first token was asked for. If the call is over
-    with it, so says the output, and there need not be a handle."""
+    with it, so says the output, and there need not be a handle. ``moved_tokens``: those of the
+    cached ones that were read by the handle that came with the prompt."""
 
     request: str
     attempt: int
@@ -742,6 +768,7 @@ class PrefillDone(Message, frozen=True, gc=False, tag=True):
     lease_s: float
     held_at_unix_s: float = 0.0
     margin_s: float = 10.0
+    moved_tokens: int = 0
 
 
 class Deltas(Message, frozen=True, gc=False, tag=True):
@@ -754,13 +781,15 @@ class Deltas(Message, frozen=True, gc=False, tag=True):
 
 
 class CallFailed(Message, frozen=True, gc=False, tag=True):
-    """An attempt could not be carried out. ``retryable``: another worker might."""
+    """An attempt could not be carried out. ``retryable``: another worker might.
+    ``handle_refused``: this one might, too, without the handle."""
 
     request: str
     attempt: int
     incarnation: str
     reason: str
     retryable: bool = True
+    handle_refused: bool = False
 
 
 class UtilityReply(Message, frozen=True, gc=False, tag=True):
@@ -772,7 +801,7 @@ class UtilityReply(Message, frozen=True, gc=False, tag=True):
 
 
 WorkerToCore = Ready | Beat | KvChanges | Leaving | Probed | ProbeFinished
-ApiToCore = Hello | ApiBeat | Submit | Prefilled | Started | Finished | Failed | Checked
+ApiToCore = Hello | ApiBeat | Submit | Prefilled | Started | Finished | Failed | Checked | Pulled
 AboutWorkflows = (
     DeclareWorkflow
     | StaticPrefixes
@@ -818,6 +847,12 @@ decode_workflow_answer = msgspec.msgpack.Decoder(WorkflowAnswer).decode
 def engine_request_id(request: str, attempt: int) -> str:
     """The id an engine knows an attempt by; unique per attempt."""
     return f"{request}~{attempt}"
+
+
+def pull_attempt(attempt: int) -> int:
+    """What the peer that an attempt pulls from knows as the attempt: attempts count from 1, so
+    none of its own is called that."""
+    return -attempt
 
 
 def split_engine_request_id(engine_id: str) -> tuple[str, int]:

@@ -53,10 +53,12 @@ class CallPhase(enum.Enum):
 
     QUEUED = "queued"
     """Waits for room; nothing is reserved."""
+    PULLING = "pulling"
+    """Planned; a peer is to name what it has cached of the prompt."""
     PREFILLING = "prefilling"
-    """Planned; the prefill worker computes the prompt."""
+    """Planned, or pulled; the prefill worker computes the prompt."""
     LOADING = "loading"
-    """With the decode worker (planned locally, or prefilled); no token yet."""
+    """With the decode worker (planned locally, pulled or prefilled); no token yet."""
     DECODING = "decoding"
     """The first token came."""
     RESUMING = "resuming"
@@ -76,7 +78,9 @@ _ENDED_BY_API = frozenset(
 _ENDED = _ENDED_BY_API | {CallPhase.STOPPED}
 
 CALL_MOVES: Mapping[CallPhase, frozenset[CallPhase]] = {
-    CallPhase.QUEUED: _ENDED | {CallPhase.PREFILLING, CallPhase.LOADING, CallPhase.REJECTED},
+    CallPhase.QUEUED: _ENDED
+    | {CallPhase.PULLING, CallPhase.PREFILLING, CallPhase.LOADING, CallPhase.REJECTED},
+    CallPhase.PULLING: _ENDED | {CallPhase.PREFILLING, CallPhase.LOADING, CallPhase.QUEUED},
     CallPhase.PREFILLING: _ENDED | {CallPhase.LOADING, CallPhase.QUEUED},
     CallPhase.LOADING: _ENDED | {CallPhase.DECODING, CallPhase.QUEUED},
     CallPhase.DECODING: _ENDED | {CallPhase.RESUMING, CallPhase.QUEUED},
@@ -185,6 +189,8 @@ class Worker:
     """Calls that it decodes, from plan to end."""
     prefills: dict[CallKey, Call] = field(default_factory=dict)
     """Calls whose prompt it computes or holds for a decode worker, from plan to first token."""
+    pulls: dict[CallKey, Call] = field(default_factory=dict)
+    """Calls that are to read what it has cached, from plan until it is where it is needed."""
     prefilling: int = 0
     """Those of ``prefills`` that are not computed yet."""
     prefill_tokens: int = 0
@@ -312,6 +318,13 @@ class Call:
     decode_blocks: int = 0
     prefill: Worker | None = None
     prefill_blocks: int = 0
+    pull: Worker | None = None
+    """Who is to name what it has cached, or holds it until it is read."""
+    pull_blocks: int = 0
+    pull_tokens: int = 0
+    """What it is believed to have of the prompt."""
+    pulled_blocks: int = 0
+    """Of them, what who computes the prompt lacks."""
     computing: Worker | None = None
     """Who has the prompt yet to compute; ``uncached_tokens`` of it count there."""
     uncached_tokens: int = 0
@@ -361,11 +374,20 @@ class Call:
     @property
     def planned(self) -> bool:
         """Has a plan and no first token."""
-        return self.phase is CallPhase.PREFILLING or self.phase is CallPhase.LOADING
+        phase = self.phase
+        return (
+            phase is CallPhase.PREFILLING
+            or phase is CallPhase.LOADING
+            or phase is CallPhase.PULLING
+        )
 
     @property
     def plan_unseen(self) -> bool:
         """Nothing the API process said shows that it has seen the plan."""
+        if self.phase is CallPhase.PULLING:
+            return True
+        if self.plan is not None and self.plan.pull_worker is not None:
+            return False
         if self.phase is CallPhase.LOADING:
             return self.plan is not None and self.plan.prefill is None
         return self.phase is CallPhase.PREFILLING
@@ -400,9 +422,12 @@ COUNTERS = (
     "pairs_warmed",
     "peers_refused",
     "plans_local",
+    "plans_pull",
     "plans_remote",
     "probes_failed",
     "probes_sent",
+    "pulls_missing",
+    "pulls_unread",
     "replans",
     "role_flips",
     "tokens_cached_local",
@@ -410,10 +435,15 @@ COUNTERS = (
     "tokens_moved",
     "tokens_output",
     "tokens_prompt",
+    "tokens_pulled",
     "workers_left",
     "workers_lost",
     "workers_registered",
 )
+
+
+MOVED_COUNTERS = ("plans_pull", "pulls_missing", "pulls_unread", "tokens_moved", "tokens_pulled")
+"""Those that metrics show."""
 
 
 class State:

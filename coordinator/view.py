@@ -82,12 +82,12 @@ def worker_status(worker: Worker, peers: int, now_s: float) -> WorkerStatus:
         load=worker.load,
         kv_blocks=worker.facts.kv_blocks,
         block_size=worker.facts.block_size,
-        calls=len({*worker.decodes, *worker.prefills}),
+        calls=len({*worker.decodes, *worker.prefills, *worker.pulls}),
         kv_blocks_reserved=worker.kv_blocks_reserved,
         last_beat_age_s=max(0.0, now_s - worker.last_heard_s),
         warm_peers=len(worker.warm_sources),
         peers=peers,
-        handles=len(worker.prefills) - worker.prefilling,
+        handles=len(worker.prefills) - worker.prefilling + len(worker.pulls),
     )
 
 
@@ -133,6 +133,8 @@ def call_status(
         elapsed_s=finished.elapsed_s if finished else max(0.0, now_s - call.submitted_s),
         outcome=finished.outcome if finished else "",
         reason=reason or (plan.reason if plan else ""),
+        pull=plan.pull_worker.worker if plan and plan.pull_worker else "",
+        pulled_tokens=finished.pulled_tokens if finished else 0,
     )
     return row
 

@@ -12,6 +12,8 @@ What it adds to the stock connector:
   both may be set. A handle may cover less than the prompt: the rest is computed here. What
   is not asked to be held is freed at once.
 * A handle that is given back to the engine that holds its blocks frees them at once.
+* A request may ask for what is cached of its prompt only: it is cut behind that, so that a peer
+  which has forgotten what is to be read from it computes one token, whatever it has left.
 * No read counts that was not certainly over before its lease was. The holder says when the
   lease ends, on its own clock; the handshake gives the clocks' difference; the reader keeps
   the book of its renewals. A read that was, or may have been, late is computed here instead.
@@ -45,6 +47,7 @@ from transfer.measured import ReadStats
 from transfer.pages import use_huge_pages
 from transfer.progress import progress_pause
 from transfer.renewal import Renewals
+from transfer.settings import CACHED_ONLY
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -91,6 +94,10 @@ class PythiaScheduler(NixlPullConnectorScheduler):
             self._check_pull(request, params)
         else:
             _drop_source(params)
+        wanted = request.kv_transfer_params
+        if wanted and wanted.get(CACHED_ONLY) and not self._plain_attention:
+            # Its beginning alone could not be read.
+            _cut(request, 0)
         super().on_new_request(request)
 
     def _check_pull(self, request: Any, params: dict[str, Any]) -> None:
@@ -136,6 +143,8 @@ class PythiaScheduler(NixlPullConnectorScheduler):
     ) -> tuple[int, bool]:
         """Tokens to pull beyond ``num_computed_tokens``, and whether they come later."""
         params = request.kv_transfer_params
+        if params and params.get(CACHED_ONLY):
+            _cut(request, num_computed_tokens)
         if not params or not params.get("do_remote_prefill"):
             return 0, False
         wanted = self._get_remote_prefill_token_count(request.num_prompt_tokens)
@@ -279,6 +288,19 @@ class PythiaWorker(NixlPullConnectorWorker):
         if any(block >= blocks for group in meta.remote.block_ids for block in group):
             return f"names a block beyond the {blocks} of {meta.remote.engine_id}"
         return None
+
+
+def _cut(request: Any, cached_tokens: int) -> None:
+    """Leave of a prompt that was not begun what is cached, and a token to compute.
+
+    As vLLM cuts the prompts of prefills itself, where a model needs that.
+    """
+    tokens = cached_tokens + 1
+    if request.prompt_token_ids is None or request.num_prompt_tokens <= tokens:
+        return
+    del request.prompt_token_ids[tokens:]
+    del request._all_token_ids[tokens:]
+    request.num_prompt_tokens = tokens
 
 
 def _drop_source(params: dict[str, Any]) -> None:

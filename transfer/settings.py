@@ -18,6 +18,8 @@ GPU_NIXL_THREADS = 4
 fast as with one (``pythia bench links``), and GPU machines have cores to spare."""
 PROGRESS_DELAY_US = 500
 """Sleep between two looks of NIXL's progress thread where cores are short."""
+CACHED_ONLY = "cached_only"
+"""In a request's ``kv_transfer_params``: of its prompt is held what is cached, and a token more."""
 FREE_CORES_TO_POLL = 2
 """Cores to spare per engine from which its NIXL progress thread may poll without sleep."""
 

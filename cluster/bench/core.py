@@ -30,6 +30,7 @@ from coordinator.protocol import (
     Probed,
     ProbeFinished,
     ProbeRead,
+    Pulled,
     Ready,
     Started,
     Submit,
@@ -65,8 +66,8 @@ class _Bench:
         return sent, took_s
 
     def register(self, workers: int, kv_blocks: int) -> None:
-        """Bring up one prefill worker for every three decode workers, and warm the pairs that
-        calls can use: these come first, and the others have no part in decisions."""
+        """Bring up one prefill worker for every three decode workers, and warm all pairs: any
+        worker may read what any other has cached."""
         facts = EngineFacts("0", "model", "same", BLOCK_TOKENS, kv_blocks, 1 << 20, 256, 8192)
         self.handle(API, Hello("api"))
         pending: deque[Send] = deque()
@@ -75,9 +76,7 @@ class _Bench:
             name = f"worker-{number:03}"
             ready = Ready(name, f"{name}-1", role, f"tcp://{name}", facts)  # type: ignore[arg-type]
             pending.extend(self.handle(name.encode(), ready)[0])
-        prefill = (workers + 3) // 4
-        usable = prefill * (workers - prefill)
-        while self.core.counters["pairs_warmed"] < usable:
+        while self.core.counters["pairs_warmed"] < workers * (workers - 1):
             sent = pending.popleft()
             name, probe = sent.peer.decode(), sent.message
             if isinstance(probe, Probe):
@@ -120,6 +119,8 @@ def run(
             decisions_s.append(took_s)
         plan = sent[0].message
         assert isinstance(plan, Plan), "half the cluster is free: every call has a plan at once"
+        if plan.pull_worker is not None:
+            bench.handle(API, Pulled("api", plan.request, 1, plan.pull_tokens))
         if plan.prefill is not None:
             bench.handle(API, Prefilled("api", plan.request, 1))
         bench.handle(API, Started("api", plan.request, 1))

@@ -41,6 +41,7 @@ from coordinator.protocol import (
     Prefill,
     PrefillDone,
     Prefilled,
+    Pulled,
     Rejected,
     Started,
     Stop,
@@ -48,6 +49,7 @@ from coordinator.protocol import (
     Welcome,
     WorkerGone,
     WorkerUp,
+    pull_attempt,
     split_engine_request_id,
 )
 
@@ -253,9 +255,12 @@ class Api:
             plan = call.plan
             if plan is None or call.phase == "waiting":
                 continue
-            busy = plan.prefill if call.phase == "prefilling" else plan.decode
+            before = call.phase in ("pulling", "prefilling")
+            busy = plan.prefill if before else plan.decode
             if lost in (busy, plan.decode):
                 self._retry(call, lost.worker, f"{lost.worker} is lost")
+            elif call.phase == "pulling" and lost == plan.pull_worker:
+                self._pulled(call, None)
 
     def _live(self) -> Iterator[Call]:
         """The calls one by one; whatever happens to one may end others."""
@@ -281,14 +286,14 @@ class Api:
         record.attempts = record.attempts + 1 if record.decode else 1
         record.prefill = plan.prefill.worker if plan.prefill else ""
         record.decode = plan.decode.worker
-        record.loaded_s = 0.0
+        record.loaded_s, record.pulled_tokens = 0.0, 0
         self._events.cancel(call.repeat)
         call.attempt, call.plan, call.failed = plan.attempt, plan, None
-        call.planned_by = self.core
-        if plan.prefill is None:
-            self._decode(call, b"")
+        call.planned_by, call.pull_done = self.core, None
+        if plan.pull_worker is None:
+            self._compute(call, b"")
         else:
-            self._prefill(call, plan.prefill)
+            self._pull(call, plan.pull_worker, plan.pull_tokens)
 
     def _on_rejected(self, message: Rejected) -> None:
         call = self.calls.get(message.request)
@@ -340,6 +345,9 @@ class Api:
     def _on_prefill_done(self, done: PrefillDone, worker: Placed) -> None:
         """Give the client its token and send the handle on at once, or hand it back."""
         call = self.calls.get(done.request)
+        if done.attempt < 0:
+            self._pull_done(call, done, worker)
+            return
         if call is None or call.attempt != done.attempt or call.phase != "prefilling":
             self._hand_back(done, worker)
             return
@@ -348,15 +356,14 @@ class Api:
         if plan.prefill != worker:
             self.stale += 1
             return
-        now_s = self._events.now_s
-        # Two clocks bound how long the blocks have been held; the smaller bound counts.
-        held_s = min(now_s - call.prefill_sent_s, now_s - done.held_at_unix_s + CLOCK_SKEW_S)
+        held_s = self._held_s(done, call.prefill_sent_s)
         if held_s > done.lease_s - done.margin_s:
             self._retry(call, worker.worker, f"the handle came after {held_s:.1f} s")
             # Abandoning a prefill leaves a tombstone for its handle.
             self._hand_back(done, worker)
             return
         call.record.prefill_cached_tokens = done.cached_tokens
+        call.record.pulled_tokens = done.moved_tokens
         self._deliver(call, 1)
         if call.tokens == call.output_tokens:
             self._discard(done, worker)
@@ -393,7 +400,8 @@ class Api:
         if record.prefill:
             record.loaded_s = self._events.now_s
         else:
-            record.prefill_cached_tokens = first.local_cached_tokens
+            record.prefill_cached_tokens = first.local_cached_tokens + first.moved_tokens
+            record.pulled_tokens = first.moved_tokens
         if call.tokens:
             self._client.resumed(self._events.now_s - call.last_token_s)
         call.base_tokens, call.stream = call.tokens, tokens.stream
@@ -405,8 +413,12 @@ class Api:
     def _on_call_failed(self, failed: CallFailed, worker: Placed) -> None:
         """A worker could not: ask for another plan, or tell the client if none can help."""
         call = self.calls.get(failed.request)
-        if call is None or call.attempt != failed.attempt or call.phase == "waiting":
+        if call is not None and self._waits_for_pull(call, failed.attempt, worker):
+            self._pulled(call, None)
+        elif call is None or call.attempt != failed.attempt or call.phase == "waiting":
             self.stale += 1
+        elif failed.handle_refused and self._without_pull(call, worker):
+            pass
         elif failed.retryable:
             self._retry(call, worker.worker, failed.reason)
         else:
@@ -446,22 +458,107 @@ class Api:
         left = call.output_tokens - call.tokens
         return Body(call.chain, call.prompt_tokens, left, call.submit.priority)
 
-    def _prefill(self, call: Call, prefill: Placed) -> None:
-        message = Prefill(call.request, call.attempt, prefill.incarnation)
-        call.move("prefilling")
-        call.prefill_sent_s = self._events.now_s
-        if not self._send(prefill, Work(message, self._body(call))):
-            self._retry(call, prefill.worker, f"{prefill.worker} can't be reached")
+    def _pull(self, call: Call, peer: Placed, tokens: int) -> None:
+        """Ask a peer to hold what it has cached of the prompt."""
+        call.move("pulling")
+        call.pull_sent_s = self._events.now_s
+        call.pull_bound = self._events.after(self._limits.pull_s, self._leave_pull, call)
+        side = pull_attempt(call.attempt)
+        message = Prefill(call.request, side, peer.incarnation, cached_only=True)
+        body = msgspec.structs.replace(self._body(call), prompt_tokens=tokens + 1)
+        if not self._send(peer, Work(message, body)):
+            self._pulled(call, None)
 
-    def _decode(self, call: Call, handle: bytes) -> bool:
+    def _waits_for_pull(self, call: Call, attempt: int, worker: Placed) -> bool:
+        plan = call.plan
+        current = call.phase == "pulling" and attempt == pull_attempt(call.attempt)
+        return current and plan is not None and plan.pull_worker == worker
+
+    def _pull_done(self, call: Call | None, done: PrefillDone, worker: Placed) -> None:
+        """A peer holds what it has cached."""
+        if call is None or not self._waits_for_pull(call, done.attempt, worker):
+            self._hand_back(done, worker)
+            return
+        late = self._held_s(done, call.pull_sent_s) > done.lease_s - done.margin_s
+        if late or not done.cached_tokens:
+            self._discard(done, worker)
+            self._pulled(call, None, missing=not late)
+        else:
+            self._pulled(call, done)
+
+    def _leave_pull(self, call: Call) -> None:
+        """The peer takes too long."""
+        self._abort_pull(call)
+        self._pulled(call, None)
+
+    def _abort_pull(self, call: Call) -> None:
+        assert call.plan is not None
+        assert call.plan.pull_worker is not None
+        side = pull_attempt(call.attempt)
+        self._events.cancel(call.pull_bound)
+        self._send(call.plan.pull_worker, Abort([(call.request, side)]))
+        self._bury(call.request, side)
+
+    def _pulled(self, call: Call, done: PrefillDone | None, missing: bool = False) -> None:
+        """Go on, with what a peer holds or without."""
         plan = call.plan
         assert plan is not None
-        message = Decode(call.request, call.attempt, plan.decode.incarnation, handle)
+        assert plan.pull_worker is not None
+        self._events.cancel(call.pull_bound)
+        tokens = done.cached_tokens if done is not None else 0
+        attempt, call.pull_done = call.attempt, done
+        if done is not None:
+            missing = tokens < done.prompt_tokens - 1
+        sent = self._compute(call, done.handle if done is not None else b"")
+        if sent:
+            self._control.send(Pulled(self.name, call.request, attempt, tokens, missing))
+        elif done is not None:
+            self._discard(done, plan.pull_worker)
+
+    def _without_pull(self, call: Call, worker: Placed) -> bool:
+        """Send once more what was refused for the peer's handle, without it."""
+        plan, done = call.plan, call.pull_done
+        if plan is None or plan.pull_worker is None or done is None:
+            return False
+        asked = plan.prefill if call.phase == "prefilling" else plan.decode
+        other = plan.prefill is not None and call.phase == "loading"
+        if other or worker != asked or call.phase == "decoding":
+            return False
+        call.pull_done = None
+        self._discard(done, plan.pull_worker)
+        self._give(call, worker, b"")
+        return True
+
+    def _compute(self, call: Call, handle: bytes) -> bool:
+        """Have the prompt computed where the plan says. False if it could not be asked for."""
+        assert call.plan is not None
+        if call.plan.prefill is None:
+            return self._decode(call, handle)
+        call.move("prefilling")
+        call.prefill_sent_s = self._events.now_s
+        return self._give(call, call.plan.prefill, handle)
+
+    def _decode(self, call: Call, handle: bytes) -> bool:
+        assert call.plan is not None
         call.move("loading")
-        if self._send(plan.decode, Work(message, self._body(call))):
+        return self._give(call, call.plan.decode, handle)
+
+    def _give(self, call: Call, worker: Placed, handle: bytes) -> bool:
+        """Give a call to the worker that has it in its phase."""
+        message: Prefill | Decode
+        if call.phase == "prefilling":
+            message = Prefill(call.request, call.attempt, worker.incarnation, handle=handle)
+        else:
+            message = Decode(call.request, call.attempt, worker.incarnation, handle)
+        if self._send(worker, Work(message, self._body(call))):
             return True
-        self._retry(call, plan.decode.worker, f"{plan.decode.worker} can't be reached")
+        self._retry(call, worker.worker, f"{worker.worker} can't be reached")
         return False
+
+    def _held_s(self, done: PrefillDone, sent_s: float) -> float:
+        """Two clocks bound how long the blocks have been held; the smaller bound counts."""
+        now_s = self._events.now_s
+        return min(now_s - sent_s, now_s - done.held_at_unix_s + CLOCK_SKEW_S)
 
     def _retry(self, call: Call, worker: str, reason: str) -> None:
         """Give this attempt up and ask for another plan."""
@@ -496,17 +593,20 @@ class Api:
         if plan is None or call.phase == "waiting":
             return
         self._catch_up(call)
+        if call.phase == "pulling":
+            self._abort_pull(call)
+            return
         abort = Abort([(call.request, call.attempt)])
         if call.phase == "prefilling" and plan.prefill is not None:
             self._send(plan.prefill, abort)
             # The prefill may be done already, its handle on the way here.
-            self._bury(call)
+            self._bury(call.request, call.attempt)
         else:
             self._send(plan.decode, abort)
 
-    def _bury(self, call: Call) -> None:
+    def _bury(self, request: str, attempt: int) -> None:
         now_s = self._events.now_s
-        self.tombstones[call.request, call.attempt] = now_s
+        self.tombstones[request, attempt] = now_s
         while self.tombstones:
             key, made_s = next(iter(self.tombstones.items()))
             if now_s - made_s < TOMBSTONE_S and len(self.tombstones) <= TOMBSTONES_MAX:
@@ -554,6 +654,7 @@ class Api:
                 ttft_s=started - call.submitted_s if started else 0.0,
                 elapsed_s=now_s - call.submitted_s,
                 undecoded=undecoded,
+                pulled_tokens=record.pulled_tokens,
             )
         )
         self._client.ended(record, retry_after_s)
@@ -564,6 +665,7 @@ class Api:
         del self.calls[call.request]
         self._events.cancel(call.repeat)
         self._events.cancel(call.overdue)
+        self._events.cancel(call.pull_bound)
         record.outcome = outcome
         record.ended_s = self._events.now_s
         record.output_tokens = call.tokens

@@ -256,6 +256,9 @@ BASELINES: Mapping[str, Baseline] = {
     "pythia-no-shared-roles": Baseline(
         "prefill workers do not decode", "split", {"prefill_workers_decode": False}
     ),
+    "pythia-no-pulls": Baseline(
+        "what a peer has cached of a prompt is not read from it", "split", {"pulls": False}
+    ),
     "pythia-no-work-price": Baseline(
         "what prompts cost calls that come later does not count", "split", {"work_price": 0.0}
     ),

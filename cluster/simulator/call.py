@@ -7,12 +7,13 @@ from typing import Literal
 from cluster.simulator.events import Event
 from cluster.simulator.frames import Stream
 from cluster.simulator.records import CallRecord
-from coordinator.protocol import Failed, Plan, Submit
+from coordinator.protocol import Failed, Plan, PrefillDone, Submit
 
-Phase = Literal["waiting", "prefilling", "loading", "decoding"]
+Phase = Literal["waiting", "pulling", "prefilling", "loading", "decoding"]
 
 MOVES: dict[Phase, frozenset[Phase]] = {
-    "waiting": frozenset({"prefilling", "loading"}),
+    "waiting": frozenset({"pulling", "prefilling", "loading"}),
+    "pulling": frozenset({"prefilling", "loading", "waiting"}),
     "prefilling": frozenset({"loading", "waiting"}),
     "loading": frozenset({"decoding", "waiting"}),
     "decoding": frozenset({"waiting"}),
@@ -49,6 +50,9 @@ class Call:
         "plan",
         "planned_by",
         "prefill_sent_s",
+        "pull_bound",
+        "pull_done",
+        "pull_sent_s",
         "record",
         "repeat",
         "stream",
@@ -86,7 +90,10 @@ class Call:
         """What it had got when ``stream`` began."""
         self.submitted_tokens = 0
         self.stream: Stream | None = None
-        self.prefill_sent_s = 0.0
+        self.prefill_sent_s = self.pull_sent_s = 0.0
+        self.pull_done: PrefillDone | None = None
+        self.pull_bound: Event | None = None
+        """When a peer's answer is not waited for any more."""
         self.failed: Failed | None = None
         self.repeat: Event | None = None
         """When it asks again for the plan that it waits for."""

@@ -22,6 +22,8 @@ class EngineRequest(msgspec.Struct, frozen=True, gc=False):
     hold: bool = False
     pull_tokens: int = 0
     priority: int = 0
+    cached_only: bool = False
+    """Of the prompt only what the own cache has is held, and one token more is computed."""
     cached: bool = True
     """May read and fill the prefix cache (a probe may not)."""
 

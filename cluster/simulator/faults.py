@@ -30,6 +30,7 @@ from cluster.simulator.world import World, engine_facts, settle
 from cluster.workload.form import Run, Workload
 from cluster.workload.generators import GENERATORS
 from cluster.workload.source import open_workload
+from coordinator.core import Core
 from coordinator.limits import Limits, Placement, Policy
 from coordinator.protocol import Role
 from coordinator.shape import ModelShape
@@ -99,6 +100,7 @@ def random_setup(rng: random.Random) -> ClusterSetup:
         check_s=2.0,
         call_s=rng.choice((30.0, 60.0)),
         probe_s=3.0,
+        pull_s=0.5,
         recent_calls=rng.choice((4, 256)),
     )
     network = NetworkSetup(
@@ -165,11 +167,17 @@ def random_workload(rng: random.Random, seed: int, tokens_max: int) -> Workload:
     return msgspec.structs.replace(workload, runs=tuple(kept))
 
 
-def run_fault_seed(seed: int, policy: Policy = "pythia", api_crashes: bool = True) -> FaultReport:
+def run_fault_seed(
+    seed: int,
+    policy: Policy = "pythia",
+    api_crashes: bool = True,
+    core_factory: Callable[[Limits, Placement, str], Core] = Core,
+) -> FaultReport:
     """Simulate what a seed says, with a placement policy. OracleError if anything happens that
     must not, or breaks.
 
-    ``api_crashes``: API processes crash, too, if the seed says so.
+    ``api_crashes``: API processes crash, too, if the seed says so. ``core_factory``: makes the
+    cores, from limits, placement and id.
     """
     began_s = time.perf_counter()
     rng = random.Random(f"{seed}/faults")
@@ -181,7 +189,7 @@ def run_fault_seed(seed: int, policy: Policy = "pythia", api_crashes: bool = Tru
         every_s = random.Random(f"{seed}/api crashes").choice((0.0, 0.0, 10.0, 30.0))
         faults = msgspec.structs.replace(faults, api_crash_every_s=every_s)
     workload = random_workload(rng, seed, engine_facts(setup).max_model_len)
-    world = World(setup, workload, faults, seed, letters=LETTERS)
+    world = World(setup, workload, faults, seed, core_factory=core_factory, letters=LETTERS)
     trouble = Trouble(world, rng)
     world.start()
     trouble.start()

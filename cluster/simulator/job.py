@@ -15,6 +15,7 @@ class Job:
     """Also the stream of its tokens to its API process (``frames.Stream``)."""
 
     __slots__ = (
+        "cached_only",
         "cached_tokens",
         "chain",
         "connection",
@@ -23,6 +24,7 @@ class Job:
         "frozen_s",
         "frozen_tokens",
         "kind",
+        "moved_tokens",
         "output_tokens",
         "pending_tokens",
         "probe",
@@ -51,7 +53,8 @@ class Job:
         self.probe = probe
         self.source: Placed | None = None
         self.started_s = now_s
-        self.cached_tokens = 0
+        self.cached_tokens = self.moved_tokens = 0
+        self.cached_only = False
         self.frozen_tokens: int | None = None
         """Tokens that could be sent, where no more can be."""
         self.frozen_s = 0.0

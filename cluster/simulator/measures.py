@@ -130,8 +130,10 @@ def window(calls: Sequence[CallRecord]) -> float:
 
 
 def hit_tokens(call: CallRecord) -> int:
-    """Tokens of the prompt that whoever prefilled found in its cache."""
-    return call.prefill_cached_tokens if call.prefill else call.local_cached_tokens
+    """Tokens of the prompt that whoever prefilled found in its cache, or read from a peer's."""
+    if call.prefill:
+        return call.prefill_cached_tokens
+    return call.local_cached_tokens + call.pulled_tokens
 
 
 def _distribution(name: str, values: Sequence[float]) -> dict[str, float]:
@@ -195,6 +197,7 @@ def _work(result: Result, served: Sequence[CallRecord]) -> dict[str, float]:
         "recomputed_tokens": totals.recomputed_tokens,
         "computed_tokens": sum(call.computed_tokens for call in result.calls),
         "moved_tokens": sum(call.moved_tokens for call in served),
+        "pulled_tokens": sum(call.pulled_tokens for call in served),
     }
     found |= {f"moved_bytes_{tier}": totals.moved_bytes.get(tier, 0) for tier in get_args(Tier)}
     found["probe_bytes"] = sum(totals.probe_bytes.values())

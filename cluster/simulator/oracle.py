@@ -98,7 +98,7 @@ class Oracle:
         self._read[key] = engine_id
         if len(self._read) > MADE_MAX:
             del self._read[next(iter(self._read))]
-        own = engine_id.replace("probe-read-", "probe-") == handle.engine_id
+        own = engine_id.replace("probe-read-", "probe-") == handle.engine_id.replace("~-", "~")
         self._assert(own, f"{what}: another request's", engine_id)
         self._assert_held(what, handle, source, engine_id)
         blocks = handle.tokens // self._block_size
@@ -259,7 +259,8 @@ class Oracle:
                 if self._network.is_cut(worker.name, job.connection.api):
                     continue
                 request, attempt = split_engine_request_id(job.engine_id)
-                if attempt >= attempts.get(request, attempt + 1):
+                # A peer that is pulled from knows the attempt by its negative.
+                if abs(attempt) >= attempts.get(request, abs(attempt) + 1):
                     continue
                 key = worker.incarnation, job.engine_id
                 since_s = undead_s[key] = self._undead_s.get(key, now_s)
@@ -318,6 +319,7 @@ def _patience_s(limits: Limits) -> dict[str, float]:
     asked_s = 2 * limits.check_s + SLACK_S
     return {
         "queued": limits.queue_s + SLACK_S,
+        "pulling": limits.pull_s + limits.check_s + asked_s,
         "prefilling": limits.prefill_s + asked_s,
         "loading": limits.first_token_s + asked_s,
         "decoding": limits.decode_check_s + asked_s,

@@ -44,6 +44,8 @@ class CallRecord(msgspec.Struct, gc=False, omit_defaults=True):
     loaded_s: float = 0.0
     """When the decode worker had the KV and its own first token, where a prefill worker made
     the client's first one; else 0."""
+    pulled_tokens: int = 0
+    """From a peer's cache, to whoever prefilled."""
 
     @property
     def ttft_s(self) -> float:

@@ -304,6 +304,8 @@ class Schedule:
         if context == 0:
             hits = pool.lookup(holding, (tokens - 1) // size)
             context = hits.blocks * size
+            if sequence.cached_only:
+                tokens = sequence.prompt_tokens = min(tokens, context + 1)
         external = max(0, sequence.pull_tokens - context)
         held = holding.blocks + hits.blocks
         if self.blocks_for(tokens) - held + hits.idle > pool.free:

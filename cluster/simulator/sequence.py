@@ -15,6 +15,7 @@ class Sequence:
 
     __slots__ = (
         "cached",
+        "cached_only",
         "computed_before_first",
         "computed_in_all",
         "computed_tokens",
@@ -43,6 +44,7 @@ class Sequence:
         self.priority = request.priority
         self.hold = request.hold
         self.cached = request.cached
+        self.cached_only = request.cached_only
         self.pull_tokens = min(request.pull_tokens, request.prompt_tokens)
         """Still to be asked for: vLLM's connectors read a request's KV once."""
         self.pull_ok: bool | None = None

@@ -277,10 +277,20 @@ class Worker:
 
     def _prefill(self, connection: Connection, work: Work) -> None:
         body = work.body
-        engine_id = engine_request_id(work.message.request, work.message.attempt)
+        head = work.message
+        assert isinstance(head, Prefill)
+        engine_id = engine_request_id(head.request, head.attempt)
         job = Job(
             self.engine, "prefill", engine_id, body.prompt_tokens, self.events.now_s, connection
         )
+        pull_tokens = 0
+        if head.handle:
+            handle = decode_handle(head.handle)
+            if not self._reads(connection, work, handle):
+                return
+            self.reader.started(engine_id, handle, body.chain)
+            pull_tokens = handle.tokens
+        job.cached_only = head.cached_only
         blocks = body.prompt_tokens // self.facts.block_size
         request = EngineRequest(
             engine_id,
@@ -288,7 +298,9 @@ class Worker:
             body.prompt_tokens,
             1,
             hold=True,
+            pull_tokens=pull_tokens,
             priority=body.priority,
+            cached_only=head.cached_only,
         )
         self._submit(job, request)
 
@@ -301,9 +313,7 @@ class Worker:
         pull_tokens = 0
         if head.handle:
             handle = decode_handle(head.handle)
-            refusal = self.reader.refusal(handle)
-            if refusal:
-                self._fail(connection, work, f"handle refused: {refusal}")
+            if not self._reads(connection, work, handle):
                 return
             self.reader.started(engine_id, handle, body.chain)
             pull_tokens = handle.tokens
@@ -320,10 +330,25 @@ class Worker:
         )
         self._submit(job, request)
 
+    def _reads(self, connection: Connection, work: Work, handle: Handle) -> bool:
+        """Whether what came with a handle can go on with it; else it is refused."""
+        refusal = self.reader.refusal(handle)
+        if refusal:
+            head, reason = work.message, f"handle refused: {refusal}"
+            self._network.to_api(
+                connection,
+                CallFailed(
+                    head.request, head.attempt, self.incarnation, reason, handle_refused=True
+                ),
+            )
+        return not refusal
+
     def _submit(self, job: Job, request: EngineRequest) -> None:
         assert job.engine_id not in self.jobs, f"{job.engine_id} was begun before"
         job.output_tokens, job.chain = request.output_tokens, request.chain
         job.pending_tokens = max(0, request.prompt_tokens - request.pull_tokens)
+        if job.cached_only:
+            job.pending_tokens = 1
         self.pending_tokens += job.pending_tokens
         self.jobs[job.engine_id] = job
         self._idle_beat = None
@@ -411,7 +436,8 @@ class Worker:
             return
         first = output if isinstance(output, FirstToken) else None
         if first is not None:
-            job.cached_tokens = first.local_cached_tokens
+            job.moved_tokens = first.moved_tokens
+            job.cached_tokens = first.local_cached_tokens + first.moved_tokens
         else:
             job.frozen_tokens, job.frozen_s = job.output_tokens, output.at_s
             del self.jobs[job.engine_id]
@@ -441,11 +467,15 @@ class Worker:
         """Name the KV that is held."""
         assert output.held, job.engine_id
         request, _, attempt = job.engine_id.rpartition("~")
+        tokens, chain = job.prompt_tokens, job.chain
+        if job.cached_only:
+            tokens = min(tokens, job.cached_tokens + 1)
+            chain = chain[: tokens // self.facts.block_size * BLOCK_HASH_BYTES]
         handle = Handle(
-            self.name, self.incarnation, request, int(attempt), job.prompt_tokens, output.expires_s
+            self.name, self.incarnation, request, int(attempt), tokens, output.expires_s
         )
         frame = encode_handle(handle)
-        self._oracle.made(self, job.engine_id, job.chain)
+        self._oracle.made(self, job.engine_id, chain)
         if job.kind == "probe":
             self._control.send(Probed(self.name, self.incarnation, job.probe, frame))
             return
@@ -461,5 +491,6 @@ class Worker:
             lease_s=lease_s,
             held_at_unix_s=self.events.now_s,
             margin_s=dispatch_margin_s(lease_s),
+            moved_tokens=job.moved_tokens,
         )
         self._network.to_api(job.connection, done)

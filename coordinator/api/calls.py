@@ -1,9 +1,14 @@
 """The calls of an API process, from the request to the last token.
 
     waiting --Plan--> prefilling --PrefillDone--> loading --first token--> decoding --> (gone)
+       |  |                ^                         ^                        |
+       |  `--Plan with a peer to pull from--> pulling                         |
        |  `---------------Plan without a prefill worker--^                    |
        ^                                                                      |
        +------------- Failed: a worker was lost or could not -----------------+
+
+``pulling`` ends with the handle for what the peer has cached, with less, with none, or after a
+bound: the call goes on in any case, and whatever did not come is computed.
 
 Where it may, the prefill worker samples the first token; the client has it while its KV is
 still on the way. The decode worker goes on behind it, as it would behind a lost worker's.
@@ -32,9 +37,10 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from coordinator import protocol
 from coordinator.api.continuing import may_begin_elsewhere, needs_one_worker, resume_request
 from coordinator.api.exchange import CallRecord, Continuation, Failure
+from coordinator.api.pulling import pull_request, tokens_held
 from coordinator.blocks import hash_blocks, salt_of
 from coordinator.limits import Limits
-from coordinator.protocol import CallContext, Placed, split_engine_request_id
+from coordinator.protocol import CallContext, Placed, pull_attempt, split_engine_request_id
 
 logger = logging.getLogger("pythia.api")
 
@@ -46,9 +52,10 @@ CORE_AWAY_S = 30.0
 CLOCK_SKEW_S = 1.0
 """How far the wall clocks of two machines of a cluster may differ."""
 
-Phase = Literal["waiting", "prefilling", "loading", "decoding"]
+Phase = Literal["waiting", "pulling", "prefilling", "loading", "decoding"]
 MOVES: dict[Phase, frozenset[Phase]] = {
-    "waiting": frozenset({"prefilling", "loading"}),
+    "waiting": frozenset({"pulling", "prefilling", "loading"}),
+    "pulling": frozenset({"prefilling", "loading", "waiting"}),
     "prefilling": frozenset({"loading", "waiting"}),
     "loading": frozenset({"decoding", "waiting"}),
     "decoding": frozenset({"waiting"}),
@@ -102,6 +109,9 @@ class Call:
     started_s: float = 0.0
     prefill_sent_s: float = 0.0
     prefill_done: protocol.PrefillDone | None = None
+    pull_sent_s: float = 0.0
+    pull_done: protocol.PrefillDone | None = None
+    """What the peer holds for this attempt, as long as its handle was not refused."""
     begun_elsewhere: bool = False
     """The first token of this attempt came from its prefill worker."""
     failed: protocol.Failed | None = None
@@ -178,6 +188,8 @@ class Calls:
             elif call.phase == "waiting" and now_s - call.asked_s >= RESUBMIT_S:
                 call.asked_s = now_s
                 self._ask(call)
+            elif call.phase == "pulling" and now_s - call.pull_sent_s >= self.limits.pull_s:
+                self._leave_pull(call, now_s)
         while self.tombstones:
             key, made_s = next(iter(self.tombstones.items()))
             if now_s - made_s < TOMBSTONE_S and len(self.tombstones) <= TOMBSTONES_MAX:
@@ -230,15 +242,17 @@ class Calls:
         call.plan = plan
         call.planned_by = self.core
         call.prefill_done = None
+        call.pull_done = None
         call.begun_elsewhere = False
         call.failed = None
         call.record.planned = True
         call.record.prefill = plan.prefill.worker if plan.prefill else ""
         call.record.decode = plan.decode.worker
-        if plan.prefill is None:
-            self._decode(call, b"", now_s)
+        call.record.pull, call.record.pulled_tokens = "", 0
+        if plan.pull_worker is None:
+            self._compute(call, b"", now_s)
         else:
-            self._prefill(call, plan.prefill, now_s)
+            self._pull(call, plan.pull_worker, plan.pull_tokens, now_s)
 
     def on_rejected(self, message: protocol.Rejected, now_s: float) -> None:
         """The core has no plan and will have none."""
@@ -279,9 +293,12 @@ class Calls:
             plan = call.plan
             if plan is None or call.phase == "waiting":
                 continue
-            busy = plan.prefill if call.phase == "prefilling" else plan.decode
+            before = call.phase in ("pulling", "prefilling")
+            busy = plan.prefill if before else plan.decode
             if lost in (busy, plan.decode):
                 self._retry(call, lost.worker, f"{lost.worker} is lost: {reason}", now_s)
+            elif call.phase == "pulling" and lost == plan.pull_worker:
+                self._pulled(call, None, now_s)
 
     # --- from the workers ------------------------------------------------------------
 
@@ -298,6 +315,9 @@ class Calls:
         ``first``: the first token, if the prefill worker sampled it.
         """
         call = self.calls.get(done.request)
+        if done.attempt < 0:
+            self._pull_done(call, done, worker, now_s, unix_s)
+            return
         if call is None or call.attempt != done.attempt or call.phase != "prefilling":
             self._hand_back(done, worker)
             return
@@ -306,14 +326,14 @@ class Calls:
         if plan.prefill != worker:
             self.stale += 1
             return
-        # Two clocks bound how long the blocks have been held; the smaller bound counts.
-        held_s = min(now_s - call.prefill_sent_s, unix_s - done.held_at_unix_s + CLOCK_SKEW_S)
+        held_s = _held_s(done, call.prefill_sent_s, now_s, unix_s)
         if held_s > done.lease_s - done.margin_s:
             self._retry(call, worker.worker, f"the handle came after {held_s:.1f} s", now_s)
             self._hand_back(done, worker)
             return
         call.prefill_done = done
         call.record.prefill_cached_tokens = done.cached_tokens
+        call.record.pulled_tokens = done.moved_tokens
         if first is not None and self._is_over_with(call, first, now_s):
             if done.handle:
                 self._discard(done, worker)
@@ -346,8 +366,13 @@ class Calls:
     def on_call_failed(self, failed: protocol.CallFailed, worker: Placed, now_s: float) -> None:
         """A worker could not: ask for another plan, or tell the client if none can help."""
         call = self.calls.get(failed.request)
-        if call is None or call.attempt != failed.attempt or call.phase == "waiting":
+        if call is not None and self._waits_for_pull(call, failed.attempt, worker):
+            logger.warning("%s: not pulled: %s", failed.request, failed.reason)
+            self._pulled(call, None, now_s)
+        elif call is None or call.attempt != failed.attempt or call.phase == "waiting":
             self.stale += 1
+        elif failed.handle_refused and self._without_pull(call, worker, now_s):
+            logger.warning("%s: %s, computed instead", failed.request, failed.reason)
         elif failed.retryable:
             self._retry(call, worker.worker, failed.reason, now_s)
         else:
@@ -355,15 +380,116 @@ class Calls:
 
     # --- steps -------------------------------------------------------------------------
 
-    def _prefill(self, call: Call, prefill: Placed, now_s: float) -> None:
-        first_token = may_begin_elsewhere(call.engine_request)
+    def _pull(self, call: Call, peer: Placed, tokens: int, now_s: float) -> None:
+        """Ask a peer to hold what it has cached of the prompt."""
+        call.move("pulling")
+        call.pull_sent_s = now_s
+        request = pull_request(call.engine_request, tokens, self.block_size)
         message = protocol.Prefill(
-            call.submit.request, call.attempt, prefill.incarnation, first_token
+            call.submit.request,
+            pull_attempt(call.attempt),
+            peer.incarnation,
+            cached_only=True,
         )
+        if request is None or not self.wire.to_worker(peer, message, self.wire.encode(request)):
+            self._pulled(call, None, now_s)
+
+    def _waits_for_pull(self, call: Call, attempt: int, worker: Placed) -> bool:
+        plan = call.plan
+        current = call.phase == "pulling" and attempt == pull_attempt(call.attempt)
+        return current and plan is not None and plan.pull_worker == worker
+
+    def _pull_done(
+        self,
+        call: Call | None,
+        done: protocol.PrefillDone,
+        worker: Placed,
+        now_s: float,
+        unix_s: float,
+    ) -> None:
+        """A peer holds what it has cached."""
+        if call is None or not self._waits_for_pull(call, done.attempt, worker):
+            self._hand_back(done, worker)
+            return
+        late = _held_s(done, call.pull_sent_s, now_s, unix_s) > done.lease_s - done.margin_s
+        if late or not tokens_held(done, self.block_size):
+            self._discard(done, worker)
+            self._pulled(call, None, now_s, missing=not late)
+        else:
+            self._pulled(call, done, now_s)
+
+    def _leave_pull(self, call: Call, now_s: float) -> None:
+        """The peer takes too long."""
+        self._abort_pull(call, now_s)
+        self._pulled(call, None, now_s)
+
+    def _abort_pull(self, call: Call, now_s: float) -> None:
+        assert call.plan is not None
+        assert call.plan.pull_worker is not None
+        side = call.submit.request, pull_attempt(call.attempt)
+        self.wire.to_worker(call.plan.pull_worker, protocol.Abort([side]), ())
+        self.tombstones[side] = now_s
+
+    def _pulled(
+        self,
+        call: Call,
+        done: protocol.PrefillDone | None,
+        now_s: float,
+        missing: bool = False,
+    ) -> None:
+        """Go on, with what a peer holds or without."""
+        plan = call.plan
+        assert plan is not None
+        assert plan.pull_worker is not None
+        tokens = tokens_held(done, self.block_size) if done is not None else 0
+        request, attempt = call.submit.request, call.attempt
+        call.pull_done = done
+        if done is not None:
+            missing = tokens < done.prompt_tokens - 1
+            call.record.pull = plan.pull_worker.worker
+        sent = self._compute(call, done.handle if done is not None else b"", now_s)
+        if sent:
+            self.wire.to_core(protocol.Pulled(self.api, request, attempt, tokens, missing))
+        elif done is not None:
+            self._discard(done, plan.pull_worker)
+
+    def _without_pull(self, call: Call, worker: Placed, now_s: float) -> bool:
+        """Send once more what ``worker`` refused for the peer's handle, without it. False if
+        that was another handle, or its answer to something else."""
+        plan, done = call.plan, call.pull_done
+        if plan is None or plan.pull_worker is None or done is None:
+            return False
+        asked = plan.prefill if call.phase == "prefilling" else plan.decode
+        other = plan.prefill is not None and call.phase == "loading"
+        if other or worker != asked or call.phase == "decoding":
+            return False
+        call.pull_done, call.record.pull = None, ""
+        self._discard(done, plan.pull_worker)
+        self._send(call, worker, b"", now_s)
+        return True
+
+    def _compute(self, call: Call, handle: bytes, now_s: float) -> bool:
+        """Have the prompt computed where the plan says. False if it could not be asked for."""
+        assert call.plan is not None
+        if call.plan.prefill is None:
+            return self._decode(call, handle, now_s)
         call.move("prefilling")
         call.prefill_sent_s = now_s
-        if not self.wire.to_worker(prefill, message, call.frames):
-            self._retry(call, prefill.worker, f"{prefill.worker} can't be reached", now_s)
+        return self._send(call, call.plan.prefill, handle, now_s)
+
+    def _send(self, call: Call, worker: Placed, handle: bytes, now_s: float) -> bool:
+        """Give a call to the worker that has it in its phase."""
+        request, attempt = call.submit.request, call.attempt
+        message: protocol.Message
+        if call.phase == "prefilling":
+            first_token = may_begin_elsewhere(call.engine_request)
+            message = protocol.Prefill(request, attempt, worker.incarnation, first_token, handle)
+        else:
+            message = protocol.Decode(request, attempt, worker.incarnation, handle)
+        if self.wire.to_worker(worker, message, call.frames):
+            return True
+        self._retry(call, worker.worker, f"{worker.worker} can't be reached", now_s)
+        return False
 
     def _is_over_with(self, call: Call, output: EngineCoreOutput, now_s: float) -> bool:
         """Give the client the token that the prefill worker sampled. True if it is the last."""
@@ -401,16 +527,9 @@ class Calls:
         record.started = True
 
     def _decode(self, call: Call, handle: bytes, now_s: float) -> bool:
-        plan = call.plan
-        assert plan is not None
-        message = protocol.Decode(
-            call.submit.request, call.attempt, plan.decode.incarnation, handle
-        )
+        assert call.plan is not None
         call.move("loading")
-        if self.wire.to_worker(plan.decode, message, call.frames):
-            return True
-        self._retry(call, plan.decode.worker, f"{plan.decode.worker} can't be reached", now_s)
-        return False
+        return self._send(call, call.plan.decode, handle, now_s)
 
     def _decoding(self, engine_id: str, worker: Placed) -> Call | None:
         """The call whose current attempt ``worker`` knows as ``engine_id``, if it decodes it."""
@@ -457,6 +576,8 @@ class Calls:
         if (stats := output.prefill_stats) is not None:
             record.moved_tokens = stats.num_external_cached_tokens
             record.local_cached_tokens = stats.num_local_cached_tokens
+            if call.pull_done is not None and call.prefill_done is None:
+                record.pulled_tokens = stats.num_external_cached_tokens
             if call.prefill_done is None:
                 record.prefill_cached_tokens = stats.num_cached_tokens
             # What the client reads as cached is what no engine computed for this call.
@@ -517,6 +638,9 @@ class Calls:
         plan = call.plan
         if plan is None or call.phase == "waiting":
             return
+        if call.phase == "pulling":
+            self._abort_pull(call, now_s)
+            return
         abort = protocol.Abort([(call.submit.request, call.attempt)])
         if call.phase == "prefilling" and plan.prefill is not None:
             self.wire.to_worker(plan.prefill, abort, ())
@@ -569,6 +693,7 @@ class Calls:
             ttft_s=call.started_s - call.submitted_s if record.started else 0.0,
             elapsed_s=now_s - call.submitted_s,
             undecoded=undecoded,
+            pulled_tokens=record.pulled_tokens,
         )
 
     def _hashes(self, request: EngineCoreRequest) -> bytes:
@@ -578,6 +703,11 @@ class Calls:
         images = "".join(feature.identifier for feature in request.mm_features or ())
         salt = salt_of(request.cache_salt or "", lora, images)
         return hash_blocks(request.prompt_token_ids, self.block_size, salt)
+
+
+def _held_s(done: protocol.PrefillDone, sent_s: float, now_s: float, unix_s: float) -> float:
+    """How long the blocks have been held at most: two clocks bound it, the smaller bound counts."""
+    return min(now_s - sent_s, unix_s - done.held_at_unix_s + CLOCK_SKEW_S)
 
 
 def _continuation(call: Call) -> Continuation:

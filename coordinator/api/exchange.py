@@ -61,6 +61,9 @@ class CallRecord:
     """``moved_tokens`` is known: the KV is where the answer is generated."""
     started: bool = False
     continuations: list[Continuation] = field(default_factory=list)
+    pull: str = ""
+    """From whose cache ``pulled_tokens`` came to whoever computed the rest of the prompt."""
+    pulled_tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -99,6 +102,10 @@ class Exchange:
             headers["X-Pythia-Cached-Tokens"] = str(cached)
         if all(call.moved for call in self.calls):
             headers["X-Pythia-Moved-Tokens"] = str(self.moved_tokens)
+        if any(call.pulled_tokens for call in self.calls):
+            headers["X-Pythia-Pulled-From"] = ",".join(call.pull for call in self.calls)
+            pulled = sum(call.pulled_tokens for call in self.calls)
+            headers["X-Pythia-Pulled-Tokens"] = str(pulled)
         if self.continuations:
             texts = [continuation.text("; ") for continuation in self.continuations]
             headers["X-Pythia-Continued"] = ", ".join(texts)

@@ -13,7 +13,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
-from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from coordinator.api.workflows import cluster_of
@@ -39,6 +39,14 @@ DEMAND = {
     "prefill_tokens_per_s": ("prefill_tokens_per_second", "Prompt tokens to compute per second"),
     "decode_tokens_per_s": ("decode_tokens_per_second", "Output tokens per second"),
     "resident_kv_tokens": ("resident_kv_tokens", "Tokens held by running calls"),
+}
+
+MOVED = {
+    "plans_pull": ("pulls", "Plans to read from a peer's cache"),
+    "pulls_missing": ("pulls_missing", "Of them, the peer had lost some of what was to be read"),
+    "pulls_unread": ("pulls_unread", "Of them, nothing came of it and all was computed"),
+    "tokens_pulled": ("pulled_tokens", "Prompt tokens that were read from a peer's cache"),
+    "tokens_moved": ("moved_tokens", "Prompt tokens that were read by decode workers"),
 }
 
 _decode = msgspec.json.Decoder(Figures).decode
@@ -82,6 +90,7 @@ class _Collector:
             yield from _of_workflows(self._figures)
             yield from _of_forecasts(self._figures)
             yield from _of_errors(self._figures)
+            yield from _of_moved(self._figures.moved)
 
 
 def _of_workflows(figures: Figures) -> Iterator[Metric]:
@@ -108,6 +117,12 @@ def _of_forecasts(figures: Figures) -> Iterator[Metric]:
             for bound in ("low", "likely", "high"):
                 family.add_metric((f"{one.horizon_s:g}", bound), getattr(interval, bound))
         yield family
+
+
+def _of_moved(counters: dict[str, int]) -> Iterator[Metric]:
+    for name, (metric, what) in MOVED.items():
+        if name in counters:
+            yield CounterMetricFamily(f"pythia_{metric}", what, value=counters[name])
 
 
 def _of_errors(figures: Figures) -> Iterator[Metric]:

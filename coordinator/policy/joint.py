@@ -5,6 +5,8 @@ For each worker that may decode the call, and each way to have the prompt's KV t
     locally     behind the prompts that wait there, on top of what it holds of this one
     remotely    on another worker, behind those that wait there, then what the decode worker
                 lacks is moved over the link between them
+    pulled      either of them, behind what a peer has cached of it: the peer names it in a step
+                of its own, and what is lacked of it is moved first
 
 this is reckoned, in seconds of all calls together:
 
@@ -37,6 +39,7 @@ from typing import NamedTuple
 
 from coordinator.limits import Placement
 from coordinator.policy.ask import Ask
+from coordinator.policy.sources import MESSAGES_S, STEPS_WAITED, Source, most_cached
 from coordinator.speeds import Speeds
 from coordinator.view import WorkerView
 
@@ -62,11 +65,14 @@ class Outlook(NamedTuple):
 
 
 class Found(NamedTuple):
-    """Where to decode, what it costs; ``prefill`` None: there."""
+    """Where to decode, what it costs; ``prefill`` None: there. ``pull``: whose first
+    ``pull_blocks`` of the prompt come to whoever computes it."""
 
     decode: WorkerView
     prefill: WorkerView | None
     seconds: float
+    pull: str = ""
+    pull_blocks: int = 0
 
 
 class _Place(NamedTuple):
@@ -90,6 +96,7 @@ class _Way(NamedTuple):
     ready_s: float
     others_s: float
     worker: WorkerView
+    pull: str = ""
 
 
 def cheapest(
@@ -100,11 +107,14 @@ def cheapest(
     placement: Placement,
     block_size: int,
     outlook: Outlook,
+    peers: Collection[WorkerView] = (),
+    pull_s: float = 0.0,
 ) -> Found:
     """The cheapest worker and way.
 
     ``roomy``: those that may decode, at least one; ``prefillers``: those that may compute the
-    prompt for another one. With ``disaggregated`` = always nothing is computed locally that
+    prompt for another one; ``peers``: those whose caches may be read, if they have said what they
+    hold within ``pull_s``. With ``disaggregated`` = always nothing is computed locally that
     can be computed elsewhere.
     """
     costs = _Costs(ask, held, placement, block_size, outlook)
@@ -113,23 +123,26 @@ def cheapest(
         if worker.name not in places:
             places[worker.name] = costs.place(worker)
     costs.set_price(places.values())
-    ways = sorted([costs.way(places[worker.name]) for worker in prefillers])[:PREFILLERS_TRIED]
-    found: list[tuple[float, str, str]] = []
+    sources = costs.sources(peers, pull_s) if peers else []
+    ways = [costs.way(places[worker.name], sources) for worker in prefillers]
+    ways = sorted(ways)[:PREFILLERS_TRIED]
+    found: list[tuple[float, str, str, str]] = []
     most, width = float("inf"), 1.0 + placement.band
     for decode in roomy:
         # What cannot be among the best any more is not looked into.
-        seconds, prefill = costs.of(places[decode.name], ways, most)
+        seconds, prefill, pull = costs.of(places[decode.name], ways, sources, most)
         if seconds <= most:
-            found.append((seconds, decode.name, prefill))
+            found.append((seconds, decode.name, prefill, pull))
             most = min(most, seconds * width)
-    seconds, name, prefill = _chosen(found, placement, ask.turn)
+    seconds, name, prefill, pull = _chosen(found, placement, ask.turn)
     computes = places[prefill].worker if prefill else None
-    return Found(places[name].worker, computes, seconds + costs.alone_s)
+    blocks = next((source.blocks for source in sources if source.name == pull), 0)
+    return Found(places[name].worker, computes, seconds + costs.alone_s, pull, blocks)
 
 
 def _chosen(
-    found: list[tuple[float, str, str]], placement: Placement, turn: int
-) -> tuple[float, str, str]:
+    found: list[tuple[float, str, str, str]], placement: Placement, turn: int
+) -> tuple[float, str, str, str]:
     """The least, or one that is as good; ties go to the smallest names if none is drawn."""
     found.sort()
     if not placement.band or len(found) == 1:
@@ -195,35 +208,83 @@ class _Costs:
         calls = waiting_s * prompts_per_s / count**2 / (1.0 - min(BUSY_MOST, share / count))
         self._later = self._placement.work_price * calls
 
-    def way(self, place: _Place) -> _Way:
+    def sources(self, peers: Collection[WorkerView], pull_s: float) -> list[Source]:
+        """The best peers to read from, those that hold the most first."""
+        found = []
+        for blocks, worker in most_cached(peers, self._held, self._useful_blocks):
+            gauge = worker.gauge
+            waiting_s = gauge.reading(self._outlook.now_s)[0]
+            step_s = self._step_s + self._sequence_s * len(worker.decodes)
+            step_s += self._context_s * gauge.context_tokens
+            ready_s = MESSAGES_S + waiting_s + STEPS_WAITED * step_s
+            tokens = blocks * self._block_size
+            others_s = gauge.decoding * (self._sequence_s + self._context_s * tokens)
+            # Estimates may be wrong by a factor; one that comes too late is waited for in vain.
+            if 2.0 * ready_s < pull_s:
+                rest_s = self._compute_s(tokens)
+                found.append(Source(blocks, worker.name, ready_s, others_s, rest_s))
+        return found
+
+    def way(self, place: _Place, sources: Sequence[Source]) -> _Way:
         """To compute the prompt there for another worker."""
         worker = place.worker
-        others_s = place.own_s * (worker.gauge.decoding + self._later)
-        others_s += self._forgotten_s(worker, self._prompt_tokens)
-        ready_s = place.waiting_s + place.own_s
-        return _Way(ready_s + others_s, worker.name, ready_s, others_s, worker)
+        each_s = worker.gauge.decoding + self._later
+        forgotten_s = self._forgotten_s(worker, self._prompt_tokens)
+        ready_s, others_s, pull = place.waiting_s + place.own_s, place.own_s * each_s, ""
+        for source in sources:
+            if source.blocks <= place.cached:
+                break
+            if source.name in worker.warm_sources:
+                moving_s = self._moving_s(source.name, worker, source.blocks - place.cached)
+                came_s = max(source.ready_s + moving_s, place.waiting_s) + source.rest_s
+                pay_s = source.rest_s * each_s + source.others_s
+                if came_s + pay_s < ready_s + others_s:
+                    ready_s, others_s, pull = came_s, pay_s, source.name
+        others_s += forgotten_s
+        return _Way(ready_s + others_s, worker.name, ready_s, others_s, worker, pull)
 
-    def of(self, place: _Place, ways: Sequence[_Way], most: float) -> tuple[float, str]:
-        """What the call costs beyond ``alone_s`` if it is decoded there, and who computes its
-        prompt then; an empty name: the same. Ways that cost more than ``most`` may be missed."""
+    def of(
+        self, place: _Place, ways: Sequence[_Way], sources: Sequence[Source], most: float
+    ) -> tuple[float, str, str]:
+        """What the call costs beyond ``alone_s`` if it is decoded there, who computes its prompt
+        then, an empty name: the same, and from whose cache it is pulled, if from any. Ways that
+        cost more than ``most`` may be missed."""
         decode = place.worker
         here_s = self._decode_s(place)
-        local_s = place.waiting_s + place.own_s * (1.0 + decode.gauge.decoding + self._later)
-        found = [(here_s + local_s, "")]
+        times = 1.0 + decode.gauge.decoding + self._later
+        local = (here_s + place.waiting_s + place.own_s * times, "", "")
+        for source in sources:
+            if source.blocks <= place.cached:
+                break
+            if here_s + source.ready_s + source.rest_s > most:
+                continue
+            if source.name in decode.warm_sources:
+                moving_s = self._moving_s(source.name, decode, source.blocks - place.cached)
+                ready_s = max(source.ready_s + moving_s, place.waiting_s)
+                seconds = here_s + ready_s + source.rest_s * times + source.others_s
+                if seconds < local[0]:
+                    local = seconds, "", source.name
+        found = [local]
         for way in ways:
             if here_s + way.seconds > most and not self._always:
                 break
             if way.worker is not decode and way.name in decode.warm_sources:
                 # What waits here to be computed slows decoding when that begins.
-                ready_s = max(way.ready_s + self._moving_s(way, place), place.waiting_s)
-                found.append((here_s + ready_s + way.others_s, way.name))
+                moving_s = self._moving_s(way.name, decode, self._blocks - place.cached)
+                ready_s = max(way.ready_s + moving_s, place.waiting_s)
+                found.append((here_s + ready_s + way.others_s, way.name, way.pull))
         return min(found[1:] if self._always and len(found) > 1 else found)
 
-    def _moving_s(self, way: _Way, place: _Place) -> float:
-        """Until what the target lacks of the prompt has come."""
-        target = place.worker
-        size_bytes = (self._blocks - place.cached) * target.kv_bytes_per_block
-        link = target.link(way.name)
+    def _compute_s(self, cached_tokens: int) -> float:
+        """To compute what comes behind so many tokens of the prompt."""
+        start_s, token_s, pair_s = self._coefficients
+        new_tokens = self._prompt_tokens - cached_tokens
+        return start_s + new_tokens * (token_s + pair_s * (cached_tokens + 0.5 * new_tokens))
+
+    def _moving_s(self, source: str, target: WorkerView, blocks: int) -> float:
+        """Until so many blocks have come."""
+        size_bytes = blocks * target.kv_bytes_per_block
+        link = target.link(source)
         if link is None or link.bytes_per_s <= 0.0:
             return LINK_FIXED_S + size_bytes / LINK_BYTES_PER_S
         return link.fixed_s + (size_bytes + link.in_flight_bytes) / link.bytes_per_s

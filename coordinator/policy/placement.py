@@ -50,6 +50,12 @@ class Choice(msgspec.Struct, frozen=True, gc=False):
     uncached_tokens: int
     """To compute, on whoever prefills."""
     reason: str
+    pull: str = ""
+    """From whose cache the prompt's beginning comes to whoever prefills; empty: nobody's."""
+    pull_tokens: int = 0
+    """Of the prompt, in that cache."""
+    pulled_blocks: int = 0
+    """Of those, what whoever prefills has not cached itself."""
 
 
 class Wait(msgspec.Struct, frozen=True, gc=False):
@@ -194,20 +200,34 @@ def _jointly(
             and worker.tokens_max > ask.prompt_tokens
             and worker.prefilling < limits.prefills_per_worker
         ]
-    decode, prefill, seconds = cheapest(
-        ask, [sibling] if sibling else roomy, prefillers, held, placement, block_size, outlook
+    peers = workers if placement.pulls and not alone and held else ()
+    decode, prefill, seconds, pull, pull_blocks = cheapest(
+        ask,
+        [sibling] if sibling else roomy,
+        prefillers,
+        held,
+        placement,
+        block_size,
+        outlook,
+        peers,
+        limits.pull_s,
     )
     computing = prefill or decode
     own_blocks = cached_blocks_of(ask, held, computing, block_size)
     way = f"remote: {seconds:.3f} s" if prefill else f"local: {seconds:.3f} s"
+    if pull:
+        way += f", {pull_blocks * block_size} tokens from {pull}"
     return Choice(
         decode=decode.name,
         prefill=prefill.name if prefill else "",
         decode_blocks=min(decode_blocks(ask, placement, block_size), decode.usable_blocks),
         prefill_blocks=min(needed, prefill.usable_blocks) if prefill else 0,
         cached_blocks=cached_blocks_of(ask, held, decode, block_size),
-        uncached_tokens=ask.prompt_tokens - own_blocks * block_size,
+        uncached_tokens=ask.prompt_tokens - max(own_blocks, pull_blocks) * block_size,
         reason=way,
+        pull=pull,
+        pull_tokens=pull_blocks * block_size,
+        pulled_blocks=max(0, pull_blocks - own_blocks),
     )
 
 

@@ -29,7 +29,7 @@ from coordinator.protocol import (
     StaticPrefixes,
     WorkflowAnswer,
 )
-from coordinator.state import CallKey, Peer, State
+from coordinator.state import MOVED_COUNTERS, CallKey, Peer, State
 from coordinator.view import run_status
 from coordinator.workflow.foresight import Foresight, WorkflowForecast
 from coordinator.workflow.graph import Graph, GraphError, name_problem
@@ -194,7 +194,11 @@ class Desk:
             case ShowForecast(token, tenant):
                 self._answer(peer, token, 200, self._foresight.shown(tenant, now_s))
             case ShowFigures(token):
-                self._answer(peer, token, 200, self._foresight.figures(now_s))
+                counters = self._state.counters
+                moved = {name: counters[name] for name in MOVED_COUNTERS}
+                figures = self._foresight.figures(now_s)
+                figures = msgspec.structs.replace(figures, moved=moved)
+                self._answer(peer, token, 200, figures)
 
     def _rows(self, tenant: str) -> list[WorkflowRow]:
         live = self._tracker.runs.workflows_of(tenant)

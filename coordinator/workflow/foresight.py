@@ -56,11 +56,13 @@ class WorkflowFigures(msgspec.Struct, frozen=True, gc=False):
 
 
 class Figures(msgspec.Struct, frozen=True, gc=False):
-    """All that metrics say of predictions. ``forecasts`` are without shares."""
+    """All that metrics say of predictions. ``forecasts`` are without shares. ``moved``: counters
+    of KV that was moved, by name."""
 
     workflows: list[WorkflowFigures]
     forecasts: list[Forecast]
     scores: list[ForecastScore]
+    moved: dict[str, int] = {}
 
 
 class Foresight:

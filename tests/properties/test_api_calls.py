@@ -6,8 +6,9 @@ fail, and are full. Workers here emit a token sequence that only the prompt dete
 that a stream is right if and only if it is that sequence. Told from outside the calls:
 
 * a client gets the tokens in order, without gaps or repeats, and one end at most;
-* a handle goes to a decode worker at most once, for the request and attempt it was made
-  for, and only while its lease can't have run out; if it does not, it is given back;
+* a handle goes to a worker at most once, for the request and attempt it was made
+  for, and only while its lease can't have run out; if it does not, or was refused, it is given
+  back;
 * when the network is reliable again every call ends, and nothing is left anywhere.
 """
 
@@ -17,7 +18,7 @@ import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -38,6 +39,7 @@ from coordinator.api.exchange import CallRecord, Failure
 from coordinator.core import Core
 from coordinator.limits import Limits, Placement
 from coordinator.protocol import CallContext, Placed, engine_request_id
+from tests.simulation.pull_everything import PullEverything
 from tests.unit.recording_wire import engine_request
 
 API_PEER = b"api"
@@ -57,6 +59,7 @@ LIMITS = Limits(
     check_s=3.0,
     call_s=10_000.0,
     probe_s=2.0,
+    pull_s=2.0,
 )
 PLACEMENT = Placement(remote_prefill_min_tokens=4, reserve_output_tokens=8)
 ROLES: dict[str, protocol.Role] = {
@@ -131,6 +134,10 @@ class FakeWorker:
 class Network(RuleBasedStateMachine):
     """API process, core and workers, with everything between them in the test's hands."""
 
+    pulling = False
+    pulls: ClassVar[int] = 0
+    """How often a peer was asked for what it has cached."""
+
     def __init__(self) -> None:
         super().__init__()
         self.now_s = 100.0
@@ -151,6 +158,7 @@ class Network(RuleBasedStateMachine):
         self.handles_arrived: set[bytes] = set()
         self.dispatched: Counter[bytes] = Counter()
         self.given_back: Counter[bytes] = Counter()
+        self.refused: set[bytes] = set()
         self.start_core()
 
     @initialize()
@@ -167,13 +175,16 @@ class Network(RuleBasedStateMachine):
         return True
 
     def to_worker(self, worker: Placed, message: protocol.Message, frames: Sequence[Any]) -> bool:
-        if isinstance(message, protocol.Decode):
-            self.note_decode(message, frames[0])
+        if isinstance(message, protocol.Decode | protocol.Prefill):
+            self.note_work(message, frames[0])
         link = self.connected.get(worker)
         sent = link is not None and not link.full
-        if isinstance(message, protocol.Decode) and message.handle and sent:
+        if isinstance(message, protocol.Decode | protocol.Prefill) and message.handle and sent:
             self.dispatched[message.handle] += 1
         if isinstance(message, protocol.Discard):
+            if message.handle in self.refused:
+                # Who refused it has not read it.
+                self.dispatched[message.handle] -= 1
             self.given_back[message.handle] += 1
         if sent:
             assert link is not None
@@ -202,23 +213,36 @@ class Network(RuleBasedStateMachine):
         assert request not in self.ends, f"{request} ended as {self.ends[request]}, then {how}"
         self.ends[request] = how
 
-    def note_decode(self, message: protocol.Decode, request: EngineCoreRequest) -> None:
-        """What must be true of every ``Decode``, whether it can be sent or not."""
+    def note_work(
+        self, message: protocol.Decode | protocol.Prefill, request: EngineCoreRequest
+    ) -> None:
+        """What must be true of all that workers are asked, whether it can be sent or not."""
         assert message.request not in self.ends
-        assert request.prompt_token_ids == [*PROMPT, *self.got[message.request]]
+        prompt = [*PROMPT, *self.got[message.request]]
+        if isinstance(message, protocol.Prefill) and message.cached_only:
+            assert message.attempt < 0
+            assert not message.handle
+            asked = request.prompt_token_ids or []
+            assert asked == prompt[: len(asked)]
+            assert len(asked) in (5, 9), "whole blocks of what the core knows, and a token"
+            type(self).pulls += 1
+        else:
+            assert request.prompt_token_ids == prompt
         if not message.handle:
             return
         assert not self.dispatched[message.handle], "a handle is sent on once"
         assert not self.given_back[message.handle], "what was given back is not read"
         made_for, attempt, held_s = self.handles_held_s[message.handle]
-        assert (made_for, attempt) == (message.request, message.attempt)
+        assert (made_for, abs(attempt)) == (message.request, message.attempt)
+        assert attempt < 0 or isinstance(message, protocol.Decode)
         assert self.now_s - held_s <= LEASE_S - MARGIN_S + CLOCK_SKEW_S
 
     # --- the parts of the cluster ------------------------------------------------------------
 
     def start_core(self) -> None:
         self.cores += 1
-        self.core = Core(LIMITS, PLACEMENT, f"core-{self.cores}", "model")
+        placer = PullEverything(LIMITS, PLACEMENT) if self.pulling else None
+        self.core = Core(LIMITS, PLACEMENT, f"core-{self.cores}", "model", placer=placer)
 
     def hello(self) -> None:
         self.to_core(protocol.Hello("api", model="model"))
@@ -323,6 +347,17 @@ class Network(RuleBasedStateMachine):
         assert request.sampling_params is not None
         assert request.sampling_params.max_tokens is not None
         kind = "prefill" if isinstance(message, protocol.Prefill) else "decode"
+        if message.handle and self.refuses(message.handle):
+            self.refused.add(message.handle)
+            failed = protocol.CallFailed(
+                message.request,
+                message.attempt,
+                worker.placed.incarnation,
+                "handle refused: test",
+                handle_refused=True,
+            )
+            worker.to_api.append(failed)
+            return
         worker.jobs[engine_request_id(message.request, message.attempt)] = job = Job(
             message.request,
             message.attempt,
@@ -330,10 +365,19 @@ class Network(RuleBasedStateMachine):
             list(request.prompt_token_ids),
             request.sampling_params.max_tokens,
         )
-        if isinstance(message, protocol.Prefill):
+        if isinstance(message, protocol.Prefill) and not message.cached_only:
             job.first_token = message.first_token
             penalty = request.sampling_params.presence_penalty
             assert message.first_token == (not penalty), "penalties can't go on elsewhere"
+
+    def cached(self, job: Job) -> int:
+        """What a peer still has of what is asked for."""
+        found = zlib.crc32(f"{job.request}{job.attempt}".encode()) % 4
+        return min(len(job.tokens) - 1, (0, 4, 8, 8)[found])
+
+    def refuses(self, handle: bytes) -> bool:
+        """Some handles for what a peer has cached."""
+        return self.handles_held_s[handle][1] < 0 and zlib.crc32(handle) % 4 == 0
 
     def step(self, worker: FakeWorker, width: int) -> None:
         """One engine step: prefills end, decodes get up to ``width`` tokens each."""
@@ -380,7 +424,8 @@ class Network(RuleBasedStateMachine):
             worker.placed.incarnation,
             handle,
             len(job.tokens),
-            0,
+            # A peer may have lost what is asked for.
+            self.cached(job) if job.attempt < 0 else 0,
             LEASE_S,
             self.now_s + UNIX_OFFSET_S,
             MARGIN_S,
@@ -614,6 +659,23 @@ class Network(RuleBasedStateMachine):
         assert self.core.snapshot(0, self.now_s).active == 0
         self.streams_are_right()
         self.handles_are_read_or_given_back()
+
+
+class PullingNetwork(Network):
+    """The same with a core whose every plan pulls, if anybody holds anything."""
+
+    pulling = True
+
+
+def test_pulls_over_a_bad_network() -> None:
+    profile = settings(
+        max_examples=60,
+        stateful_step_count=60,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    run_state_machine_as_test(PullingNetwork, settings=profile)
+    assert PullingNetwork.pulls > 100
 
 
 @pytest.mark.timeout(300)

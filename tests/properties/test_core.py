@@ -46,6 +46,7 @@ from coordinator.protocol import (
     Prefilled,
     Probed,
     ProbeFinished,
+    Pulled,
     Ready,
     Role,
     ShowWorkflow,
@@ -55,7 +56,8 @@ from coordinator.protocol import (
     Submit,
     ToCore,
 )
-from tests.simulation.fakes import CORE, FakeApi, Letter, World, make_handle
+from tests.simulation.fakes import CORE, FakeApi, Letter, MakeCore, World, make_handle
+from tests.simulation.pull_everything import pulling_core
 
 LIMITS = Limits(
     queue_calls=8,
@@ -138,12 +140,15 @@ class CoreInALossyNetwork(RuleBasedStateMachine):
     """Everything that can happen to a core."""
 
     placement = PLACEMENT
+    make_core: ClassVar[MakeCore] = Core
+    rounds_before = 12
+    """Until the pairs have met that calls need."""
     workers: tuple[str, ...] = ("p", "d")
     """Of which there is one at the start, besides others."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.world = World(LIMITS, self.placement)
+        self.world = World(LIMITS, self.placement, self.make_core)
         self.held_back: list[Letter] = []
 
     @initialize(extra=st.sets(st.sampled_from(["e", "m"])))
@@ -151,7 +156,7 @@ class CoreInALossyNetwork(RuleBasedStateMachine):
         for name in sorted({*self.workers, *extra}):
             self.world.start_worker(name, ROLES[name])
         self.world.start_api()
-        self.flow(12, 0.2)
+        self.flow(self.rounds_before, 0.2)
 
     def calls(self) -> list[tuple[FakeApi, str]]:
         """Open calls, as their API processes see them."""
@@ -281,7 +286,7 @@ class CoreInALossyNetwork(RuleBasedStateMachine):
     # --- what others pretend -----------------------------------------------------------------
 
     @precondition(lambda self: self.calls())
-    @rule(number=index, what=st.integers(0, 6))
+    @rule(number=index, what=st.integers(0, 8))
     def speak_for_another_api(self, number: int, what: int) -> None:
         api, request = pick(self.calls(), number)
         attempt = api.calls[request].attempt
@@ -293,6 +298,8 @@ class CoreInALossyNetwork(RuleBasedStateMachine):
             Checked(api.name, request, attempt, "loading"),
             Checked(api.name, request, attempt, "decoding"),
             Checked(api.name, request, attempt, "gone"),
+            Checked(api.name, request, attempt, "pulling"),
+            Pulled(api.name, request, attempt, 8),
         )
         self.forge(IMPOSTOR, forged[what])
 
@@ -333,6 +340,33 @@ def pick(choices: Sequence[T], number: int) -> T:
 
 def test_nothing_breaks_and_nothing_is_left() -> None:
     run_state_machine_as_test(CoreInALossyNetwork, settings=PROFILE)
+
+
+class PullingCoreInALossyNetwork(CoreInALossyNetwork):
+    """The same with a core whose every plan pulls, if anybody holds anything."""
+
+    make_core = staticmethod(pulling_core)
+    rounds_before = 40
+    workers = ("p", "d", "e")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.world.alike_every = 1
+
+    planned: ClassVar[Counter[str]] = Counter()
+    """Pulls of all examples, by what computes the prompt."""
+
+    @invariant()
+    def count_pulls(self) -> None:
+        for row in self.world.core.snapshot(0, self.world.now_s).calls:
+            if row.pull and row.phase == "pulling":
+                self.planned["remote" if row.prefill else "local"] += 1
+
+
+def test_nothing_breaks_where_everything_is_pulled() -> None:
+    profile = settings(PROFILE, max_examples=150)
+    run_state_machine_as_test(PullingCoreInALossyNetwork, settings=profile)
+    assert PullingCoreInALossyNetwork.planned["local"] > 20
 
 
 class ReactiveCoreInALossyNetwork(CoreInALossyNetwork):
@@ -400,6 +434,7 @@ sayings: st.SearchStrategy[ToCore] = st.one_of(
     st.builds(Finished, names, names, numbers, names, numbers, numbers, numbers, numbers, times),
     st.builds(Failed, names, names, numbers, names, names, numbers),
     st.builds(Checked, names, names, numbers, st.sampled_from(["prefilling", "loading", "gone"])),
+    st.builds(Pulled, names, names, numbers, numbers, st.booleans()),
     st.builds(Inspect, numbers),
     st.builds(DeclareWorkflow, numbers, names, st.binary(max_size=3) | st.sampled_from(GRAPHS)),
     st.builds(DropWorkflow, numbers, names, names),

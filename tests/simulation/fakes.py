@@ -9,7 +9,7 @@ handle, what API processes really said, and which workers they were told are gon
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +42,7 @@ from coordinator.protocol import (
     Probed,
     ProbeFinished,
     ProbeRead,
+    Pulled,
     Ready,
     Refused,
     Rejected,
@@ -53,6 +54,7 @@ from coordinator.protocol import (
     Welcome,
     WorkerGone,
     WorkerUp,
+    pull_attempt,
 )
 
 CORE = "core"
@@ -63,7 +65,11 @@ LOAD_TIME_S = 0.3
 TOKEN_TIME_S = 0.3
 REPEAT_S = 1.0
 HISTORY_LETTERS = 32
+PULL_TIME_S = 1.0
+FOUND = (0, 4, 40)
+"""How many tokens a peer has of what it is asked for, by the length of the request's id."""
 NOBODY = CallContext()
+MakeCore = Callable[[Limits, Placement, str], Core]
 
 Attempt = tuple[str, int]
 """Request and attempt."""
@@ -161,7 +167,8 @@ class FakeWorker:
             if now_s >= due_s:
                 del self.prefills[request, attempt]
                 handle = make_handle(self.name, self.incarnation, request, attempt)
-                done = PrefillDone(request, attempt, self.incarnation, handle, 1, 0, 30.0)
+                cached = FOUND[len(request) % len(FOUND)] if attempt < 0 else 0
+                done = PrefillDone(request, attempt, self.incarnation, handle, 1, cached, 30.0)
                 out.append((api, done))
         for (request, attempt), job in list(self.jobs.items()):
             if now_s >= job.due_s:
@@ -198,6 +205,8 @@ class FakeWorker:
     def _work(self, source: str, message: object, now_s: float) -> None:
         match message:
             case Prefill():
+                if message.handle:
+                    self.handles_read.append((message.handle, (message.request, message.attempt)))
                 self.prefills[message.request, message.attempt] = source, now_s + PREFILL_TIME_S
             case DecodeWithPrompt(decode, generated):
                 key = decode.request, decode.attempt
@@ -227,6 +236,7 @@ class FakeCall:
     plan: Plan | None = None
     generated: int = 0
     failed: Failed | None = None
+    pull_due_s: float = 0.0
 
     @property
     def asking(self) -> Submit | Failed:
@@ -279,6 +289,8 @@ class FakeApi:
                 call.asked_s = now_s
                 out.append((CORE, call.asking))
         for call in list(self.calls.values()):
+            if call.state == "pulling" and now_s >= call.pull_due_s:
+                out += [*self._abort_attempt(call), *self._pulled(call, b"", 0)]
             if now_s >= call.opened_s + self.patience_s:
                 out += self._end(call, "error", "timeout")
         return out
@@ -331,12 +343,16 @@ class FakeApi:
     def _worker_gone(self, message: WorkerGone, now_s: float) -> Out:
         out: Out = []
         gone = Placed(message.worker, message.incarnation)
+        for call in self.calls.values():
+            if call.state == "pulling" and call.plan and call.plan.pull_worker == gone:
+                out += self._pulled(call, b"", 0)
         if self.workers.get(gone.worker) == gone.incarnation:
             del self.workers[gone.worker]
         for call in self.calls.values():
             if call.plan is None or call.state == "waiting":
                 continue
-            prefilling = call.state == "prefilling" and call.plan.prefill == gone
+            before = call.state in ("pulling", "prefilling")
+            prefilling = before and call.plan.prefill == gone
             if prefilling or call.plan.decode == gone:
                 out += self._fail(call, gone.worker, now_s)
         return out
@@ -352,13 +368,28 @@ class FakeApi:
         for placed in (plan.decode, plan.prefill):
             if placed is not None and self.workers.get(placed.worker) != placed.incarnation:
                 return out + self._fail(call, placed.worker, now_s)
-        if plan.prefill is None:
-            out.append(self._decode(call, plan, b""))
+        if plan.pull_worker is not None:
+            call.state, call.pull_due_s = "pulling", now_s + PULL_TIME_S
+            side = pull_attempt(plan.attempt)
+            peer = plan.pull_worker
+            ask = Prefill(plan.request, side, peer.incarnation, cached_only=True)
+            out.append((address(peer), ask))
         else:
-            call.state = "prefilling"
-            prefill = Prefill(plan.request, plan.attempt, plan.prefill.incarnation)
-            out.append((address(plan.prefill), prefill))
+            out.append(self._compute(call, plan, b""))
         return out
+
+    def _compute(self, call: FakeCall, plan: Plan, handle: bytes) -> tuple[str, object]:
+        if plan.prefill is None:
+            return self._decode(call, plan, handle)
+        call.state = "prefilling"
+        incarnation = plan.prefill.incarnation
+        prefill = Prefill(plan.request, plan.attempt, incarnation, handle=handle)
+        return address(plan.prefill), prefill
+
+    def _pulled(self, call: FakeCall, handle: bytes, tokens: int, missing: bool = False) -> Out:
+        assert call.plan is not None
+        pulled = Pulled(self.name, call.submit.request, call.attempt, tokens, missing)
+        return [self._compute(call, call.plan, handle), (CORE, pulled)]
 
     def _decode(self, call: FakeCall, plan: Plan, handle: bytes) -> tuple[str, object]:
         call.state = "loading"
@@ -368,6 +399,12 @@ class FakeApi:
 
     def _prefill_done(self, message: PrefillDone) -> Out:
         call = self.calls.get(message.request)
+        if call is not None and message.attempt == pull_attempt(call.attempt):
+            if call.state != "pulling":
+                return []
+            tokens = message.cached_tokens
+            handle = message.handle if tokens else b""
+            return self._pulled(call, handle, tokens, missing=tokens < max(FOUND))
         if call is None or call.attempt != message.attempt or call.state != "prefilling":
             return []
         assert call.plan is not None
@@ -399,6 +436,9 @@ class FakeApi:
         if call.plan is None or call.state == "waiting":
             return []
         abort = Abort([(call.submit.request, call.attempt)])
+        if call.state == "pulling" and call.plan.pull_worker is not None:
+            side = call.submit.request, pull_attempt(call.attempt)
+            return [(address(call.plan.pull_worker), Abort([side]))]
         placed = call.plan.decode
         if call.state == "prefilling" and call.plan.prefill is not None:
             placed = call.plan.prefill
@@ -411,6 +451,7 @@ class FakeApi:
         if call.state == "waiting":
             return [(CORE, call.asking)]
         phases: dict[str, CheckedPhase] = {
+            "pulling": "pulling",
             "prefilling": "prefilling",
             "loading": "loading",
             "decoding": "decoding",
@@ -430,6 +471,7 @@ class FakeApi:
 class Oracle:
     """What is true, from outside of the core."""
 
+    pulled: set[Attempt] = field(default_factory=set)
     prefilled: set[Attempt] = field(default_factory=set)
     started: set[Attempt] = field(default_factory=set)
     ended: set[str] = field(default_factory=set)
@@ -441,6 +483,8 @@ class Oracle:
     def said(self, message: object) -> None:
         """An API process itself sent this; impostors do not count."""
         match message:
+            case Pulled() | Checked(phase="prefilling"):
+                self.pulled.add((message.request, message.attempt))
             case Prefilled():
                 self.prefilled.add((message.request, message.attempt))
             case Started():
@@ -464,7 +508,7 @@ class Oracle:
             case WorkerUp():
                 self.gone.discard((peer, message.worker, message.incarnation))
             case Plan():
-                for placed in (message.decode, message.prefill):
+                for placed in (message.decode, message.prefill, message.pull_worker):
                     if placed is not None:
                         lost = (peer, placed.worker, placed.incarnation) in self.gone
                         assert not lost, f"{message} names a worker that is gone"
@@ -483,28 +527,39 @@ class Oracle:
             attempt = row.request, row.attempt
             if row.phase == "decoding":
                 assert attempt in self.started, f"{attempt} never started"
+            elif row.pull and row.phase in ("prefilling", "loading"):
+                said = self.pulled | self.prefilled | self.started
+                assert attempt in said, f"{attempt} is past its pull"
             elif row.phase == "loading" and row.prefill:
                 assert attempt in self.prefilled | self.started, f"{attempt} was never prefilled"
             elif row.phase in ("finished", "cancelled", "failed"):
                 assert row.request in self.ended, f"{row.request} never ended"
         for worker in world.workers.values():
-            met = {tuple(probe.handle.decode().split("|")[:2]) for probe in worker.probes_read}
-            for handle, (request, number) in worker.handles_read:
-                *maker, holder_request, holder_number = handle.decode().split("|")
-                owner = holder_request, holder_number
-                assert owner == (request, str(number)), f"{request} holds {handle!r}"
-                assert tuple(maker) in met, f"{worker.address} would refuse {handle!r}"
-            for probe in worker.probes_read:
-                maker, _, what, number_text = probe.handle.decode().split("|")
-                expected = (probe.source, "probe", str(probe.probe))
-                assert (maker, what, number_text) == expected, f"{probe} holds another's handle"
+            self._check_handles(worker)
+
+    def _check_handles(self, worker: FakeWorker) -> None:
+        met = {tuple(probe.handle.decode().split("|")[:2]) for probe in worker.probes_read}
+        for handle, (request, number) in worker.handles_read:
+            *maker, holder_request, holder_number = handle.decode().split("|")
+            owner = holder_request, holder_number
+            assert owner in (
+                (request, str(number)),
+                (request, str(pull_attempt(number))),
+            ), f"{request} holds {handle!r}"
+            assert tuple(maker) in met, f"{worker.address} would refuse {handle!r}"
+        for probe in worker.probes_read:
+            maker, _, what, number_text = probe.handle.decode().split("|")
+            expected = (probe.source, "probe", str(probe.probe))
+            assert (maker, what, number_text) == expected, f"{probe} holds another's handle"
 
 
 class World:
     """The core, everybody around it, and the letters under way."""
 
-    def __init__(self, limits: Limits, placement: Placement) -> None:
-        self.limits, self.placement = limits, placement
+    alike_every = 4
+
+    def __init__(self, limits: Limits, placement: Placement, make_core: MakeCore = Core) -> None:
+        self.limits, self.placement, self.make_core = limits, placement, make_core
         self.now_s = 0.0
         self.cores = 0
         self.restart_core()
@@ -519,7 +574,7 @@ class World:
     def restart_core(self) -> None:
         """The core dies and another takes its address; all that it knew is lost."""
         self.cores += 1
-        self.core = Core(self.limits, self.placement, f"core-{self.cores}")
+        self.core = self.make_core(self.limits, self.placement, f"core-{self.cores}")
 
     def start_worker(self, name: str, role: Role) -> FakeWorker:
         """A new incarnation of a worker; the one before it, if any, has crashed."""
@@ -554,10 +609,11 @@ class World:
     ) -> str:
         """A client of an API process asks for something; the request's id.
 
-        The prompts of every fourth call begin alike. All calls belong to one of three runs.
+        The prompts of one call in ``alike_every`` begin alike. All calls belong to one of three
+        runs.
         """
         self.requests += 1
-        family = self.requests % 4 and self.requests
+        family = self.requests % self.alike_every and self.requests
         submit = Submit(
             api=api.name,
             request=f"call-{self.requests}-{output_tokens}",
@@ -583,7 +639,7 @@ class World:
             letter = Letter(source, target, message)
             if source in self.apis:
                 self.oracle.said(message)
-                if isinstance(message, Prefilled | Started | Finished | Failed | Checked):
+                if isinstance(message, Pulled | Prefilled | Started | Finished | Failed | Checked):
                     self.history.append(letter)
             self.letters.append(letter)
 

@@ -7,6 +7,7 @@ read that is another's or not held any more, and nothing is left in the end.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from functools import cache
 
 import pytest
@@ -18,6 +19,7 @@ from coordinator.calls import Calls
 from coordinator.core import Core
 from coordinator.state import Api as RegisteredApi
 from coordinator.state import CallPhase
+from tests.simulation.pull_everything import pulling_core
 
 SEEDS = 200
 CHUNK = 10
@@ -30,6 +32,7 @@ NAMED_SEEDS = {
     "plans are lost, one of each core": 1728,
 }
 """Seeds that failed once, by what they bring about where calls are placed by memory alone."""
+PULLING_SEEDS = 30
 BROKEN_SEEDS = 40
 """At most so many are needed until one shows that something is broken."""
 
@@ -51,6 +54,17 @@ def test_all_comes_to_a_good_end(first: int) -> None:
 @pytest.mark.parametrize("name", NAMED_SEEDS)
 def test_seeds_that_failed_once(name: str) -> None:
     assert run_fault_seed(NAMED_SEEDS[name], "least_kv", api_crashes=False).calls > 0
+
+
+def test_pulls_go_wrong_and_all_comes_to_a_good_end() -> None:
+    """Every plan pulls that can: peers crash, hang and forget at every step of it."""
+    counters: Counter[str] = Counter()
+    for seed in range(PULLING_SEEDS):
+        counters.update(run_fault_seed(seed, core_factory=pulling_core).counters)
+    for counter in ("plans_pull", "pulls_missing", "pulls_unread", "tokens_pulled"):
+        assert counters[counter] > 0, counter
+    assert counters["plans_pull"] > 50 * PULLING_SEEDS
+    assert counters["plans_remote"] > PULLING_SEEDS
 
 
 def test_the_seeds_do_go_wrong() -> None:

@@ -37,7 +37,7 @@ from transfer.measured import ReadStats
 from transfer.pages import PAGE_BYTES, use_huge_pages
 from transfer.progress import progress_pause
 from transfer.renewal import Renewals
-from transfer.settings import kv_transfer_config
+from transfer.settings import CACHED_ONLY, kv_transfer_config
 from transfer.sources import SOURCE_ENGINE
 
 BLOCK = 32
@@ -97,6 +97,53 @@ def a_handle(**fields: Any) -> dict[str, Any]:
 def pulled(scheduler: PythiaScheduler, request: Any, local_tokens: int = 0) -> tuple[int, bool]:
     scheduler.on_new_request(request)
     return scheduler.get_num_new_matched_tokens(request, local_tokens)
+
+
+# --- what is cached only --------------------------------------------------------------
+
+
+def cached_only(tokens: int = 100) -> Any:
+    params = {"do_remote_decode": True, "do_remote_prefill": False, CACHED_ONLY: True}
+    request = a_request(params, tokens)
+    request._all_token_ids = list(request.prompt_token_ids)
+    return request
+
+
+@pytest.mark.parametrize(("local_tokens", "left"), [(96, 97), (64, 65), (0, 1)])
+def test_of_what_is_cached_only_one_token_is_computed(
+    scheduler: PythiaScheduler, local_tokens: int, left: int
+) -> None:
+    request = cached_only()
+    assert pulled(scheduler, request, local_tokens) == (0, False)
+    assert request.num_prompt_tokens == left
+    assert len(request.prompt_token_ids) == len(request._all_token_ids) == left
+    # What is looked up again, having found no room, is never more.
+    assert scheduler.get_num_new_matched_tokens(request, local_tokens) == (0, False)
+    assert request.num_prompt_tokens == left
+
+
+def test_what_is_cached_only_is_held(scheduler: PythiaScheduler) -> None:
+    request = cached_only()
+    pulled(scheduler, request, 64)
+    scheduler.update_state_after_alloc(request, SimpleNamespace(blocks=([],)), 0)
+    request.num_computed_tokens = 65
+    held, params = scheduler.request_finished(request, ([7, 8, 9],))
+    assert held
+    assert params is not None
+    assert (params["remote_num_tokens"], params["remote_block_ids"]) == (65, ([7, 8, 9],))
+
+
+def test_other_prompts_are_left_alone(scheduler: PythiaScheduler) -> None:
+    request = a_request({"do_remote_decode": True, "do_remote_prefill": False})
+    assert pulled(scheduler, request, 32) == (0, False)
+    assert request.num_prompt_tokens == 100
+
+
+def test_caches_that_are_no_chain_of_blocks_give_nothing(scheduler: PythiaScheduler) -> None:
+    scheduler._plain_attention = False
+    request = cached_only()
+    scheduler.on_new_request(request)
+    assert request.num_prompt_tokens == 1
 
 
 # --- what is pulled -------------------------------------------------------------------

@@ -127,6 +127,8 @@ def test_metrics_say_what_the_core_knows(bed: Bed) -> None:
     assert sum(share.values()) == pytest.approx(forecast["expected"])
     assert ("30", "decode_tokens_per_s") in found["pythia_forecast_error_ratio"]
     assert ("5", "prefill_tokens_per_s") in found["pythia_forecast_mean_error"]
+    for name in ("pulls", "pulls_missing", "pulls_unread", "pulled_tokens", "moved_tokens"):
+        assert found[f"pythia_{name}_total"] == {(): 0.0}
 
 
 def test_metrics_name_no_more_workflows_than_allowed_the_busiest_ones() -> None:

@@ -248,3 +248,87 @@ def test_siblings_stay_together_and_who_failed_is_avoided() -> None:
     workers = worker("a"), worker("b", gauge=busy(9.0))
     assert chosen(*workers, ask=but(sibling="b")).decode == "b"
     assert chosen(*workers, ask=but(avoid={("a", "1")})).decode == "b"
+
+
+# --- from a peer's cache ------------------------------------------------------------------------
+
+
+def crowd(name: str, **terms: object) -> Seen:
+    """Somebody who decodes so many calls that nobody joins them."""
+    return worker(name, decodes=["c"] * 60, gauge=decoding(60), **terms)
+
+
+def test_what_a_busy_peer_has_cached_is_pulled() -> None:
+    free = worker("b", warm_sources={"a"})
+    choice = chosen(crowd("a"), free, held={"a": 400, "b": 10})
+    assert way(choice) == ("b", "")
+    assert (choice.pull, choice.pull_tokens) == ("a", 400 * BLOCK_SIZE)
+    assert (choice.cached_blocks, choice.pulled_blocks) == (10, 390)
+    assert choice.uncached_tokens == 8000 - 400 * BLOCK_SIZE
+    assert "6400 tokens from a" in choice.reason
+
+
+def test_never_more_than_all_but_the_last_token_is_pulled() -> None:
+    choice = chosen(crowd("a"), worker("b", warm_sources={"a"}), held={"a": PROMPT_BLOCKS})
+    assert choice.pull_tokens == (PROMPT_BLOCKS - 1) * BLOCK_SIZE
+
+
+@pytest.mark.parametrize(
+    ("ask", "terms"),
+    [
+        (ASK, {"pulls": False}),
+        (ASK, {"disaggregated": "never"}),
+        (but(aggregated=True), {}),
+        (but(avoid={("a", "1")}), {}),
+    ],
+)
+def test_nothing_is_pulled_where_it_may_not_be(ask: Ask, terms: dict[str, object]) -> None:
+    free = worker("b", warm_sources={"a"})
+    choice = chosen(crowd("a"), free, held={"a": 400}, ask=ask, **terms)
+    assert (choice.decode, choice.pull) == ("b", "")
+    assert choice.uncached_tokens == 8000
+
+
+def test_nothing_is_pulled_over_a_pair_that_has_not_met() -> None:
+    assert chosen(crowd("a"), worker("b"), held={"a": 400}).pull == ""
+
+
+def test_a_slow_link_or_a_peer_that_is_long_busy_is_no_way_either() -> None:
+    slow = LinkLoad("a", bytes_per_s=50e6, fixed_s=1e-3)
+    for link, peer, pull in (
+        (None, crowd("a"), "a"),
+        (slow, crowd("a"), ""),
+        (None, worker("a", decodes=["c"] * 60, gauge=busy(1.0)), ""),
+        (None, worker("a", gauge=busy(60.0)), ""),
+    ):
+        free = worker("b", warm_sources={"a"}, links={"a": link} if link else {})
+        assert chosen(peer, free, held={"a": 400}).pull == pull
+
+
+def test_a_peer_that_is_not_up_is_not_asked() -> None:
+    free = worker("b", warm_sources={"a"})
+    assert chosen(crowd("a", up=False), free, held={"a": 400}).pull == ""
+
+
+def test_of_peers_with_as_much_the_one_with_less_to_do_is_asked() -> None:
+    free = worker("d", warm_sources={"a", "b", "c"})
+    waits = worker("a", decodes=["c"] * 60, gauge=decoding(60))
+    waits.gauge.queue("other", Prompt(0.2, 0.0, 1000, 0))
+    held = {"a": 400, "b": 400, "c": 200}
+    assert chosen(waits, crowd("b"), crowd("c"), free, held=held).pull == "b"
+
+
+def test_a_few_blocks_are_computed_rather_than_pulled() -> None:
+    free = worker("b", warm_sources={"a"})
+    assert chosen(crowd("a"), free, held={"a": 400, "b": 399}).pull == ""
+
+
+def test_a_prefill_worker_pulls_what_it_lacks() -> None:
+    d = crowd("d", warm_sources={"p"})
+    p = worker("p", "prefill", warm_sources={"d"})
+    choice = chosen(d, p, held={"d": 400}, disaggregated="always")
+    assert way(choice) == ("d", "p")
+    assert (choice.pull, choice.pull_tokens, choice.pulled_blocks) == ("d", 6400, 400)
+    assert choice.cached_blocks == 400
+    assert choice.uncached_tokens == 8000 - 6400
+    assert chosen(d, p, held={"d": 400}, disaggregated="always", pulls=False).pull == ""

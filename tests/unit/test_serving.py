@@ -183,6 +183,42 @@ async def test_a_prefill_is_answered_with_its_handle() -> None:
         assert not worker.jobs
 
 
+async def test_a_prefill_reads_by_a_handle_once_and_says_what_came() -> None:
+    async with serving() as (worker, engine, api):
+        await meet(worker, engine)
+        frame = handles.encode(HANDLE)
+        await api.say(Prefill("r", 1, worker.incarnation, handle=frame), engine_request())
+        await until(lambda: "r~1" in engine.given)
+        extra = engine.given["r~1"].sampling_params.extra_args
+        assert extra["kv_transfer_params"]["do_remote_prefill"]
+        assert extra["kv_transfer_params"]["do_remote_decode"]
+        assert worker.sources.report()[0].in_flight_bytes > 0
+        await api.say(Prefill("s", 1, worker.incarnation, handle=frame), engine_request("s"))
+        failed, _ = await api.hear(CallFailed)
+        assert (failed.request, failed.handle_refused) == ("s", True)
+        done = output("r", 1, [1], FinishReason.LENGTH)
+        done.kv_transfer_params = PARAMS
+        done.prefill_stats = PrefillStats()
+        done.prefill_stats.set(40, 16, 20)
+        engine.on_step([done], 0.0)
+        message, _ = await api.hear(PrefillDone)
+        assert (message.cached_tokens, message.moved_tokens) == (36, 20)
+        assert worker.sources.report()[0].in_flight_bytes == 0
+
+
+async def test_what_is_cached_only_is_answered_for_beside_the_call_itself() -> None:
+    async with serving() as (worker, engine, api):
+        await api.say(Prefill("r", -1, worker.incarnation, cached_only=True), engine_request())
+        await api.decode("r")
+        await until(lambda: len(engine.given) == 2)
+        assert list(engine.given) == ["r~-1", "r~1"]
+        extra = engine.given["r~-1"].sampling_params.extra_args
+        assert extra["kv_transfer_params"]["cached_only"]
+        await api.say(protocol.Abort([("r", -1)]))
+        await until(lambda: engine.forgotten)
+        assert engine.forgotten == ["r~-1"]
+
+
 async def test_garbage_is_dropped_and_counted() -> None:
     async with serving() as (worker, engine, api):
         good = bytes(MsgpackEncoder().encode(engine_request())[0])
@@ -250,6 +286,7 @@ async def test_a_handle_of_an_engine_never_met_is_refused() -> None:
         failed, _ = await api.hear(CallFailed)
         assert (failed.request, failed.retryable) == ("a", True)
         assert failed.reason == "handle refused: engine-0 at 127.0.0.1:5600 was never met"
+        assert failed.handle_refused
         assert not engine.given
         await meet(worker, engine)
         elsewhere = msgspec.structs.replace(HANDLE, remote_port=5601)

@@ -457,6 +457,21 @@ def test_only_what_the_cache_lacks_is_pulled_and_the_rest_is_computed() -> None:
     assert only(outputs, FirstToken) == FirstToken("2", outputs[0].at_s, 8, 12, 10)
 
 
+@pytest.mark.parametrize(("same", "local"), [(17, 16), (9, 8), (3, 0)])
+def test_of_what_is_cached_only_one_token_is_computed_and_all_is_held(
+    same: int, local: int
+) -> None:
+    driven = Driven()
+    cached(driven, "1", same, "a", 0.0)
+    driven.submit("2", 17, 1, at_s=1.0, text="a", hold=True, cached_only=True)
+    outputs = driven.until(1.0 + step_s((1, local)))
+    assert only(outputs, FirstToken) == FirstToken("2", outputs[0].at_s, local, 0, 1)
+    assert only(outputs, Ended).held
+    assert driven.used(1.5) == local // OPTIONS.block_size + 1
+    driven.engine.release("2", 2.0)
+    assert driven.used(2.0) == 0
+
+
 def test_nothing_is_pulled_if_all_is_here() -> None:
     driven = Driven()
     cached(driven, "1", 17, "a", 0.0)

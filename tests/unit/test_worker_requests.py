@@ -9,11 +9,12 @@ from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
-from coordinator.protocol import CallFailed, PrefillDone
+from coordinator.protocol import CallFailed, PrefillDone, split_engine_request_id
 from decode.worker import decode_request, discard_request
-from prefill.worker import first_output, prefill_request, prefill_result
+from prefill.worker import HOLD, first_output, prefill_request, prefill_result
 from tests.unit.recording_wire import engine_request
 from transfer import handle as handles
+from transfer.settings import CACHED_ONLY
 
 PARAMS: dict[str, Any] = {
     "do_remote_prefill": True,
@@ -96,6 +97,25 @@ def test_a_prefill_that_samples_does_so_as_the_client_asked() -> None:
         "kv_transfer_params": {"do_remote_decode": True, "do_remote_prefill": False},
     }
     assert of_params(request).max_tokens == 50, "the decode worker gets it as it was"
+
+
+@pytest.mark.parametrize("first_token", [False, True])
+def test_a_prefill_may_read_first_and_hold_afterwards(first_token: bool) -> None:
+    request = prefill_request(engine_request(), "r", 1, first_token, HANDLE)
+    extra = of_params(request).extra_args
+    assert extra is not None
+    assert extra["kv_transfer_params"] == {**handles.to_params(HANDLE), "do_remote_decode": True}
+    last = of_params(prefill_request(engine_request(max_tokens=1), "r", 1, True, HANDLE))
+    assert last.extra_args == {"kv_transfer_params": handles.to_params(HANDLE)}
+
+
+def test_a_peer_is_asked_for_what_it_has_cached_only() -> None:
+    request = prefill_request(engine_request(), "r", -1, cached_only=True)
+    assert request.request_id == "r~-1"
+    assert split_engine_request_id(request.request_id) == ("r", -1)
+    extra = of_params(request).extra_args
+    assert extra == {"kv_transfer_params": {**HOLD, CACHED_ONLY: True}}
+    assert CACHED_ONLY not in HOLD
 
 
 def test_a_prefill_whose_first_token_is_the_only_one_holds_nothing() -> None:
