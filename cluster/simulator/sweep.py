@@ -83,21 +83,29 @@ def _workload(source: Source, seed: int) -> Workload:
     return msgspec.structs.replace(workload, name=source.name)
 
 
-def run(scenario: Scenario, results: Results, processes: int, console: Console) -> list[Outcome]:
-    """Does what ``results`` lacks, and returns all of the scenario's, in the order of ``tasks``.
+def run(
+    scenario: Scenario,
+    results: Results,
+    processes: int,
+    console: Console,
+    wanted: list[Task] | None = None,
+) -> list[Outcome]:
+    """Does what ``results`` lacks, and returns all that are ``wanted`` in their order, else all of
+    the scenario's in that of ``tasks``.
 
     SimulationError if a replay fails; that and KeyboardInterrupt leave no process behind and
     everything finished in ``results``.
     """
     done = {outcome.key: outcome for outcome in results.found}
-    left = tasks(scenario, done.keys())
-    total = len(tasks(scenario))
-    with _shown(console, total, total - len(left)) as show, _pool(processes, len(left)) as pool:
-        for outcome in _outcomes(pool, scenario, left, processes):
+    wanted = tasks(scenario) if wanted is None else wanted
+    left = [task for task in wanted if task.key not in done]
+    total = len(wanted)
+    with _shown(console, total, total - len(left)) as show, pool(processes, len(left)) as workers:
+        for outcome in _outcomes(workers, scenario, left, processes):
             results.append(outcome)
             done[outcome.key] = outcome
             show(outcome)
-    return [done[task.key] for task in tasks(scenario)]
+    return [done[task.key] for task in wanted]
 
 
 def _outcomes(
@@ -124,21 +132,21 @@ def _outcomes(
 
 
 @contextmanager
-def _pool(processes: int, tasks_left: int) -> Iterator[ProcessPoolExecutor]:
+def pool(processes: int, tasks_left: int) -> Iterator[ProcessPoolExecutor]:
     """Processes that are gone when this is left, whatever they are doing."""
     others = multiprocessing.active_children()
-    pool = ProcessPoolExecutor(
+    executor = ProcessPoolExecutor(
         max_workers=max(1, min(processes, tasks_left)),
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_begin_process,
     )
     try:
-        yield pool
+        yield executor
     finally:
         own = [child for child in multiprocessing.active_children() if child not in others]
         for child in own:
             child.terminate()
-        pool.shutdown(wait=True, cancel_futures=True)
+        executor.shutdown(wait=True, cancel_futures=True)
         for child in own:
             child.join(KILLED_AFTER_S)
             if child.is_alive():

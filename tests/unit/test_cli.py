@@ -299,7 +299,7 @@ class TestSimulate:
     def test_something_has_to_be_simulated(self) -> None:
         result = runner.invoke(app, ["simulate"])
         assert result.exit_code == 2
-        assert "give a FILE, or one of --list" in " ".join(result.stderr.split())
+        assert "give a FILE, or one of --compare, --list" in " ".join(result.stderr.split())
 
     def test_an_impossible_cluster_is_refused_before_anything_starts(self, tmp_path: Path) -> None:
         path = self.written(tmp_path, "llama-3.1-70b-h200-tp4")
@@ -319,18 +319,22 @@ class TestSimulate:
         ],
     )
     def test_configurations_that_are_not(self, tmp_path: Path, compare: str, message: str) -> None:
-        result = runner.invoke(app, ["simulate", self.written(tmp_path), "--compare", compare])
+        result = runner.invoke(
+            app, ["simulate", self.written(tmp_path), "--configurations", compare]
+        )
         assert result.exit_code == 2
         assert message in result.stderr
 
     def test_one_worker_can_not_be_split(self, tmp_path: Path) -> None:
         path = self.written(tmp_path, workers=1)
-        result = runner.invoke(app, ["simulate", path, "--compare", "aggregated-sticky,pythia"])
+        result = runner.invoke(
+            app, ["simulate", path, "--configurations", "aggregated-sticky,pythia"]
+        )
         assert result.exit_code == 2
         assert "pythia: of 1 workers 0 prefill" in result.stderr
 
     def test_a_comparison_from_the_file_to_the_figures(self, tmp_path: Path) -> None:
-        arguments = ["--compare", "infinite,pythia", "--seeds", "2", "--processes", "1"]
+        arguments = ["--configurations", "infinite,pythia", "--seeds", "2", "--processes", "1"]
         for option, name in (("--resume", "r.jsonl"), ("--json", "f.json"), ("--plots", "plots")):
             arguments += [option, str(tmp_path / name)]
         result = runner.invoke(app, ["simulate", self.written(tmp_path), *arguments])
