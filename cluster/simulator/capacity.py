@@ -22,7 +22,7 @@ from cluster.simulator.scenario import Scenario, Source
 from cluster.simulator.source import open_source, with_load
 
 GOOD_SHARE = 0.9
-LOAD_SHARE = 0.85
+LOAD_SHARE = 0.9
 """Of the capacity of whoever can take most: where all are compared."""
 TOLERANCE = 1.05
 """Bisection ends when the bounds are so close."""

@@ -30,7 +30,7 @@ from rich.progress import (
 from cluster.simulator.failure import SimulationError
 from cluster.simulator.outcome import Outcome, outcome_of
 from cluster.simulator.results import Results
-from cluster.simulator.scenario import Scenario, Source
+from cluster.simulator.scenario import Scenario
 from cluster.simulator.source import open_source
 from cluster.workload.form import Workload
 
@@ -69,7 +69,7 @@ def simulate_task(scenario_text: bytes, task_text: bytes) -> bytes:
     scenario = msgspec.json.decode(scenario_text, type=Scenario)
     task = msgspec.json.decode(task_text, type=Task)
     source = next(source for source in scenario.workloads if source.name == task.workload)
-    workload = _workload(source, task.seed)
+    workload = _workload(source.name, source.source, task.seed)
     began_s = time.perf_counter()
     result = replay(task.configuration, scenario, workload, task.seed)
     real_s = time.perf_counter() - began_s
@@ -77,10 +77,9 @@ def simulate_task(scenario_text: bytes, task_text: bytes) -> bytes:
 
 
 @functools.lru_cache(maxsize=1)
-def _workload(source: Source, seed: int) -> Workload:
+def _workload(name: str, source: str | tuple[str, ...], seed: int) -> Workload:
     """Configurations of a seed follow each other, mostly in the same process."""
-    workload = open_source(source.source, seed)
-    return msgspec.structs.replace(workload, name=source.name)
+    return msgspec.structs.replace(open_source(source, seed), name=name)
 
 
 def run(

@@ -117,8 +117,8 @@ def test_what_was_found_is_written_into_the_file() -> None:
         "&rate=2", "&rate=0.5"
     ).replace("rate=1e1", "rate=2.5")
     text = rewritten(TEXT, "one", 2.0, {"a": 1.0})
-    first = "  - name: one # the first\n    capacity: {a: 1}\n    source: generator:chain?runs=4&rate=1\n"
-    assert first in text
+    source = "    source: generator:chain?runs=4&rate=1\n"
+    assert "  - name: one # the first\n    capacity: {a: 1}\n" + source in text
     assert text.partition("  - name: two")[2] == TEXT.partition("  - name: two")[2]
     with pytest.raises(ConfigError, match="no line '- name: three'"):
         rewritten(TEXT, "three", 2.0, {})
