@@ -97,7 +97,7 @@ def varied(source: Source, variant: str) -> Source:
 def planned(scenario: Scenario, without: bool) -> tuple[Scenario, list[Task]]:
     """The scenario with its workloads' variants, and all replays, seed by seed. ``without``:
     Pythia with one mechanism less, too."""
-    systems = list(dict.fromkeys([*SYSTEMS, *scenario.compare]))
+    systems = [name for name in [*SYSTEMS, *scenario.compare] if not name.startswith(ABLATION)]
     plain = [*systems, RANDOM, *(ablations() if without else ())]
     tasks = [
         Task(varied(source, variant).name, name, seed, False)
