@@ -295,7 +295,13 @@ def simulate(
         bool, typer.Option("--list", help="Show the configurations that can be compared.")
     ] = False,
     compare: Annotated[
-        str | None, typer.Option(metavar="A,B,...", help="Configurations, or all; else the file's.")
+        bool, typer.Option("--compare", help="Instead: Pythia against others where they are busy.")
+    ] = False,
+    chosen: Annotated[
+        str | None,
+        typer.Option(
+            "--configurations", metavar="A,B,...", help="Or all of them; else the file's."
+        ),
     ] = None,
     seeds: Annotated[
         int | None, typer.Option(min=1, max=10_000, metavar="N", help="Else the file's.")
@@ -330,6 +336,12 @@ def simulate(
     validate: Annotated[
         bool, typer.Option("--validate", help="Instead: against a real cluster on this machine.")
     ] = False,
+    find_load: Annotated[
+        bool, typer.Option("--find-load", help="With --compare: look for the rates, write them.")
+    ] = False,
+    ablations: Annotated[
+        bool, typer.Option(help="With --compare: also Pythia with one mechanism less.")
+    ] = True,
 ) -> None:
     """Simulate whole clusters in virtual time and compare configurations."""
     from cluster.simulator import command
@@ -345,18 +357,28 @@ def simulate(
         raise typer.Exit(command.run_faults(seeds_of_faults, processes, json_path, console))
     if validate:
         raise typer.Exit(command.run_validation(traces, json_path, plots, console))
-    if file is None:
-        raise typer.BadParameter("give a FILE, or one of --list, --faults and --validate")
+    if find_load and not compare:
+        raise typer.BadParameter("--find-load is of --compare")
+    if file is None and not compare:
+        raise typer.BadParameter(
+            "give a FILE, or one of --compare, --list, --faults and --validate"
+        )
     request = command.Request(
-        file=file,
+        file=file or command.COMPARED_FILE,
         overrides=Overrides(traces=traces, runs=runs, calls=calls),
-        compare=tuple(name for name in (compare or "").split(",") if name),
+        compare=tuple(name for name in (chosen or "").split(",") if name),
         seeds=seeds,
         processes=processes,
         json_path=json_path,
         plots=plots,
         resume=resume,
     )
+    if compare:
+        from cluster.simulator import versus_command
+
+        if find_load:
+            raise typer.Exit(versus_command.find_load(request, console))
+        raise typer.Exit(versus_command.compare(request, ablations, console))
     raise typer.Exit(command.simulate(request, console))
 
 

@@ -81,6 +81,7 @@ from coordinator.workflow.keeping import Kept, Save
 from coordinator.workflow.learner import Learner
 from coordinator.workflow.limits import WorkflowLimits
 from coordinator.workflow.prediction import RunKey
+from coordinator.workflow.profiles import Profiles
 from coordinator.workflow.registry import Registry
 from coordinator.workflow.roster import RunEnd
 from coordinator.workflow.tracker import REFUSALS, Tracker
@@ -113,12 +114,13 @@ class Core:
         workflow_limits: WorkflowLimits | None = None,
         keeps: bool = False,
         epoch_s: float = 0.0,
+        profiles: Profiles | None = None,
     ) -> None:
         """``model*`` and ``vllm_version``: what workers must have; if empty the first sets it.
 
         ``placer`` decides in place of the policy that ``placement`` names. ``keeps``: the shell
         writes down what it can take, and says so; ``epoch_s``: what to add to its times for
-        them to go on from those of an earlier core.
+        them to go on from those of an earlier core. ``profiles``: who predicts, if not the usual.
         """
         self.core_id = core_id
         self.model = model
@@ -134,7 +136,7 @@ class Core:
         self._standing = Standing(limits, placement)
         self._roles = Roles(self._state, self._pairs, self._standing, placement.ratio)
         workflow_limits = workflow_limits or WorkflowLimits()
-        self._learner = Learner(workflow_limits, keeps, epoch_s)
+        self._learner = Learner(workflow_limits, keeps, epoch_s, profiles)
         self._registry = Registry(workflow_limits, self._learner, keeps)
         self._tracker = Tracker(self._state, workflow_limits, self._registry, self._learner)
         self._pace = Pace(self._learner)

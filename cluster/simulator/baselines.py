@@ -17,12 +17,14 @@ import msgspec
 from cluster.simulator.clairvoyant import clairvoyants
 from cluster.simulator.critical_path import CONFIGURATION, critical_path
 from cluster.simulator.records import Result
+from cluster.simulator.scrambled import Scrambled
 from cluster.simulator.setup import ClusterSetup, WorkerSetup
 from cluster.workload.form import Workload
 from coordinator.core import Core
 from coordinator.limits import Limits, Placement
 from coordinator.policy.placer import Placer
 from coordinator.protocol import Role
+from coordinator.workflow.limits import WorkflowLimits
 
 __all__ = ["BASELINES", "Baseline", "BaselineError", "applied", "core_factory", "prefill_workers"]
 
@@ -44,6 +46,7 @@ class Baseline(msgspec.Struct, frozen=True):
     workers; ``split`` into prefill and decode. ``ratio``: whether they turn; ``own`` is as the
     cluster's file says, which also has the thresholds for ``reactive``. ``placers``: who decide
     instead of the policy, one for each core of a replay.
+    ``predictions``: ``random`` ones are wrong, see ``scrambled``.
     ``bound``: there is nothing to simulate, it says the result itself.
     """
 
@@ -53,6 +56,7 @@ class Baseline(msgspec.Struct, frozen=True):
     limits: Changes = {}
     ratio: Literal["own", "static", "reactive"] = "own"
     placers: MakePlacers | None = None
+    predictions: Literal["own", "random"] = "own"
     bound: Bound | None = None
 
 
@@ -75,10 +79,14 @@ def applied(baseline: Baseline, setup: ClusterSetup, prefill_count: int) -> Clus
 
 
 def core_factory(
-    baseline: Baseline, setup: ClusterSetup, workload: Workload
+    baseline: Baseline, setup: ClusterSetup, workload: Workload, seed: int = 0
 ) -> Callable[[Limits, Placement, str], Core]:
     """Makes the cores of one replay on a cluster that the baseline was ``applied`` to, from
-    limits, placement and the core's id."""
+    limits, placement and the core's id. ``seed``: of predictions that are random."""
+    if baseline.predictions == "random":
+        return lambda limits, placement, core_id: Core(
+            limits, placement, core_id, profiles=Scrambled(WorkflowLimits(), seed)
+        )
     if baseline.placers is None:
         return Core
     new_placer = baseline.placers(workload, setup)
@@ -155,6 +163,9 @@ _STICKY: dict[str, object] = {"policy": "cache_aware", "sticky": True}
 BASELINES: Mapping[str, Baseline] = {
     "pythia": Baseline("Pythia's own placement with all its mechanisms", "split"),
     "pythia-mixed": Baseline("the same, all workers may do everything", "mixed"),
+    "pythia-random": Baseline(
+        "the same, everything that is predicted is wrong at random", "split", predictions="random"
+    ),
     # --- other systems ---
     "aggregated-round-robin": Baseline(
         "aggregated, one worker after the other",

@@ -39,7 +39,7 @@ def replay(name: str, scenario: Scenario, workload: Workload, seed: int) -> Resu
     setup = cluster_of(name, scenario)
     if baseline.bound is not None:
         return baseline.bound(workload, setup, seed)
-    make = core_factory(baseline, setup, workload)
+    make = core_factory(baseline, setup, workload, seed)
     if scenario.faults == Faults():
         return simulate(setup, workload, seed, configuration=name, core_factory=make, measured=True)
     world = World(setup, workload, scenario.faults, seed, core_factory=make, measured=True)
