@@ -51,6 +51,7 @@ from coordinator.protocol import (
     WorkerGone,
     WorkerUp,
 )
+from coordinator.retention import Retention
 from coordinator.standing import Standing
 from coordinator.state import Api, Call, CallKey, CallPhase, State, Worker
 from coordinator.view import call_status
@@ -112,7 +113,9 @@ class Calls:
         tracker: Tracker,
         pace: Pace,
         placer: Placer | None = None,
+        retention: Retention | None = None,
     ) -> None:
+        self._retention = retention or Retention(state, index, placement, tracker.runs, pace)
         self._state = state
         self._index = index
         self._standing = standing
@@ -410,6 +413,7 @@ class Calls:
             self.groups.setdefault((api.name, message.group), Group()).calls += 1
         state.counters["calls_submitted"] += 1
         self._tracker.opened(call, now_s)
+        self._retention.opened(call, now_s)
         self._wait(call, now_s)
 
     def _wait(self, call: Call, now_s: float) -> None:
@@ -514,6 +518,7 @@ class Calls:
         self._release_prefill(call)
         self._pace.started(call, now_s)
         self._index.stored(call.decode.name, call.submit.block_hashes)
+        self._retention.decoding(call, now_s)
         call.move(CallPhase.DECODING, now_s, why)
         call.overdue = 0
         self._set_due(call, now_s + self._phase_s(call))
@@ -614,6 +619,7 @@ class Calls:
         if call.phase is CallPhase.QUEUED:
             self.queue.remove(call)
             state.room_changed = True
+        left_on = call.prefill if finished is not None and finished.undecoded else call.decode
         self._release(call, now_s)
         call.move(phase, now_s, why)
         del call.api.calls[call.request]
@@ -622,6 +628,8 @@ class Calls:
         if call.submit.group:
             self._leave_group(call)
         self._tracker.closed(call, finished, now_s)
+        done = finished if phase is CallPhase.FINISHED else None
+        self._retention.ended(call, left_on, done, now_s)
         if finished is not None and phase is CallPhase.FINISHED:
             self._pace.finished(call, finished)
         if call.plans:

@@ -68,6 +68,7 @@ from coordinator.protocol import (
     WorkerGone,
     WorkerToCore,
 )
+from coordinator.retention import Retention
 from coordinator.roles import Roles
 from coordinator.speeds import Speeds
 from coordinator.standing import Standing
@@ -137,8 +138,18 @@ class Core:
         self._registry = Registry(workflow_limits, self._learner, keeps)
         self._tracker = Tracker(self._state, workflow_limits, self._registry, self._learner)
         self._pace = Pace(self._learner)
+        self._retention = Retention(
+            self._state, self._index, placement, self._tracker.runs, self._pace
+        )
         self._calls = Calls(
-            self._state, self._index, self._standing, placement, self._tracker, self._pace, placer
+            self._state,
+            self._index,
+            self._standing,
+            placement,
+            self._tracker,
+            self._pace,
+            placer,
+            self._retention,
         )
         self._foresight = Foresight(self._learner, workflow_limits)
         self._desk = Desk(
@@ -213,6 +224,8 @@ class Core:
                 self._api_due(self._state.apis[names[0]], now_s)
             elif kind == "roles":
                 self._roles.due(now_s)
+            elif kind == "retention":
+                self._retention.look(now_s)
             elif kind == "run":
                 self._run_due(RunKey(*names), now_s)
             else:
@@ -312,6 +325,7 @@ class Core:
         self._standing.check(self._state.workers.values())
         self._kv_sync.check()
         self._tracker.check()
+        self._retention.check()
         self._registry.check()
         assert len(self._latest) <= 4 * self._limits.workers
         assert len(self._retired) <= 4 * self._limits.workers
@@ -463,6 +477,7 @@ class Core:
             state.send(api.peer, WorkerGone(worker.name, worker.incarnation, reason))
         self._pairs.remove(worker, now_s)
         self._roles.watch(now_s)
+        self._retention.worker_lost(worker)
         self._calls.worker_lost(worker, now_s)
 
     def _retire(self, name: str, incarnation: str, why: str) -> None:

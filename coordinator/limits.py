@@ -166,6 +166,10 @@ class Placement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``cost``: 0 takes the cheapest worker; above it draws by a softmax over the costs."""
     ratio: Ratio = Ratio()
     """How many workers prefill and how many decode."""
+    retention: bool = True
+    """What calls of live runs have left in caches is kept from eviction while that is worth it."""
+    retained_share: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] = 0.5
+    """Of a worker's KV blocks, at most so many are kept so."""
 
     @property
     def roles_shared(self) -> bool:

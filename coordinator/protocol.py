@@ -124,6 +124,8 @@ class Load(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     external_tokens_total: int = 0
     preemptions_total: int = 0
     garbage_frames_total: int = 0
+    kv_blocks_pinned: int = 0
+    """Kept for calls to come (``Retain``), and not in use: free for whoever needs them."""
 
 
 class LinkLoad(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
@@ -492,6 +494,24 @@ class KvResync(Message, frozen=True, gc=False, tag=True):
     incarnation: str
 
 
+class Pin(msgspec.Struct, frozen=True, gc=False):
+    """Keep what an ended request has left in the cache from eviction, for ``hold_s`` seconds from
+    now, whatever was said of it before. ``name``: ``engine_request_id``. Where requests need the
+    room, the pins of the least ``worth`` are given up first."""
+
+    name: str
+    hold_s: float
+    worth: float
+
+
+class Retain(Message, frozen=True, gc=False, tag=True):
+    """Pins to set, renew or shorten, and names of those to release. Unknown names do nothing."""
+
+    incarnation: str
+    pins: list[Pin] = []
+    released: list[str] = []
+
+
 class Leave(Message, frozen=True, gc=False, tag=True):
     """The cluster is being stopped: finish up and exit."""
 
@@ -787,7 +807,7 @@ AboutWorkflows = (
     | EndRun
 )
 ToCore = WorkerToCore | ApiToCore | Inspect | AboutWorkflows
-CoreToWorker = Welcome | Refused | Unknown | Probe | ProbeRead | KvResync | Leave
+CoreToWorker = Welcome | Refused | Unknown | Probe | ProbeRead | KvResync | Leave | Retain
 CoreToApi = (
     Welcome
     | Refused

@@ -399,6 +399,8 @@ COUNTERS = (
     "pairs_failed",
     "pairs_warmed",
     "peers_refused",
+    "pins",
+    "pins_released",
     "plans_local",
     "plans_remote",
     "probes_failed",

@@ -147,7 +147,7 @@ def _limits(baseline: Baseline, limits: Limits) -> Changes:
     )
 
 
-_ROUTED: dict[str, object] = {"reserve": False}
+_ROUTED: dict[str, object] = {"reserve": False, "retention": False}
 _AGGREGATED = _ROUTED | {"disaggregated": "never"}
 _STATIC = _ROUTED | {"disaggregated": "always"}
 _STICKY: dict[str, object] = {"policy": "cache_aware", "sticky": True}
@@ -275,6 +275,9 @@ BASELINES: Mapping[str, Baseline] = {
     ),
     "pythia-no-single-flight": Baseline(
         "a prompt counts as held only when it is computed", "split", {"single_flight": False}
+    ),
+    "pythia-no-retention": Baseline(
+        "nothing is kept from eviction for calls to come", "split", {"retention": False}
     ),
     "pythia-no-siblings": Baseline(
         "calls of one group are placed one by one", "split", {"siblings_together": False}

@@ -313,6 +313,16 @@ class BlockPool:
         older.newer, newer.older = newer, older
         run.older = run.newer = None
 
+    def only_held_by(self, holdings: list[Holding]) -> int:
+        """How many blocks nobody but these holdings holds; they hold no plain ones."""
+        found: dict[int, list[int]] = {}
+        for holding in holdings:
+            for entry in holding.runs:
+                for part in _parts(*entry):
+                    count = found.setdefault(id(part), [0, part.holders, part.blocks])
+                    count[0] += 1
+        return sum(blocks for count, holders, blocks in found.values() if count == holders)
+
     def cached_hashes(self) -> list[bytes]:
         """Hashes of the free cached blocks in the order in which they would be evicted."""
         hashes: list[bytes] = []
