@@ -113,9 +113,10 @@ class Calls:
         tracker: Tracker,
         pace: Pace,
         placer: Placer | None = None,
-        retention: Retention | None = None,
+        *,
+        retention: Retention,
     ) -> None:
-        self._retention = retention or Retention(state, index, placement, tracker.runs, pace)
+        self._retention = retention
         self._state = state
         self._index = index
         self._standing = standing

@@ -149,7 +149,7 @@ class Core:
             self._tracker,
             self._pace,
             placer,
-            self._retention,
+            retention=self._retention,
         )
         self._foresight = Foresight(self._learner, workflow_limits)
         self._desk = Desk(

@@ -497,19 +497,24 @@ class KvResync(Message, frozen=True, gc=False, tag=True):
 class Pin(msgspec.Struct, frozen=True, gc=False):
     """Keep what an ended request has left in the cache from eviction, for ``hold_s`` seconds from
     now, whatever was said of it before. ``name``: ``engine_request_id``. Where requests need the
-    room, the pins of the least ``worth`` are given up first."""
+    room, the pins of the least worth are given up first: ``worth`` for a second since it was used
+    last, which was ``age_s`` ago, half of it for two, and so on."""
 
     name: str
     hold_s: float
     worth: float
+    age_s: float = 0.0
 
 
 class Retain(Message, frozen=True, gc=False, tag=True):
-    """Pins to set, renew or shorten, and names of those to release. Unknown names do nothing."""
+    """Pins to set, renew or shorten, and names of those to release. ``unneeded``: what these have
+    left will not be asked for again, and is to be evicted before everything else, if nothing else
+    goes on from it. Unknown names do nothing."""
 
     incarnation: str
     pins: list[Pin] = []
     released: list[str] = []
+    unneeded: list[str] = []
 
 
 class Leave(Message, frozen=True, gc=False, tag=True):

@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from coordinator.kv_index import KvIndex
 from coordinator.limits import Placement
 from coordinator.pace import Pace
-from coordinator.policy.retention import Keep, Leftover, kept
+from coordinator.policy.retention import SOON_S, Keep, Leftover, kept
 from coordinator.protocol import BLOCK_HASH_BYTES, Pin, Retain, engine_request_id
 from coordinator.protocol import Finished as FinishedMessage
 from coordinator.state import Call, CallKey, State, Worker
@@ -41,10 +41,9 @@ TAILS_PER_RUN = 16
 TAILS_PER_WORKER = 512
 UNUSED_S = 900.0
 """What was not used for so long will not be."""
+WORTH_MOST = 1e9
 RENEW_SHARE = 0.5
 """A pin is renewed when less than this share of what it should last is left."""
-TOUCH_S = 2.0
-"""How often the index hears that a pinned chain is still there."""
 
 
 class Tail:
@@ -64,7 +63,6 @@ class Tail:
         "prompt_blocks",
         "recompute_s",
         "run",
-        "touched_s",
         "uses",
         "wanted",
         "worker",
@@ -80,7 +78,7 @@ class Tail:
         self.prompt_blocks = len(self.hashes) // BLOCK_HASH_BYTES
         self.blocks = blocks
         self.recompute_s = 0.0
-        self.last_s = self.touched_s = now_s
+        self.last_s = now_s
         self.uses = 0
         self.wanted: set[CallKey] = set()
         self.ends_s = 0.0
@@ -113,8 +111,8 @@ class Retention:
         self._looked_s: dict[Worker, float] = {}
         """When a worker was looked at last, if nothing has happened to it since."""
         self._wanting: dict[CallKey, list[Tail]] = {}
-        self._released: dict[Worker, list[str]] = {}
-        """What workers are to be told to give up."""
+        self._unneeded: dict[Worker, list[str]] = {}
+        """What workers are to be told that nobody will ask for again."""
 
     def __len__(self) -> int:
         return len(self._tails)
@@ -189,8 +187,8 @@ class Retention:
     def worker_lost(self, worker: Worker) -> None:
         """A worker is gone with everything that it held."""
         for tail in list(self._of_worker.get(worker, {}).values()):
-            tail.ends_s = 0.0
             self._drop(tail)
+        self._unneeded.pop(worker, None)
 
     # --- time -----------------------------------------------------------------------------
 
@@ -221,31 +219,36 @@ class Retention:
     def _look_at(self, worker: Worker, tails: list[Tail], now_s: float) -> None:
         """Decide on all of one worker's; tell it what changes."""
         leftovers = [self._leftover(tail, now_s) for tail in tails]
-        room = int(self._share * worker.usable_blocks)
+        free = worker.usable_blocks - worker.kv_blocks_reserved
+        room = min(free, int(self._share * worker.usable_blocks))
         keeps = {keep.name: keep for keep in kept(leftovers, room)}
         pins: list[Pin] = []
+        released: list[str] = []
         for tail in tails:
             keep = keeps.get(tail.name)
             if keep is None:
-                self._release(tail)
+                if tail.ends_s > 0.0:
+                    tail.ends_s = 0.0
+                    self._state.counters["pins_released"] += 1
+                    released.append(tail.name)
                 continue
             if self._is_due(tail, keep, now_s):
                 self._state.counters["pins"] += tail.ends_s <= now_s
                 tail.ends_s = now_s + keep.hold_s
-                pins.append(Pin(tail.name, keep.hold_s, min(keep.worth, 1e9)))
-            if now_s - tail.touched_s >= TOUCH_S:
-                # Engines do not evict it meanwhile: neither may the index.
-                tail.touched_s = now_s
-                self._index.stored(worker.name, tail.hashes)
-        released = self._released.pop(worker, [])
-        if pins or released:
-            self._state.send(worker.peer, Retain(worker.incarnation, pins, released))
+                age_s = now_s - tail.last_s
+                worth = min(WORTH_MOST, keep.worth * max(SOON_S, age_s))
+                pins.append(Pin(tail.name, keep.hold_s, worth, age_s))
+        unneeded = self._unneeded.pop(worker, [])
+        if pins or released or unneeded:
+            self._state.send(worker.peer, Retain(worker.incarnation, pins, released, unneeded))
 
     def _leftover(self, tail: Tail, now_s: float) -> Leftover:
         wanted = bool(tail.wanted)
         reuse = NEVER if wanted else self._reuse(tail, now_s)
         pinned = tail.ends_s > now_s
-        return Leftover(tail.name, tail.blocks, tail.recompute_s, reuse, wanted, pinned)
+        return Leftover(
+            tail.name, tail.blocks, tail.recompute_s, reuse, wanted, pinned, now_s - tail.last_s
+        )
 
     def _reuse(self, tail: Tail, now_s: float) -> Reuse:
         if tail.run.final and not tail.run.open:
@@ -281,8 +284,11 @@ class Retention:
         self._drop(tail)
 
     def _drop(self, tail: Tail) -> None:
-        """Forget it, and release it if it is pinned."""
-        self._release(tail)
+        """Forget it: its worker need not keep it."""
+        if tail.ends_s > 0.0:
+            tail.ends_s = 0.0
+            self._state.counters["pins_released"] += 1
+        self._unneeded.setdefault(tail.worker, []).append(tail.name)
         for key in tail.wanted:
             wanting = self._wanting[key]
             wanting.remove(tail)
@@ -300,17 +306,11 @@ class Retention:
         if not tails:
             del self._of_run[tail.run]
 
-    def _release(self, tail: Tail) -> None:
-        if tail.ends_s > 0.0:
-            tail.ends_s = 0.0
-            self._state.counters["pins_released"] += 1
-            self._released.setdefault(tail.worker, []).append(tail.name)
-
     def _tell(self) -> None:
-        """Say what was released since."""
-        for worker, names in self._released.items():
-            self._state.send(worker.peer, Retain(worker.incarnation, [], names))
-        self._released.clear()
+        """Say what nobody needs since the last time."""
+        for worker, names in self._unneeded.items():
+            self._state.send(worker.peer, Retain(worker.incarnation, unneeded=names))
+        self._unneeded.clear()
 
     def _look_soon(self, now_s: float) -> None:
         if self._state.deadlines.get(("retention",)) is None:
@@ -329,7 +329,7 @@ class Retention:
         }
         assert everywhere == self._tails
         assert self._looked_s.keys() <= self._of_worker.keys()
-        assert not self._released
+        assert not self._unneeded
         listed = [tail for tails in self._of_run.values() for tail in tails]
         assert {tail.name for tail in listed} == self._tails.keys()
         assert len(listed) == len(self._tails)

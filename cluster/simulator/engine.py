@@ -20,7 +20,7 @@ from cluster.simulator.sequence import Sequence
 from cluster.simulator.setup import EngineOptions
 from cluster.simulator.steps import Steps
 from coordinator.cost import Chunk, StepCost
-from coordinator.protocol import Load, Pin
+from coordinator.protocol import Load, Retain
 
 STEPS_MAX_S = 1.0
 """Virtual seconds that are taken at a time at most: ``slow`` is read in between."""
@@ -151,13 +151,15 @@ class Engine:
             holding, _ = self._held.pop(request_id)
             self._held[request_id] = (holding, now_s + self._options.kv_lease_s)
 
-    def retain(self, pins: Many[Pin], released: Many[str], now_s: float) -> None:
-        """Pin what ended requests have left, or release it (``Retain``)."""
+    def retain(self, message: Retain, now_s: float) -> None:
+        """Pin what ended requests have left, or release it."""
         self._interrupt(now_s)
-        for name in released:
+        for name in message.released:
             self._schedule.pins.release(name)
-        for pin in pins:
-            self._schedule.pins.pin(pin.name, now_s + pin.hold_s, pin.worth)
+        for name in message.unneeded:
+            self._schedule.pins.release(name, cold=True)
+        for pin in message.pins:
+            self._schedule.pins.pin(pin, now_s)
 
     def _runs(self, sequence: Sequence) -> bool:
         schedule = self._schedule

@@ -10,21 +10,24 @@ from __future__ import annotations
 from collections import OrderedDict
 
 from cluster.simulator.kv_cache import BlockPool, Holding
-from coordinator.protocol import BLOCK_HASH_BYTES
+from coordinator.protocol import BLOCK_HASH_BYTES, Pin
 
 REMEMBERED = 2
 """Of ended requests so many times what the pool holds is remembered."""
 
 
 class Pinned:
-    """Blocks, until when, and what they are worth."""
+    """Blocks, until when; ``worth`` for a second since ``used_s``, less for more."""
 
-    __slots__ = ("ends_s", "holding", "worth")
+    __slots__ = ("ends_s", "holding", "used_s", "worth")
 
-    def __init__(self, holding: Holding, ends_s: float, worth: float) -> None:
+    def __init__(self, holding: Holding) -> None:
         self.holding = holding
-        self.ends_s = ends_s
-        self.worth = worth
+        self.ends_s = self.used_s = self.worth = 0.0
+
+    def worth_at(self, now_s: float) -> float:
+        """What it is worth by now."""
+        return self.worth / max(1.0, now_s - self.used_s)
 
 
 class Pins:
@@ -58,36 +61,45 @@ class Pins:
             _, old = self._ended.popitem(last=False)
             self._ended_bytes -= len(old)
 
-    def pin(self, name: str, ends_s: float, worth: float) -> None:
+    def pin(self, pin: Pin, now_s: float) -> None:
         """Keep what a request has left, or keep it for longer or shorter; unknown ones are
         ignored."""
-        known = self._pins.get(name)
-        if known is not None:
-            known.ends_s, known.worth = ends_s, worth
-            return
-        chain = self._ended.get(name)
-        if not chain:
-            return
-        holding = Holding(chain)
-        hits = self._pool.lookup(holding, holding.chain_blocks)
-        if hits.blocks:
-            self._pool.adopt(holding, hits)
-            self._pins[name] = Pinned(holding, ends_s, worth)
+        pinned = self._pins.get(pin.name)
+        if pinned is None:
+            chain = self._ended.get(pin.name)
+            if not chain:
+                return
+            holding = self._adopted(chain)
+            if not holding.blocks:
+                return
+            pinned = self._pins[pin.name] = Pinned(holding)
+        pinned.ends_s, pinned.used_s = now_s + pin.hold_s, now_s - pin.age_s
+        pinned.worth = pin.worth
 
-    def release(self, name: str) -> None:
-        """Keep it no longer; unknown ones are ignored."""
+    def release(self, name: str, cold: bool = False) -> None:
+        """Keep it no longer; unknown ones are ignored. ``cold``: nobody will ask for it, so it
+        is evicted first, pinned before or not."""
         pin = self._pins.pop(name, None)
-        if pin is not None:
-            self._pool.release(pin.holding)
+        holding = pin.holding if pin is not None else None
+        if holding is None and cold and (chain := self._ended.get(name)):
+            holding = self._adopted(chain)
+        if holding is not None:
+            self._pool.release(holding, cold)
+
+    def _adopted(self, chain: bytes) -> Holding:
+        holding = Holding(chain)
+        self._pool.adopt(holding, self._pool.lookup(holding, holding.chain_blocks))
+        return holding
 
     def expire(self, now_s: float) -> None:
         """Those that have ended by now are released."""
         for name in [name for name, pin in self._pins.items() if pin.ends_s <= now_s]:
             self.release(name)
 
-    def give_up_one(self) -> bool:
+    def give_up_one(self, now_s: float) -> bool:
         """A request needs the room: release the pin of least worth. False if there is none."""
         if not self._pins:
             return False
-        self.release(min(self._pins, key=lambda name: (self._pins[name].worth, name)))
+        worth = {name: pinned.worth_at(now_s) for name, pinned in self._pins.items()}
+        self.release(min(worth, key=lambda name: (worth[name], name)))
         return True

@@ -75,6 +75,7 @@ class Schedule:
         self.preemptions = 0
         self.missing: tuple[int, bytes] | None = None
         """If the first that waits found no room: the first block that the cache lacks of it."""
+        self._now_s = 0.0
         self._places = 0
         self._priority: int | None = None
 
@@ -105,6 +106,7 @@ class Schedule:
     def schedule(self, now_s: float) -> Batch:
         """Decide on the step that begins now: take blocks, preempt, admit."""
         batch = Batch()
+        self._now_s = now_s
         self.missing = None
         prefill = self.prefill
         budget = self._tokens_max - len(self.decodes)
@@ -113,7 +115,7 @@ class Schedule:
         if prefill is not None:
             new_tokens = min(prefill.known_tokens - prefill.computed_tokens, budget)
             blocks += self._blocks_missing(prefill, new_tokens)
-        while blocks > self.pool.free and self.pins.give_up_one():
+        while blocks > self.pool.free and self.pins.give_up_one(self._now_s):
             pass
         if blocks > self.pool.free:
             self._schedule_short_of_blocks(batch, now_s)
@@ -314,7 +316,7 @@ class Schedule:
             held = holding.blocks + hits.blocks
             needed = self.blocks_for(tokens) - held + hits.idle
             needed += self._reserved() if external else 0
-            short = needed > pool.free and self.pins.give_up_one()
+            short = needed > pool.free and self.pins.give_up_one(self._now_s)
         if self.blocks_for(tokens) - held + hits.idle > pool.free:
             taken = -1
         elif external:

@@ -212,7 +212,7 @@ class Worker:
     def _retain(self, message: Retain) -> None:
         if message.incarnation == self.incarnation:
             self._idle_beat = None
-            self.engine.retain(message.pins, message.released, self.events.now_s)
+            self.engine.retain(message, self.events.now_s)
             self.look()
 
     def _probe(self, message: Probe) -> None:

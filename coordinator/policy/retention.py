@@ -37,7 +37,8 @@ WANTED = float("inf")
 
 class Leftover(NamedTuple):
     """What an ended call has left on a worker. ``blocks``: of KV; ``recompute_s``: to have them
-    again; ``wanted``: a call that is queued or computed begins with it; ``pinned``: already."""
+    again; ``wanted``: a call that is queued or computed begins with it; ``pinned``: already;
+    ``age_s``: since it was used last."""
 
     name: str
     blocks: int
@@ -45,6 +46,7 @@ class Leftover(NamedTuple):
     reuse: Reuse
     wanted: bool
     pinned: bool
+    age_s: float
 
 
 class Keep(NamedTuple):

@@ -12,7 +12,7 @@ probable is another one, and when? Times are counted in classes that double, and
 from __future__ import annotations
 
 from collections import OrderedDict
-from math import exp2, log2
+from math import exp2, frexp
 from typing import NamedTuple
 
 USES_MOST = 3
@@ -22,6 +22,7 @@ LEAST_S = 0.05
 """The first class ends there, the next at twice that, and so on."""
 FADING = 0.98
 """What is left of a count's weight at the next one."""
+LATE_SHARE = 0.9
 PRIOR_WANTED, PRIOR_IDLE = 0.5, 0.5
 """What every agent begins with, so that nothing is certain."""
 
@@ -41,11 +42,13 @@ NEVER = Reuse(0.0, 0.0, 0.0)
 class Delays:
     """Of calls that were used so often: how many were again, after how long; how many not."""
 
-    __slots__ = ("idle", "wanted")
+    __slots__ = ("_known", "idle", "wanted")
 
     def __init__(self) -> None:
         self.wanted = [0.0] * CLASSES
         self.idle = PRIOR_IDLE
+        self._known: dict[int, Reuse] = {}
+        """What was answered since the last count, by class."""
 
     @property
     def samples(self) -> float:
@@ -63,30 +66,33 @@ class Delays:
         self.idle += 1.0
 
     def _fade(self) -> None:
-        for at in range(CLASSES):
-            self.wanted[at] *= FADING
+        self._known.clear()
+        self.wanted = [count * FADING for count in self.wanted]
         self.idle = PRIOR_IDLE + (self.idle - PRIOR_IDLE) * FADING
 
     def after(self, elapsed_s: float) -> Reuse:
-        """What is to be expected when ``elapsed_s`` have passed without a use."""
+        """What is to be expected when ``elapsed_s`` have passed without a use.
+
+        Time counts as passed up to the beginning of its class.
+        """
         first = _class_of(elapsed_s)
-        left = self.wanted[first:]
-        total = sum(left)
+        known = self._known.get(first)
+        if known is None:
+            known = self._known[first] = self._after(first)
+        return known
+
+    def _after(self, first: int) -> Reuse:
+        total = sum(self.wanted[first:])
         if total <= 0.0:
             return NEVER
-        # Of the class that is under way so much is left as is left of its time.
-        begin_s, end_s = _bounds(first)
-        left[0] *= min(1.0, max(0.0, (end_s - elapsed_s) / (end_s - begin_s)))
-        total = sum(left)
-        if total <= 0.0:
-            return NEVER
+        begin_s, _ = _bounds(first)
         expected_s = late_s = passed = 0.0
-        for at, count in enumerate(left, first):
+        for at in range(first, CLASSES):
+            count = self.wanted[at]
             low_s, high_s = _bounds(at)
-            middle_s = max(0.0, 0.5 * (max(low_s, elapsed_s) + high_s) - elapsed_s)
-            expected_s += count * middle_s
-            if passed < 0.9 * total:
-                late_s = high_s - elapsed_s
+            expected_s += count * (0.5 * (low_s + high_s) - begin_s)
+            if passed < LATE_SHARE * total:
+                late_s = high_s - begin_s
             passed += count
         probability = total / (total + self.idle + PRIOR_WANTED)
         return Reuse(probability, expected_s / total, late_s)
@@ -121,7 +127,7 @@ class ReuseBook:
 def _class_of(seconds: float) -> int:
     if seconds < LEAST_S:
         return 0
-    return min(CLASSES - 1, 1 + int(log2(seconds / LEAST_S)))
+    return min(CLASSES - 1, frexp(seconds / LEAST_S)[1])
 
 
 def _bounds(at: int) -> tuple[float, float]:
