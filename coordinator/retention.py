@@ -233,7 +233,7 @@ class Retention:
                     released.append(tail.name)
                 continue
             if self._is_due(tail, keep, now_s):
-                self._state.counters["pins"] += tail.ends_s <= now_s
+                self._state.counters["pins"] += tail.ends_s == 0.0
                 tail.ends_s = now_s + keep.hold_s
                 age_s = now_s - tail.last_s
                 worth = min(WORTH_MOST, keep.worth * max(SOON_S, age_s))
