@@ -26,6 +26,7 @@ from collections import OrderedDict
 
 import msgspec
 
+from coordinator.errands import Errands
 from coordinator.kv_index import KvIndex
 from coordinator.limits import Placement
 from coordinator.pace import Pace
@@ -115,8 +116,10 @@ class Calls:
         placer: Placer | None = None,
         *,
         retention: Retention,
+        errands: Errands,
     ) -> None:
         self._retention = retention
+        self._errands = errands
         self._state = state
         self._index = index
         self._standing = standing
@@ -446,6 +449,9 @@ class Calls:
         state = self._state
         decode = state.workers[choice.decode]
         prefill = state.workers[choice.prefill] if choice.prefill else None
+        for worker in (decode, prefill):
+            if worker is not None and self._errands.open:
+                self._errands.planned(worker)
         key = call.key
         call.decode, call.decode_blocks = decode, choice.decode_blocks
         decode.decodes[key] = call

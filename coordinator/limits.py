@@ -170,6 +170,8 @@ class Placement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What calls of live runs have left in caches is kept from eviction while that is worth it."""
     retained_share: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] = 0.5
     """Of a worker's KV blocks, at most so many are kept so."""
+    warm_up: bool = False
+    """Static prompts of declared agents are computed on idle workers before a call asks."""
 
     @property
     def roles_shared(self) -> bool:

@@ -327,6 +327,19 @@ class Checked(Message, frozen=True, gc=False, tag=True):
     phase: CheckedPhase
 
 
+ErrandOutcome = Literal["done", "failed", "unknown"]
+
+
+class ErrandDone(Message, frozen=True, gc=False, tag=True):
+    """An errand is over. ``unknown``: this process has not the tokens for it."""
+
+    api: str
+    errand: int
+    outcome: ErrandOutcome
+    computed_tokens: int = 0
+    elapsed_s: float = 0.0
+
+
 class Inspect(Message, frozen=True, gc=False, tag=True):
     """Anyone allowed to connect asks for a ``Snapshot``."""
 
@@ -598,6 +611,25 @@ class Stop(Message, frozen=True, gc=False, tag=True):
     reason: str
 
 
+class Errand(Message, frozen=True, gc=False, tag=True):
+    """Work for calls that have not come yet, to be carried out within ``budget_s`` and answered
+    with ``ErrandDone``. ``warm``: compute the static prompt of ``agent`` in the declared graph on
+    ``target``."""
+
+    errand: int
+    kind: Literal["warm"]
+    target: Placed
+    graph_digest: str
+    agent: str
+    budget_s: float
+
+
+class DropErrand(Message, frozen=True, gc=False, tag=True):
+    """Stop an errand at once, without an answer: a call needs the worker."""
+
+    errand: int
+
+
 # --- core -> whoever asked ----------------------------------------------------------
 
 
@@ -797,7 +829,9 @@ class UtilityReply(Message, frozen=True, gc=False, tag=True):
 
 
 WorkerToCore = Ready | Beat | KvChanges | Leaving | Probed | ProbeFinished
-ApiToCore = Hello | ApiBeat | Submit | Prefilled | Started | Finished | Failed | Checked
+ApiToCore = (
+    Hello | ApiBeat | Submit | Prefilled | Started | Finished | Failed | Checked | ErrandDone
+)
 AboutWorkflows = (
     DeclareWorkflow
     | StaticPrefixes
@@ -826,6 +860,8 @@ CoreToApi = (
     | Stop
     | Snapshot
     | WorkflowAnswer
+    | Errand
+    | DropErrand
 )
 ApiToWorker = Prefill | Decode | Abort | Discard | Utility
 WorkerToApi = PrefillDone | Deltas | CallFailed | UtilityReply
