@@ -155,6 +155,11 @@ _STICKY: dict[str, object] = {"policy": "cache_aware", "sticky": True}
 BASELINES: Mapping[str, Baseline] = {
     "pythia": Baseline("Pythia's own placement with all its mechanisms", "split"),
     "pythia-mixed": Baseline("the same, all workers may do everything", "mixed"),
+    "pythia-retention": Baseline(
+        "and what calls to come are likely to ask for is kept from eviction",
+        "split",
+        {"retention": True},
+    ),
     # --- other systems ---
     "aggregated-round-robin": Baseline(
         "aggregated, one worker after the other",
@@ -275,9 +280,6 @@ BASELINES: Mapping[str, Baseline] = {
     ),
     "pythia-no-single-flight": Baseline(
         "a prompt counts as held only when it is computed", "split", {"single_flight": False}
-    ),
-    "pythia-no-retention": Baseline(
-        "nothing is kept from eviction for calls to come", "split", {"retention": False}
     ),
     "pythia-no-siblings": Baseline(
         "calls of one group are placed one by one", "split", {"siblings_together": False}

@@ -36,6 +36,7 @@ engine:
   block_size: {BLOCK_TOKENS}
   max_model_len: 2048
   max_num_seqs: 16
+  kv_cache_memory_bytes: 268435456
   num_gpu_blocks_override: {KV_BLOCKS}
 workers:
   - {{name: worker-0, role: mixed}}
@@ -45,6 +46,8 @@ api:
   arguments: {{enable_prompt_tokens_details: true}}
 coordinator:
   port: 0
+placement:
+  retention: true
 """
 ROUNDS = 6
 PROMPT_TOKENS = 20 * BLOCK_TOKENS
