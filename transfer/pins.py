@@ -79,6 +79,11 @@ class Pins:
         return len(self._pins)
 
     @property
+    def remembered(self) -> int:
+        """Ended requests that could be pinned."""
+        return len(self._ended)
+
+    @property
     def only_pinned(self) -> int:
         """Blocks that nobody but pins holds."""
         pinned = Counter(block.block_id for pin in self._pins.values() for block in pin.blocks)
@@ -89,6 +94,8 @@ class Pins:
     def ended(self, name: str, hashes: Sequence[Any]) -> None:
         """A request is over; ``hashes`` of its full blocks."""
         self._forget(name)
+        if not hashes:
+            return
         kept = self._ended[name] = list(hashes)
         self._remembered += len(kept)
         self._users.update(kept)

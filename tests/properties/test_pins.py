@@ -183,6 +183,14 @@ def test_pins_end_by_themselves_and_orders_survive_the_wire() -> None:
     assert world.pool.get_num_free_blocks() == POOL_BLOCKS - 1
 
 
+def test_no_more_is_remembered_than_there_is_room_for() -> None:
+    world = Requests()
+    for number in range(1000):
+        world.pins.ended(f"nothing-{number}", [])
+        world.pins.ended(f"some-{number}", text(f"{number}", 10))
+    assert world.pins.remembered == 2 * POOL_BLOCKS // 10
+
+
 works = st.tuples(st.sampled_from("abcd"), st.integers(1, 12), st.sampled_from("abcd"))
 steps = st.lists(st.one_of(works, orders), max_size=40)
 
