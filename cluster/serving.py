@@ -34,7 +34,7 @@ from coordinator import protocol
 from coordinator.link import BAD_FRAME, BadBody, ControlLink, GarbageCounter
 from coordinator.protocol import engine_request_id
 from coordinator.sockets import make_socket
-from decode.worker import decode_request, discard_request
+from decode.worker import decode_request, discard_request, retain_request
 from prefill.worker import first_output, prefill_request, prefill_result
 from transfer import handle as handles
 from transfer.lease import Spent
@@ -121,6 +121,9 @@ class Worker:
             engine.vllm_config, config.served_model_name, float(config.kv_lease_s)
         )
         self.spent = Spent()
+        self._orders = 0
+        self._pins_end_s = 0.0
+        """When the last pin ends that the engine was told of; 0 if it is over."""
         self.kv: KvListener | None = None
         if endpoints is not None:
             name, send = config.name, self.link.send
@@ -190,9 +193,9 @@ class Worker:
                 self._spawn(self._probe(message))
             case protocol.ProbeRead():
                 self._spawn(self._probe_read(message))
-            case protocol.KvResync():
-                if self.kv is not None and message.incarnation == self.incarnation:
-                    self.kv.resync()
+            case protocol.KvResync() | protocol.Retain():
+                if message.incarnation == self.incarnation:
+                    self._on_cache(message)
             case protocol.Leave():
                 logger.info("told to leave: %s", message.reason)
                 self.stopping.set()
@@ -202,6 +205,12 @@ class Worker:
                     self.kv.begin()
             case protocol.Refused() | protocol.Unknown():
                 raise AssertionError("the link keeps these to itself")
+
+    def _on_cache(self, message: protocol.KvResync | protocol.Retain) -> None:
+        if isinstance(message, protocol.Retain):
+            self._spawn(self._retain(message))
+        elif self.kv is not None:
+            self.kv.resync()
 
     async def _probe(self, message: protocol.Probe) -> None:
 
@@ -428,6 +437,20 @@ class Worker:
         request = discard_request([0], f"discard-{message.request}", message.attempt, handle)
         await self.engine.engine_core.add_request_async(request)
 
+    async def _retain(self, order: protocol.Retain) -> None:
+        """Have the engine pin and release; and once more when the last pin has ended, as an engine
+        at rest looks at nothing by itself."""
+        self._orders += 1
+        await self.engine.engine_core.add_request_async(retain_request(order, self._orders))
+        ends_s = max((pin.hold_s for pin in order.pins), default=0.0)
+        if ends_s:
+            self._pins_end_s = max(self._pins_end_s, time.monotonic() + ends_s)
+
+    def _end_pins(self) -> None:
+        if self._pins_end_s and time.monotonic() > self._pins_end_s:
+            self._pins_end_s = 0.0
+            self._spawn(self._retain(protocol.Retain(self.incarnation)))
+
     async def _utility(self, api: bytes, message: protocol.Utility, arguments: list[Any]) -> None:
         error = ""
         result: object = None
@@ -541,6 +564,7 @@ class Worker:
         while not self.engine.errored:
             await asyncio.sleep(ENGINE_WATCH_S)
             self._pay()
+            self._end_pins()
         raise RuntimeError("the engine died; its story is in the log above")
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:

@@ -28,6 +28,7 @@ from collections import OrderedDict
 
 import msgspec
 
+from coordinator.errands import Errands
 from coordinator.kv_index import KvIndex
 from coordinator.limits import Placement
 from coordinator.pace import Pace
@@ -55,6 +56,7 @@ from coordinator.protocol import (
     WorkerUp,
 )
 from coordinator.pulls import Pulls
+from coordinator.retention import Retention
 from coordinator.standing import Standing
 from coordinator.state import Api, Call, CallKey, CallPhase, State, Worker
 from coordinator.view import call_status
@@ -118,7 +120,12 @@ class Calls:
         tracker: Tracker,
         pace: Pace,
         placer: Placer | None = None,
+        *,
+        retention: Retention,
+        errands: Errands,
     ) -> None:
+        self._retention = retention
+        self._errands = errands
         self._state = state
         self._index = index
         self._standing = standing
@@ -434,6 +441,7 @@ class Calls:
             self.groups.setdefault((api.name, message.group), Group()).calls += 1
         state.counters["calls_submitted"] += 1
         self._tracker.opened(call, now_s)
+        self._retention.opened(call, now_s)
         self._wait(call, now_s)
 
     def _wait(self, call: Call, now_s: float) -> None:
@@ -465,6 +473,9 @@ class Calls:
         state = self._state
         decode = state.workers[choice.decode]
         prefill = state.workers[choice.prefill] if choice.prefill else None
+        for worker in (decode, prefill):
+            if worker is not None and self._errands.open:
+                self._errands.planned(worker)
         key = call.key
         call.decode, call.decode_blocks = decode, choice.decode_blocks
         decode.decodes[key] = call
@@ -550,6 +561,7 @@ class Calls:
         self._pulls.release(call)
         self._pace.started(call, now_s)
         self._index.stored(call.decode.name, call.submit.block_hashes)
+        self._retention.decoding(call, now_s)
         call.move(CallPhase.DECODING, now_s, why)
         call.overdue = 0
         self._set_due(call, now_s + self._phase_s(call))
@@ -656,6 +668,7 @@ class Calls:
         if call.phase is CallPhase.QUEUED:
             self.queue.remove(call)
             state.room_changed = True
+        left_on = call.prefill if finished is not None and finished.undecoded else call.decode
         self._release(call, now_s)
         call.move(phase, now_s, why)
         del call.api.calls[call.request]
@@ -664,6 +677,8 @@ class Calls:
         if call.submit.group:
             self._leave_group(call)
         self._tracker.closed(call, finished, now_s)
+        done = finished if phase is CallPhase.FINISHED else None
+        self._retention.ended(call, left_on, done, now_s)
         if finished is not None and phase is CallPhase.FINISHED:
             self._pace.finished(call, finished)
         if call.plans:

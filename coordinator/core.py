@@ -22,6 +22,7 @@ import zlib
 from collections import OrderedDict
 
 from coordinator.calls import Calls, worker_up
+from coordinator.errands import Errands
 from coordinator.invariants import check_all
 from coordinator.kv_index import KvIndex
 from coordinator.kv_sync import KvSync
@@ -40,6 +41,7 @@ from coordinator.protocol import (
     DeclareWorkflow,
     DropWorkflow,
     EndRun,
+    ErrandDone,
     Failed,
     Finished,
     Hello,
@@ -69,6 +71,7 @@ from coordinator.protocol import (
     WorkerGone,
     WorkerToCore,
 )
+from coordinator.retention import Retention
 from coordinator.roles import Roles
 from coordinator.speeds import Speeds
 from coordinator.standing import Standing
@@ -140,8 +143,22 @@ class Core:
         self._registry = Registry(workflow_limits, self._learner, keeps)
         self._tracker = Tracker(self._state, workflow_limits, self._registry, self._learner)
         self._pace = Pace(self._learner)
+        self._retention = Retention(
+            self._state, self._index, placement, self._tracker.runs, self._pace
+        )
+        self._errands = Errands(
+            self._state, self._index, placement, self._registry, self._tracker.runs
+        )
         self._calls = Calls(
-            self._state, self._index, self._standing, placement, self._tracker, self._pace, placer
+            self._state,
+            self._index,
+            self._standing,
+            placement,
+            self._tracker,
+            self._pace,
+            placer,
+            retention=self._retention,
+            errands=self._errands,
         )
         self._foresight = Foresight(self._learner, workflow_limits)
         self._desk = Desk(
@@ -196,6 +213,7 @@ class Core:
                 | EndRun()
             ):
                 self._desk.asked(peer, message, now_s)
+                self._errands.wake(now_s)
             case _:
                 self._from_api(peer, message, now_s)
         self._calls.dispatch(now_s)
@@ -216,6 +234,10 @@ class Core:
                 self._api_due(self._state.apis[names[0]], now_s)
             elif kind == "roles":
                 self._roles.due(now_s)
+            elif kind == "retention":
+                self._retention.look(now_s)
+            elif kind == "errands":
+                self._errands.look(now_s)
             elif kind == "run":
                 self._run_due(RunKey(*names), now_s)
             else:
@@ -315,6 +337,8 @@ class Core:
         self._standing.check(self._state.workers.values())
         self._kv_sync.check()
         self._tracker.check()
+        self._retention.check()
+        self._errands.check()
         self._registry.check()
         assert len(self._latest) <= 4 * self._limits.workers
         assert len(self._retired) <= 4 * self._limits.workers
@@ -466,6 +490,8 @@ class Core:
             state.send(api.peer, WorkerGone(worker.name, worker.incarnation, reason))
         self._pairs.remove(worker, now_s)
         self._roles.watch(now_s)
+        self._retention.worker_lost(worker)
+        self._errands.worker_lost(worker)
         self._calls.worker_lost(worker, now_s)
 
     def _retire(self, name: str, incarnation: str, why: str) -> None:
@@ -499,7 +525,15 @@ class Core:
     def _about_call(
         self,
         api: Api,
-        message: ApiBeat | Submit | Pulled | Prefilled | Started | Finished | Failed | Checked,
+        message: ApiBeat
+        | Submit
+        | Pulled
+        | Prefilled
+        | Started
+        | Finished
+        | Failed
+        | Checked
+        | ErrandDone,
         now_s: float,
     ) -> None:
         match message:
@@ -517,6 +551,8 @@ class Core:
                 self._calls.failed(api, message, now_s)
             case Checked():
                 self._calls.checked(api, message, now_s)
+            case ErrandDone():
+                self._errands.done(api, message, now_s)
             case ApiBeat():
                 self._state.send(api.peer, Alive(self.core_id))
 
@@ -550,6 +586,7 @@ class Core:
             self._state.deadlines.set(("api", api.name), lost_s)
             return
         self._calls.api_lost(api, now_s)
+        self._errands.api_lost(api)
         del self._state.apis[api.name]
         self._state.counters["apis_lost"] += 1
 

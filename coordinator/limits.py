@@ -171,6 +171,13 @@ class Placement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``cost``: 0 takes the cheapest worker; above it draws by a softmax over the costs."""
     ratio: Ratio = Ratio()
     """How many workers prefill and how many decode."""
+    retention: bool = False
+    """What calls of live runs have left in caches is kept from eviction while that is worth it, and
+    what will not be asked for again is evicted first."""
+    retained_share: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] = 0.5
+    """Of a worker's KV blocks, at most so many are kept so."""
+    warm_up: bool = False
+    """Static prompts of declared agents are computed on idle workers before a call asks."""
 
     @property
     def roles_shared(self) -> bool:

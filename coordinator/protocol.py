@@ -126,6 +126,8 @@ class Load(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     external_tokens_total: int = 0
     preemptions_total: int = 0
     garbage_frames_total: int = 0
+    kv_blocks_pinned: int = 0
+    """Kept for calls to come (``Retain``), and not in use: free for whoever needs them."""
 
 
 class LinkLoad(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
@@ -341,6 +343,19 @@ class Pulled(Message, frozen=True, gc=False, tag=True):
     missing: bool = False
 
 
+ErrandOutcome = Literal["done", "failed", "unknown"]
+
+
+class ErrandDone(Message, frozen=True, gc=False, tag=True):
+    """An errand is over. ``unknown``: this process has not the tokens for it."""
+
+    api: str
+    errand: int
+    outcome: ErrandOutcome
+    computed_tokens: int = 0
+    elapsed_s: float = 0.0
+
+
 class Inspect(Message, frozen=True, gc=False, tag=True):
     """Anyone allowed to connect asks for a ``Snapshot``."""
 
@@ -508,6 +523,29 @@ class KvResync(Message, frozen=True, gc=False, tag=True):
     incarnation: str
 
 
+class Pin(msgspec.Struct, frozen=True, gc=False):
+    """Keep what an ended request has left in the cache from eviction, for ``hold_s`` seconds from
+    now, whatever was said of it before. ``name``: ``engine_request_id``. Where requests need the
+    room, the pins of the least worth are given up first: ``worth`` for a second since it was used
+    last, which was ``age_s`` ago, half of it for two, and so on."""
+
+    name: str
+    hold_s: float
+    worth: float
+    age_s: float = 0.0
+
+
+class Retain(Message, frozen=True, gc=False, tag=True):
+    """Pins to set, renew or shorten, and names of those to release. ``unneeded``: what these have
+    left will not be asked for again, and is to be evicted before everything else, if nothing else
+    goes on from it. Unknown names do nothing."""
+
+    incarnation: str
+    pins: list[Pin] = []
+    released: list[str] = []
+    unneeded: list[str] = []
+
+
 class Leave(Message, frozen=True, gc=False, tag=True):
     """The cluster is being stopped: finish up and exit."""
 
@@ -590,6 +628,25 @@ class Stop(Message, frozen=True, gc=False, tag=True):
     attempt: int
     status: int
     reason: str
+
+
+class Errand(Message, frozen=True, gc=False, tag=True):
+    """Work for calls that have not come yet, to be carried out within ``budget_s`` and answered
+    with ``ErrandDone``. ``warm``: compute the static prompt of ``agent`` in the declared graph on
+    ``target``."""
+
+    errand: int
+    kind: Literal["warm"]
+    target: Placed
+    graph_digest: str
+    agent: str
+    budget_s: float
+
+
+class DropErrand(Message, frozen=True, gc=False, tag=True):
+    """Stop an errand at once, without an answer: a call needs the worker."""
+
+    errand: int
 
 
 # --- core -> whoever asked ----------------------------------------------------------
@@ -801,7 +858,18 @@ class UtilityReply(Message, frozen=True, gc=False, tag=True):
 
 
 WorkerToCore = Ready | Beat | KvChanges | Leaving | Probed | ProbeFinished
-ApiToCore = Hello | ApiBeat | Submit | Prefilled | Started | Finished | Failed | Checked | Pulled
+ApiToCore = (
+    Hello
+    | ApiBeat
+    | Submit
+    | Pulled
+    | Prefilled
+    | Started
+    | Finished
+    | Failed
+    | Checked
+    | ErrandDone
+)
 AboutWorkflows = (
     DeclareWorkflow
     | StaticPrefixes
@@ -816,7 +884,7 @@ AboutWorkflows = (
     | EndRun
 )
 ToCore = WorkerToCore | ApiToCore | Inspect | AboutWorkflows
-CoreToWorker = Welcome | Refused | Unknown | Probe | ProbeRead | KvResync | Leave
+CoreToWorker = Welcome | Refused | Unknown | Probe | ProbeRead | KvResync | Leave | Retain
 CoreToApi = (
     Welcome
     | Refused
@@ -830,6 +898,8 @@ CoreToApi = (
     | Stop
     | Snapshot
     | WorkflowAnswer
+    | Errand
+    | DropErrand
 )
 ApiToWorker = Prefill | Decode | Abort | Discard | Utility
 WorkerToApi = PrefillDone | Deltas | CallFailed | UtilityReply

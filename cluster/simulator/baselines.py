@@ -155,7 +155,7 @@ def _limits(baseline: Baseline, limits: Limits) -> Changes:
     )
 
 
-_ROUTED: dict[str, object] = {"reserve": False}
+_ROUTED: dict[str, object] = {"reserve": False, "retention": False}
 _AGGREGATED = _ROUTED | {"disaggregated": "never"}
 _STATIC = _ROUTED | {"disaggregated": "always"}
 _STICKY: dict[str, object] = {"policy": "cache_aware", "sticky": True}
@@ -165,6 +165,11 @@ BASELINES: Mapping[str, Baseline] = {
     "pythia-mixed": Baseline("the same, all workers may do everything", "mixed"),
     "pythia-random": Baseline(
         "the same, everything that is predicted is wrong at random", "split", predictions="random"
+    ),
+    "pythia-retention": Baseline(
+        "and what calls to come are likely to ask for is kept from eviction",
+        "split",
+        {"retention": True},
     ),
     # --- other systems ---
     "aggregated-round-robin": Baseline(

@@ -120,6 +120,7 @@ def random_setup(rng: random.Random) -> ClusterSetup:
         placement=Placement(
             remote_prefill_min_tokens=rng.choice((1, 16, 256)),
             reserve_output_tokens=rng.choice((16, 256)),
+            retention=True,
         ),
         api_servers=rng.randint(1, 2),
     )

@@ -101,7 +101,7 @@ async def _serve(start: ApiStart) -> int:
     )
     await init_app_state(client, app.state, arguments, ("generate",))
     prompts = StaticPrompts(core, prompt_tokens(app.state.serving_tokenization))
-    app.state.static_prompts = prompts
+    app.state.static_prompts = core.errands.prompts = prompts
     telling = asyncio.create_task(prompts.keep_told(), name="static prompts")
     running = asyncio.create_task(core.run(), name="core link")
     serving = asyncio.create_task(_serve_http(app, arguments, start), name="HTTP server")

@@ -81,7 +81,13 @@ LIMITS = Limits(
     story_lines=6,
 )
 # Of more than one worker only a few are compared, as in a large cluster.
-PLACEMENT = Placement(remote_prefill_min_tokens=8, reserve_output_tokens=8, compared_workers=1)
+PLACEMENT = Placement(
+    remote_prefill_min_tokens=8,
+    reserve_output_tokens=8,
+    compared_workers=1,
+    retention=True,
+    warm_up=True,
+)
 REACTIVE = Placement(
     policy="cache_aware",
     sticky=True,
