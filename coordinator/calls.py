@@ -28,11 +28,12 @@ import msgspec
 
 from coordinator.kv_index import KvIndex
 from coordinator.limits import Placement
+from coordinator.ordering import Ordering
 from coordinator.pace import Pace
 from coordinator.placing import Placing
 from coordinator.policy.placement import Ask, Choice, Decision, Impossible, Wait
 from coordinator.policy.placer import Placer
-from coordinator.policy.queue import CallQueue, CompletionRate, rank
+from coordinator.policy.queue import CallQueue, CompletionRate
 from coordinator.protocol import (
     BLOCK_HASH_BYTES,
     CallContext,
@@ -126,7 +127,11 @@ class Calls:
         self.groups: dict[tuple[str, str], Group] = {}
         self.sessions: OrderedDict[Session, str] = OrderedDict()
         """Where the last call of each went, if placement is sticky."""
-        self.queue = CallQueue(placer.rank if placer is not None else rank)
+        self.queue: CallQueue | Ordering
+        if placer is not None:
+            self.queue = CallQueue(state.limits.queue_s, placer.rank)
+        else:
+            self.queue = Ordering(state, placement, tracker.learner, pace)
         self.recent: OrderedDict[CallKey, Ended] = OrderedDict()
 
     # --- what API processes say ---------------------------------------------------
@@ -189,6 +194,7 @@ class Calls:
                 elif not message.undecoded:
                     self._to_decoding(call, now_s, "finished")
             self._learn(call, message)
+            self.queue.wasted(call, message, now_s)
         self._end(call, phase, now_s, message.outcome, finished=message)
 
     def failed(self, api: Api, message: Failed, now_s: float) -> None:
@@ -276,7 +282,7 @@ class Calls:
     def dispatch(self, now_s: float) -> None:
         """Plan waiting calls in order until one has to wait on."""
         while self._state.room_changed:
-            call = self.queue.head
+            call = self.queue.first(now_s)
             if call is None:
                 break
             decision = self._place(call, now_s)
@@ -287,6 +293,7 @@ class Calls:
                 self._refuse(call, 503, decision.reason, now_s)
             else:
                 assert isinstance(decision, Wait)
+                self.queue.blocked(call, now_s)
                 break
         self._state.room_changed = False
 
@@ -414,9 +421,9 @@ class Calls:
 
     def _wait(self, call: Call, now_s: float) -> None:
         """Into the queue; whoever is first there may be placed at once."""
-        self.queue.push(call)
-        self._set_due(call, now_s + self._state.limits.queue_s)
-        if self.queue.head is call:
+        self.queue.push(call, now_s)
+        self._set_due(call, now_s + self.queue.longest_s(call))
+        if self.queue.first(now_s) is call:
             self._state.room_changed = True
 
     def _place(self, call: Call, now_s: float) -> Decision:
@@ -468,6 +475,7 @@ class Calls:
             reason=choice.reason,
         )
         call.overdue = 0
+        self.queue.planned(call, now_s)
         if call.submit.group:
             group = self.groups[call.api.name, call.submit.group]
             group.worker = group.worker or decode.name
@@ -622,6 +630,7 @@ class Calls:
         if call.submit.group:
             self._leave_group(call)
         self._tracker.closed(call, finished, now_s)
+        self.queue.ended(call, finished, now_s)
         if finished is not None and phase is CallPhase.FINISHED:
             self._pace.finished(call, finished)
         if call.plans:

@@ -217,6 +217,7 @@ class Core:
                 self._run_due(RunKey(*names), now_s)
             else:
                 self._pairs.due((names[0], names[1]), now_s)
+        self._calls.queue.tick(now_s)
         self._calls.dispatch(now_s)
         return self._state.take_outbox()
 
@@ -420,6 +421,8 @@ class Core:
         return ""
 
     def _beat(self, worker: Worker, message: Beat, now_s: float) -> None:
+        if message.load.preemptions_total > worker.load.preemptions_total:
+            self._calls.queue.preempted(now_s)
         worker.beat(message.load, message.links)
         self._standing.touch(worker)
         self._state.room_changed = True
