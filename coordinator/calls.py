@@ -26,6 +26,7 @@ from collections import OrderedDict
 
 import msgspec
 
+from coordinator.explaining import Explanations
 from coordinator.kv_index import KvIndex
 from coordinator.limits import Placement
 from coordinator.ordering import Ordering
@@ -127,6 +128,7 @@ class Calls:
         self.groups: dict[tuple[str, str], Group] = {}
         self.sessions: OrderedDict[Session, str] = OrderedDict()
         """Where the last call of each went, if placement is sticky."""
+        self.explanations = Explanations(state.limits.explained_calls)
         self.queue: CallQueue | Ordering
         if placer is not None:
             self.queue = CallQueue(state.limits.queue_s, placer.rank)
@@ -475,7 +477,8 @@ class Calls:
             reason=choice.reason,
         )
         call.overdue = 0
-        self.queue.planned(call, now_s)
+        entry = self.queue.planned(call, now_s)
+        self.explanations.planned(call, choice, entry, len(self.queue), now_s)
         if call.submit.group:
             group = self.groups[call.api.name, call.submit.group]
             group.worker = group.worker or decode.name
@@ -640,6 +643,7 @@ class Calls:
             # Should it be alive after all and still wait for a plan, it must not wait for ever.
             answer = Stop(call.request, call.attempt, 503, why)
         row = call_status(call, now_s, finished, "" if finished else why)
+        self.explanations.ended(call, row)
         over = call.attempt if answered is None else answered
         self.recent[call.key] = Ended(row, over, answer)
         while len(self.recent) > state.limits.recent_calls:

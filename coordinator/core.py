@@ -21,6 +21,8 @@ import itertools
 import zlib
 from collections import OrderedDict
 
+import msgspec
+
 from coordinator.calls import Calls, worker_up
 from coordinator.invariants import check_all
 from coordinator.kv_index import KvIndex
@@ -54,6 +56,7 @@ from coordinator.protocol import (
     Ready,
     Refused,
     Role,
+    ShowCall,
     ShowFigures,
     ShowForecast,
     ShowWorkflow,
@@ -67,6 +70,7 @@ from coordinator.protocol import (
     Welcome,
     WorkerGone,
     WorkerToCore,
+    WorkflowAnswer,
 )
 from coordinator.roles import Roles
 from coordinator.speeds import Speeds
@@ -179,6 +183,8 @@ class Core:
                 self._from_worker(peer, message, now_s)
             case Inspect():
                 self._state.send(peer, self.snapshot(message.token, now_s))
+            case ShowCall():
+                self._explain(peer, message)
             case (
                 DeclareWorkflow()
                 | StaticPrefixes()
@@ -197,6 +203,15 @@ class Core:
                 self._from_api(peer, message, now_s)
         self._calls.dispatch(now_s)
         return self._state.take_outbox()
+
+    def _explain(self, peer: Peer, message: ShowCall) -> None:
+        found = self._calls.explanations.of(message.request, message.tenant, self._state.block_size)
+        if found is None:
+            problem = f"no call {message.request[:64]!r} is known, or not any more"
+            answer = WorkflowAnswer(message.token, 404, problems=[problem])
+        else:
+            answer = WorkflowAnswer(message.token, 200, msgspec.json.encode(found))
+        self._state.send(peer, answer)
 
     def tick(self, now_s: float) -> list[Send]:
         """Time passed: everything due by ``now_s`` happens."""

@@ -66,6 +66,9 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Longest wait of a new run's calls for runs that have begun, where ``Placement.admission``
     asks for it; then they wait ``queue_s`` for a plan as others do."""
 
+    explained_calls: NotNegative = 256
+    """Calls whose decisions are kept for people to ask about."""
+
     @property
     def wait_s(self) -> float:
         """Longest wait of any call for a plan."""

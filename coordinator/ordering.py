@@ -49,6 +49,8 @@ class Entry(msgspec.Struct, gc=False):
     waited_s: float = 0.0
     served_s: float = 0.0
     """What its tenant had been served when it was planned."""
+    waited_for: str = "nothing"
+    """Or ``room``, ``others``, ``runs``."""
 
 
 class Ordering:
@@ -98,11 +100,9 @@ class Ordering:
         entry = self._entries.get(call.key)
         if entry is None:
             entry = self._opened(call, now_s)
-        entry.since_s = now_s
+        entry.since_s, entry.waited_for = now_s, "nothing"
         run = entry.run
-        entry.door = (
-            self._gated and run is not None and not run.begun and call.plans == 0
-        )
+        entry.door = self._gated and run is not None and not run.begun and call.plans == 0
         if entry.door:
             self._door.append((now_s, call.key))
         if run is not None:
@@ -141,6 +141,8 @@ class Ordering:
     def blocked(self, call: Call, now_s: float) -> None:
         """Who is next finds no room."""
         entry = self._entries[call.key]
+        if entry.waited_for != "runs":
+            entry.waited_for = "room"
         late = now_s - entry.since_s >= PATIENCE_S
         if self._gated and entry.run is not None and entry.run.begun and late:
             self.gate.crowded(self._under_way(now_s), len(self._state.workers), now_s)
@@ -152,10 +154,12 @@ class Ordering:
 
     # --- what becomes of calls ------------------------------------------------------------
 
-    def planned(self, call: Call, now_s: float) -> None:
-        """A call has a plan; it does not wait any more."""
+    def planned(self, call: Call, now_s: float) -> Entry:
+        """A call has a plan; it does not wait any more. What was known of it."""
         entry = self._entries[call.key]
         entry.waited_s = now_s - entry.since_s
+        if entry.waited_s > 0.0 and entry.waited_for == "nothing":
+            entry.waited_for = "runs" if entry.door else "others"
         entry.served_s = self._queue.served_s(entry.tenant)
         if call.plans == 1:
             self._queue.serve(entry.tenant, entry.effort.own_s)
@@ -165,6 +169,7 @@ class Ordering:
             self._active[run] = None
             for other in list(self._of_run.get(run, {}).values()):
                 self._let_in(other)
+        return entry
 
     def ended(self, call: Call, finished: Finished | None, now_s: float) -> None:
         """A call is over, by whatever way; it does not wait any more."""
@@ -267,9 +272,7 @@ class Ordering:
         key = float(call.submitted_s)
         if self._reckons:
             deadline_s = call.deadline_s if submit.deadline_s else None
-            key = key_s(
-                key, entry.effort.left_s, self._typical_s, placement.aging_s, deadline_s
-            )
+            key = key_s(key, entry.effort.left_s, self._typical_s, placement.aging_s, deadline_s)
         entry.rank = (call.plans == 0, submit.priority, key, call.arrival)
         entry.waits = True
         self._queue.push(entry.tenant, entry.rank, call, entry.door)

@@ -65,9 +65,7 @@ class Gate:
         self.cuts += 1
         self._cut_s = now_s
 
-    def wasted(
-        self, seconds: float, workers: int, active: int, least: int, now_s: float
-    ) -> None:
+    def wasted(self, seconds: float, workers: int, active: int, least: int, now_s: float) -> None:
         """So many seconds of a worker went into computing what caches had forgotten."""
         if now_s - self._waste_from_s > WASTE_WINDOW_S:
             self._waste_s, self._waste_from_s = 0.0, now_s

@@ -28,7 +28,7 @@ import msgspec
 from coordinator.limits import Limits, Placement
 from coordinator.policy.ask import Ask, cached_blocks_of
 from coordinator.policy.decode_choice import DECODE_CHOICES
-from coordinator.policy.joint import Outlook, cheapest
+from coordinator.policy.joint import Outlook, Seen, cheapest
 from coordinator.policy.prefill_choice import PREFILL_CHOICES
 from coordinator.speeds import Speeds
 from coordinator.view import WorkerView
@@ -50,6 +50,8 @@ class Choice(msgspec.Struct, frozen=True, gc=False):
     uncached_tokens: int
     """To compute, on whoever prefills."""
     reason: str
+    seen: Seen | None = None
+    """What was compared."""
 
 
 class Wait(msgspec.Struct, frozen=True, gc=False):
@@ -194,7 +196,7 @@ def _jointly(
             and worker.tokens_max > ask.prompt_tokens
             and worker.prefilling < limits.prefills_per_worker
         ]
-    decode, prefill, seconds = cheapest(
+    decode, prefill, seconds, seen = cheapest(
         ask, [sibling] if sibling else roomy, prefillers, held, placement, block_size, outlook
     )
     computing = prefill or decode
@@ -208,6 +210,7 @@ def _jointly(
         cached_blocks=cached_blocks_of(ask, held, decode, block_size),
         uncached_tokens=ask.prompt_tokens - own_blocks * block_size,
         reason=way,
+        seen=seen,
     )
 
 

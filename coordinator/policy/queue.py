@@ -66,7 +66,7 @@ class CallQueue:
         """Who is next finds no room: nothing follows from that."""
 
     def planned(self, call: Call, now_s: float) -> None:
-        """A call has a plan: nothing follows from that."""
+        """A call has a plan: nothing follows from that, and nothing is known of its order."""
 
     def ended(self, call: Call, finished: Finished | None, now_s: float) -> None:
         """A call is over: nothing follows from that."""
