@@ -179,7 +179,9 @@ def _is_called(request: str, name: str) -> bool:
     number, mark, rest = request.partition("_")
     if mark and number.isdigit() and _is_called(rest, name):
         return True
-    return bool(name) and request.startswith(name) and request[len(name)] in SUFFIX_MARKS
+    # Of a name without a mark every call of a kind would be one.
+    of_response = any(each in name for each in SUFFIX_MARKS)
+    return of_response and request.startswith(name) and request[len(name)] in SUFFIX_MARKS
 
 
 def _explained(request: str, kept: _Kept, block_size: int) -> Explained:
@@ -299,7 +301,7 @@ def _parts(way: Way) -> str:
 
 
 def _words_after(plan: Planned, happened: CallStatus) -> list[str]:
-    if happened.reason:
+    if happened.phase != "finished":
         return [f"it ended {happened.phase}: {happened.reason}"]
     found = max(happened.local_cached_tokens, happened.prefill_cached_tokens)
     first = f"first token after {happened.ttft_s:.3f} s"

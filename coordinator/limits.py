@@ -181,7 +181,7 @@ class Placement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     order: Literal["runs", "arrival"] = "runs"
     """Of calls that wait: by how much their runs have still to do, or first come, first served.
     Where nothing is reserved nobody waits in the core, and there is no order."""
-    aging_s: Seconds = 30.0
+    aging_s: Seconds = 60.0
     """``runs``: how much later a call may come and still be served before another one."""
     admission: bool = True
     """New runs wait while those that have begun need the KV that there is."""

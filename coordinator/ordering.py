@@ -29,7 +29,6 @@ LINGER_S = 30.0
 """How long a run without open calls counts as under way."""
 PATIENCE_S = 0.5
 """How long a call of a run that is under way waits for room before there are too many."""
-TYPICAL_S = 10.0
 REFRESH_S = 1.0
 LOOKS = 8
 """Runs under way that are looked at when somebody asks how many there are."""
@@ -75,8 +74,11 @@ class Ordering:
         """Runs under way, about the longest silent first."""
         self._door: deque[tuple[float, CallKey]] = deque()
         """Calls at the door as they came, gone ones among them."""
-        self._typical_s = TYPICAL_S
+        self._typical_s = 0.0
+        """What calls that came lately had left; ``_typical_after_s``: after themselves, where that
+        was known. ``_opened_calls``, ``_known_calls``: of how many."""
         self._typical_after_s = 0.0
+        self._opened_calls = self._known_calls = 0
         self._refreshed_s = float("-inf")
 
     def __len__(self) -> int:
@@ -254,9 +256,13 @@ class Ordering:
             after = self._typical_after_s
         else:
             after = after_s(pace.speeds, ahead)
-            self._typical_after_s += (1.0 - KEEP) * (after - self._typical_after_s)
+            self._known_calls += 1
+            share = max(1.0 - KEEP, 1.0 / self._known_calls)
+            self._typical_after_s += share * (after - self._typical_after_s)
         beside = self._left_s.get(run, 0.0) if run is not None else 0.0
-        self._typical_s += (1.0 - KEEP) * (own + after + beside - self._typical_s)
+        self._opened_calls += 1
+        share = max(1.0 - KEEP, 1.0 / self._opened_calls)
+        self._typical_s += share * (own + after + beside - self._typical_s)
         return Effort(own, after, beside, ahead is not None)
 
     def _took_s(self, call: Call, finished: Finished) -> float:
