@@ -178,9 +178,10 @@ class Placement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ratio: Ratio = Ratio()
     """How many workers prefill and how many decode."""
 
-    order: Literal["runs", "arrival"] = "runs"
-    """Of calls that wait: by how much their runs have still to do, or first come, first served.
-    Where nothing is reserved nobody waits in the core, and there is no order."""
+    order: Literal["runs", "arrival"] = "arrival"
+    """Of calls that wait, behind explicit priority and fairness: first come, first served, or by
+    how much their runs have still to do and by deadlines. Where nothing is reserved nobody waits in
+    the core, and there is no order."""
     aging_s: Seconds = 60.0
     """``runs``: how much later a call may come and still be served before another one."""
     admission: bool = True

@@ -276,8 +276,10 @@ BASELINES: Mapping[str, Baseline] = {
     "pythia-no-single-flight": Baseline(
         "a prompt counts as held only when it is computed", "split", {"single_flight": False}
     ),
-    "pythia-no-order": Baseline(
-        "waiting calls are served as they came", "split", {"order": "arrival"}
+    "pythia-run-order": Baseline(
+        "waiting calls are served by what their runs have left, not as they came",
+        "split",
+        {"order": "runs"},
     ),
     "pythia-no-admission": Baseline(
         "new runs begin at once, however many are under way", "split", {"admission": False}

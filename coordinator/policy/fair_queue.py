@@ -92,9 +92,13 @@ class FairQueue:
 
     def first(self, door: bool) -> Call | None:
         """Who is next, None if nobody is. ``door``: those at the door may go, too."""
-        heads = [(*self._heads[at][0], at) for at in (0, 1)[: 1 + door] if self._heads[at]]
-        if not heads:
-            return None
+        open_heads, door_heads = self._heads
+        if not door or not door_heads:
+            if not open_heads:
+                return None
+            head = open_heads[0]
+            return self._lines[False][head[4]].calls[head[3]]
+        heads = [(*self._heads[at][0], at) for at in (0, 1) if self._heads[at]]
         # Of one tenant those at the door come last.
         *_, rank, tenant, at = min(heads, key=lambda each: (*each[:3], each[5], each[3]))
         return self._lines[at][tenant].calls[rank]

@@ -40,7 +40,7 @@ from coordinator.policy.ask import Ask
 from coordinator.speeds import Speeds
 from coordinator.view import WorkerView
 
-SHOWN_MOST = 8
+SHOWN_MOST = 4
 """Workers of which a choice keeps what was known."""
 PREFILLERS_TRIED = 3
 """Of the workers that can compute a prompt soonest, for each that could decode."""

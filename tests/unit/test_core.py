@@ -60,7 +60,6 @@ PLACEMENT = Placement(
     remote_prefill_min_tokens=100,
     reserve_output_tokens=32,
     kv_headroom_fraction=0.1,
-    order="arrival",
 )
 FACTS = EngineFacts("0.32", "model", "fingerprint", 16, 100, 2000, 8, 2048)
 LONG = 320

@@ -244,7 +244,9 @@ def test_the_command_prints_words_a_table_and_numbers() -> None:
     try:
         runner = CliRunner()
         shown = runner.invoke(
-            command_line, ["explain", "chatcmpl-1", "--coordinator", address], env={"COLUMNS": "200"}
+            command_line,
+            ["explain", "chatcmpl-1", "--coordinator", address],
+            env={"COLUMNS": "200"},
         )
         as_json = runner.invoke(
             command_line, ["explain", "chatcmpl-1", "--coordinator", address, "--json"]

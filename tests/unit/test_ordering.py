@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from coordinator.core import Core
 from coordinator.limits import Limits, Placement
@@ -29,8 +29,9 @@ LIMITS = Limits(queue_s=60.0, admission_s=20.0)
 class Bed:
     """A core with one worker of 95 usable blocks, whose calls are named by their run."""
 
-    def __init__(self, **placement: Any) -> None:
-        self.core = Core(LIMITS, Placement(reserve_output_tokens=16, **placement), "core")
+    def __init__(self, order: Literal["runs", "arrival"] = "runs", **placement: Any) -> None:
+        chosen = Placement(reserve_output_tokens=16, order=order, **placement)
+        self.core = Core(LIMITS, chosen, "core")
         self.now_s = 100.0
         self.core.handle(b"api", Hello("api"), self.now_s)
         self.core.handle(b"w", Ready("w", "1", "mixed", "tcp://w", FACTS), self.now_s)
