@@ -7,7 +7,7 @@ but for a run's own calls, of which at most ``SIBLINGS_MOST`` are moved.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator
 
 import msgspec
@@ -70,6 +70,8 @@ class Ordering:
         """Waiting calls of each run."""
         self._left_s: dict[Run, float] = {}
         """What the live calls of each run have left to do, and what these lead to."""
+        self._live: dict[Run, int] = {}
+        """How many live calls each run has; of one that was cancelled, too."""
         self._active: OrderedDict[Run, None] = OrderedDict()
         """Runs under way, about the longest silent first."""
         self._door: deque[tuple[float, CallKey]] = deque()
@@ -186,11 +188,12 @@ class Ordering:
         entry_s = entry.effort.own_s + entry.effort.after_s
         if run in self._active:
             self._active.move_to_end(run)
-        if run.open:
+        self._live[run] -= 1
+        if self._live[run]:
             self._left_s[run] = max(0.0, self._left_s[run] - entry_s)
             self._move_siblings(run)
         else:
-            self._left_s.pop(run, None)
+            del self._live[run], self._left_s[run]
 
     def wasted(self, call: Call, finished: Finished, now_s: float) -> None:
         """What of a call's prompt was computed though its run had it before."""
@@ -219,8 +222,9 @@ class Ordering:
         assert waiting == {call.key for call in self._queue}
         of_run = {key for runs in self._of_run.values() for key in runs}
         assert of_run == {key for key in waiting if self._entries[key].run is not None}
-        open_runs = {entry.run for entry in self._entries.values() if entry.run is not None}
-        assert self._left_s.keys() <= open_runs
+        live = Counter(entry.run for entry in self._entries.values() if entry.run is not None)
+        assert self._live == live
+        assert self._left_s.keys() == live.keys()
         assert all(entry.run is calls[key].run for key, entry in self._entries.items())
         doors = {key for _, key in self._door}
         assert {key for key, entry in self._entries.items() if entry.waits and entry.door} <= doors
@@ -234,6 +238,7 @@ class Ordering:
         entry = Entry(tenant, run, effort, (True, 0, 0.0, call.arrival), now_s)
         self._entries[call.key] = entry
         if run is not None:
+            self._live[run] = self._live.get(run, 0) + 1
             self._left_s[run] = self._left_s.get(run, 0.0) + effort.own_s + effort.after_s
             if run.begun:
                 self._active[run] = None
@@ -303,9 +308,10 @@ class Ordering:
         more may be counted for a while."""
         for _ in range(min(LOOKS, len(self._active))):
             run = next(iter(self._active))
-            if not run.open and (run.final or now_s - run.heard_s >= LINGER_S):
+            live = run in self._live
+            if not live and (run.final or now_s - run.heard_s >= LINGER_S):
                 del self._active[run]
-            elif run.open:
+            elif live:
                 self._active.move_to_end(run)
             else:
                 break
