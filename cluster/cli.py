@@ -408,8 +408,6 @@ def calibrate(
     raise typer.Exit(run(worker, Plan(repeats, longest, most), out, json_path, hardware))
 
 
-workflows = typer.Typer(no_args_is_help=True, help="Show workflows, take them to another cluster.")
-app.add_typer(workflows, name="workflows")
 CoordinatorOption = Annotated[
     str | None,
     typer.Option("--coordinator", metavar="tcp://HOST:PORT", help="Else the one that is up here."),
@@ -417,6 +415,28 @@ CoordinatorOption = Annotated[
 SaltOption = Annotated[
     str, typer.Option("--cache-salt", help="Of the tenant in question; else of none.")
 ]
+
+
+@app.command()
+def explain(
+    request: Annotated[str, typer.Argument(metavar="ID", help="Of the response, or our own.")],
+    coordinator: CoordinatorOption = None,
+    cache_salt: SaltOption = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print all numbers.")] = False,
+) -> None:
+    """Why a call went where it went, what the alternatives would have cost, and what happened."""
+    from cluster import explain_command as command
+    from coordinator.tenant import tenant_of
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=PLAIN_COLUMNS)
+    address = coordinator or _running_address()
+    raise typer.Exit(command.explain(address, request, tenant_of(cache_salt), as_json, console))
+
+
+workflows = typer.Typer(no_args_is_help=True, help="Show workflows, take them to another cluster.")
+app.add_typer(workflows, name="workflows")
 
 
 @workflows.command(name="list")

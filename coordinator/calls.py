@@ -29,13 +29,15 @@ from collections import OrderedDict
 import msgspec
 
 from coordinator.errands import Errands
+from coordinator.explaining import Explanations
 from coordinator.kv_index import KvIndex
 from coordinator.limits import Placement
+from coordinator.ordering import Ordering
 from coordinator.pace import Pace
 from coordinator.placing import Placing
 from coordinator.policy.placement import Ask, Choice, Decision, Impossible, Wait
 from coordinator.policy.placer import Placer
-from coordinator.policy.queue import CallQueue, CompletionRate, rank
+from coordinator.policy.queue import CallQueue, CompletionRate
 from coordinator.protocol import (
     BLOCK_HASH_BYTES,
     CallContext,
@@ -140,7 +142,12 @@ class Calls:
         self.groups: dict[tuple[str, str], Group] = {}
         self.sessions: OrderedDict[Session, str] = OrderedDict()
         """Where the last call of each went, if placement is sticky."""
-        self.queue = CallQueue(placer.rank if placer is not None else rank)
+        self.explanations = Explanations(state.limits.explained_calls)
+        self.queue: CallQueue | Ordering
+        if placer is not None:
+            self.queue = CallQueue(state.limits.queue_s, placer.rank)
+        else:
+            self.queue = Ordering(state, placement, tracker.learner, pace)
         self.recent: OrderedDict[CallKey, Ended] = OrderedDict()
 
     # --- what API processes say ---------------------------------------------------
@@ -217,6 +224,7 @@ class Calls:
                 elif not message.undecoded:
                     self._to_decoding(call, now_s, "finished")
             self._learn(call, message)
+            self.queue.wasted(call, message, now_s)
         self._end(call, phase, now_s, message.outcome, finished=message)
 
     def failed(self, api: Api, message: Failed, now_s: float) -> None:
@@ -307,7 +315,7 @@ class Calls:
     def dispatch(self, now_s: float) -> None:
         """Plan waiting calls in order until one has to wait on."""
         while self._state.room_changed:
-            call = self.queue.head
+            call = self.queue.first(now_s)
             if call is None:
                 break
             decision = self._place(call, now_s)
@@ -318,6 +326,7 @@ class Calls:
                 self._refuse(call, 503, decision.reason, now_s)
             else:
                 assert isinstance(decision, Wait)
+                self.queue.blocked(call, now_s)
                 break
         self._state.room_changed = False
 
@@ -446,9 +455,9 @@ class Calls:
 
     def _wait(self, call: Call, now_s: float) -> None:
         """Into the queue; whoever is first there may be placed at once."""
-        self.queue.push(call)
-        self._set_due(call, now_s + self._state.limits.queue_s)
-        if self.queue.head is call:
+        self.queue.push(call, now_s)
+        self._set_due(call, now_s + self.queue.longest_s(call))
+        if self.queue.first(now_s) is call:
             self._state.room_changed = True
 
     def _place(self, call: Call, now_s: float) -> Decision:
@@ -507,6 +516,8 @@ class Calls:
             pull_tokens=call.pull_tokens,
         )
         call.overdue = 0
+        entry = self.queue.planned(call, now_s)
+        self.explanations.planned(call, choice, entry, len(self.queue), now_s)
         if call.submit.group:
             group = self.groups[call.api.name, call.submit.group]
             group.worker = group.worker or decode.name
@@ -679,6 +690,7 @@ class Calls:
         self._tracker.closed(call, finished, now_s)
         done = finished if phase is CallPhase.FINISHED else None
         self._retention.ended(call, left_on, done, now_s)
+        self.queue.ended(call, finished, now_s)
         if finished is not None and phase is CallPhase.FINISHED:
             self._pace.finished(call, finished)
         if call.plans:
@@ -688,6 +700,7 @@ class Calls:
             # Should it be alive after all and still wait for a plan, it must not wait for ever.
             answer = Stop(call.request, call.attempt, 503, why)
         row = call_status(call, now_s, finished, "" if finished else why)
+        self.explanations.ended(call, row)
         over = call.attempt if answered is None else answered
         self.recent[call.key] = Ended(row, over, answer)
         while len(self.recent) > state.limits.recent_calls:

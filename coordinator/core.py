@@ -21,6 +21,8 @@ import itertools
 import zlib
 from collections import OrderedDict
 
+import msgspec
+
 from coordinator.calls import Calls, worker_up
 from coordinator.errands import Errands
 from coordinator.invariants import check_all
@@ -57,6 +59,7 @@ from coordinator.protocol import (
     Ready,
     Refused,
     Role,
+    ShowCall,
     ShowFigures,
     ShowForecast,
     ShowWorkflow,
@@ -70,6 +73,7 @@ from coordinator.protocol import (
     Welcome,
     WorkerGone,
     WorkerToCore,
+    WorkflowAnswer,
 )
 from coordinator.retention import Retention
 from coordinator.roles import Roles
@@ -199,6 +203,8 @@ class Core:
                 self._from_worker(peer, message, now_s)
             case Inspect():
                 self._state.send(peer, self.snapshot(message.token, now_s))
+            case ShowCall():
+                self._explain(peer, message)
             case (
                 DeclareWorkflow()
                 | StaticPrefixes()
@@ -218,6 +224,15 @@ class Core:
                 self._from_api(peer, message, now_s)
         self._calls.dispatch(now_s)
         return self._state.take_outbox()
+
+    def _explain(self, peer: Peer, message: ShowCall) -> None:
+        found = self._calls.explanations.of(message.request, message.tenant, self._state.block_size)
+        if found is None:
+            problem = f"no call {message.request[:64]!r} is known, or not any more"
+            answer = WorkflowAnswer(message.token, 404, problems=[problem])
+        else:
+            answer = WorkflowAnswer(message.token, 200, msgspec.json.encode(found))
+        self._state.send(peer, answer)
 
     def tick(self, now_s: float) -> list[Send]:
         """Time passed: everything due by ``now_s`` happens."""
@@ -242,6 +257,7 @@ class Core:
                 self._run_due(RunKey(*names), now_s)
             else:
                 self._pairs.due((names[0], names[1]), now_s)
+        self._calls.queue.tick(now_s)
         self._calls.dispatch(now_s)
         return self._state.take_outbox()
 
@@ -447,6 +463,8 @@ class Core:
         return ""
 
     def _beat(self, worker: Worker, message: Beat, now_s: float) -> None:
+        if message.load.preemptions_total > worker.load.preemptions_total:
+            self._calls.queue.preempted(now_s)
         worker.beat(message.load, message.links)
         self._standing.touch(worker)
         self._state.room_changed = True

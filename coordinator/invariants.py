@@ -101,8 +101,7 @@ def _check_pull(call: Call, state: State) -> None:
 
 def _check_queue(state: State, calls: Calls) -> None:
     waiting = list(calls.queue)
-    ranks = [calls.queue.rank(call) for call in waiting]
-    assert ranks == sorted(ranks)
+    calls.queue.check()
     expected = {key for key, call in state.calls.items() if call.phase is CallPhase.QUEUED}
     assert {call.key for call in waiting} == expected
     fresh = sum(call.plans == 0 for call in waiting)

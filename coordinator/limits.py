@@ -64,6 +64,17 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Sessions whose last decode worker is remembered, where ``Placement.sticky`` asks for it."""
     story_lines: Positive = 32
     """Moves of a call or worker that are remembered for error messages."""
+    admission_s: Seconds = 120.0
+    """Longest wait of a new run's calls for runs that have begun, where ``Placement.admission``
+    asks for it; then they wait ``queue_s`` for a plan as others do."""
+
+    explained_calls: NotNegative = 256
+    """Calls whose decisions are kept for people to ask about."""
+
+    @property
+    def wait_s(self) -> float:
+        """Longest wait of any call for a plan."""
+        return self.queue_s + self.admission_s
 
 
 class Ratio(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -178,6 +189,19 @@ class Placement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Of a worker's KV blocks, at most so many are kept so."""
     warm_up: bool = False
     """Static prompts of declared agents are computed on idle workers before a call asks."""
+
+    order: Literal["runs", "arrival"] = "arrival"
+    """Of calls that wait, behind explicit priority and fairness: first come, first served, or by
+    how much their runs have still to do and by deadlines. Where nothing is reserved nobody waits in
+    the core, and there is no order."""
+    aging_s: Seconds = 60.0
+    """``runs``: how much later a call may come and still be served before another one."""
+    admission: bool = True
+    """New runs wait while those that have begun need the KV that there is."""
+    fairness: bool = True
+    """Of tenants whose calls wait the one goes first that has been served least."""
+    tenant_weights: dict[str, Share] = {}
+    """What a tenant's share is worth, by the digest that it is known by; 1 for all others."""
 
     @property
     def roles_shared(self) -> bool:

@@ -474,6 +474,17 @@ class EndRun(Message, frozen=True, gc=False, tag=True):
     completed: bool = True
 
 
+class ShowCall(Message, frozen=True, gc=False, tag=True):
+    """Why did a tenant's call go where it went? ``request``: its id, or that of its response.
+
+    Answered with ``WorkflowAnswer``, whose body is an ``explaining.Explained``.
+    """
+
+    token: int
+    request: str
+    tenant: str = ""
+
+
 # --- core -> worker -------------------------------------------------------------
 
 
@@ -883,7 +894,8 @@ AboutWorkflows = (
     | CancelRun
     | EndRun
 )
-ToCore = WorkerToCore | ApiToCore | Inspect | AboutWorkflows
+Question = AboutWorkflows | ShowCall
+ToCore = WorkerToCore | ApiToCore | Inspect | Question
 CoreToWorker = Welcome | Refused | Unknown | Probe | ProbeRead | KvResync | Leave | Retain
 CoreToApi = (
     Welcome

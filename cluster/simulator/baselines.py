@@ -295,6 +295,17 @@ BASELINES: Mapping[str, Baseline] = {
     "pythia-no-single-flight": Baseline(
         "a prompt counts as held only when it is computed", "split", {"single_flight": False}
     ),
+    "pythia-run-order": Baseline(
+        "waiting calls are served by what their runs have left, not as they came",
+        "split",
+        {"order": "runs"},
+    ),
+    "pythia-no-admission": Baseline(
+        "new runs begin at once, however many are under way", "split", {"admission": False}
+    ),
+    "pythia-no-fairness": Baseline(
+        "waiting calls of all tenants are served as if of one", "split", {"fairness": False}
+    ),
     "pythia-no-siblings": Baseline(
         "calls of one group are placed one by one", "split", {"siblings_together": False}
     ),

@@ -50,5 +50,5 @@ def replay(name: str, scenario: Scenario, workload: Workload, seed: int) -> Resu
     world.run()
     # Where messages are lost, some things are given back only when a lease ends.
     limits, lease_s = setup.limits, setup.options.kv_lease_s
-    settle(world, limits.call_s + limits.queue_s + 2 * lease_s)
+    settle(world, limits.call_s + limits.wait_s + 2 * lease_s)
     return world.result(name)

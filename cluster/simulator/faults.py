@@ -199,7 +199,7 @@ def run_fault_seed(
     limits, lease_s = setup.limits, setup.options.kv_lease_s
     try:
         world.run()
-        settle(world, limits.call_s + limits.queue_s + 2 * lease_s)
+        settle(world, limits.call_s + limits.wait_s + 2 * lease_s)
         world.oracle.served_well(world.recorder.calls, GOOD_S)
     except OracleError:
         raise
