@@ -18,13 +18,13 @@ import typer.core
 from rich.console import Console
 
 from cluster import deploy_cli
+from cluster.doctor_cli import doctor
 from cluster.kubernetes.cli import kubernetes
 
 if TYPE_CHECKING:
     from cluster.schema import ClusterConfig, WorkerEntry
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
-DEFAULT_CONTROL_ADDRESS = "tcp://127.0.0.1:5570"
 WATCH_S = 1.0
 PLAIN_COLUMNS = 140
 """Width of tables that go into a file or a pipe."""
@@ -261,6 +261,7 @@ app.command()(kubernetes)
 
 
 deploy_cli.add_to(app)
+app.command()(doctor)
 
 
 @app.command()
@@ -541,10 +542,9 @@ def _device_list(text: str | None) -> list[int] | None:
 
 def _running_address() -> str:
     """The control address of the one cluster that this user has up; else the default."""
-    from cluster.supervise import running
+    from cluster.supervise import running_address
 
-    records = running()
-    return records[0].control_address if len(records) == 1 else DEFAULT_CONTROL_ADDRESS
+    return running_address()
 
 
 def _versions() -> str:

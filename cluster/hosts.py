@@ -15,7 +15,7 @@ import msgspec
 from cluster.document import dump
 from cluster.launch import COORDINATOR, CommandOf, fixed_ports, process_command
 from cluster.schema import ClusterConfig, ConfigError, reachable
-from coordinator.protocol import WorkerStatus
+from coordinator.protocol import HostFacts, WorkerStatus
 
 CONFIG_NAME = "cluster.yaml"
 GRACE_S = 20.0
@@ -23,7 +23,7 @@ GRACE_S = 20.0
 LOOPBACK = frozenset(("localhost", "127.0.0.1", "::1"))
 EVERYWHERE = frozenset(("0.0.0.0", "::"))
 
-Action = Literal["up", "down", "status", "logs"]
+Action = Literal["up", "down", "status", "logs", "look"]
 
 
 class FixedPort(msgspec.Struct, frozen=True):
@@ -102,13 +102,38 @@ class Logs(msgspec.Struct, frozen=True, tag=True):
     texts: dict[str, str]
 
 
+class Seen(msgspec.Struct, frozen=True, tag=True):
+    """What a host that was asked to ``look`` has seen of itself.
+
+    ``troubles``: by key of the ports asked for, why nobody could listen there; ``problems``: as
+    in ``Checked``; ``meeting``: where it listens now, for others to try.
+    """
+
+    facts: HostFacts
+    troubles: dict[str, str]
+    problems: list[str]
+    meeting: list[tuple[str, int]]
+
+
+class Clocked(msgspec.Struct, frozen=True, tag=True):
+    """The host's wall clock, just now."""
+
+    unix_time_s: float
+
+
+class Met(msgspec.Struct, frozen=True, tag=True):
+    """Why meeting places of other hosts, ``host:port``, can't be reached from this one."""
+
+    errors: dict[str, str]
+
+
 class Failed(msgspec.Struct, frozen=True, tag=True):
     """The host could not do what it was asked, and why."""
 
     reason: str
 
 
-Answer = Checked | HostState | Stopped | Logs | Failed
+Answer = Checked | HostState | Stopped | Logs | Seen | Clocked | Met | Failed
 
 
 def requests(
@@ -143,7 +168,7 @@ def requests(
                 host=host,
                 processes={name: command_of(name, Path(CONFIG_NAME))[1:] for name in names},
                 files=_files(config, workflows or {} if host == home else {}, action),
-                ports=_ports(config, host) if action == "up" else [],
+                ports=_ports(config, host) if action in ("up", "look") else [],
                 gpus=max(
                     (
                         d + 1

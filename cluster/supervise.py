@@ -33,7 +33,7 @@ from cluster.launch import (
 )
 from cluster.process import ProcessIdentity, identify, is_running, kill_session
 from cluster.progress import progress_for
-from cluster.schema import ClusterConfig
+from cluster.schema import ClusterConfig, CoordinatorEntry, tcp_address
 
 WATCH_S = 0.25
 DOWN_S = STOP_S + 15.0
@@ -191,6 +191,15 @@ def running() -> list[Record]:
     base = run_directory("")
     records = [_read(path.parent) for path in sorted(base.glob(f"*/{RECORD_NAME}"))]
     return [record for record in records if record is not None and is_running(record.owner)]
+
+
+def running_address() -> str:
+    """The control address of the one cluster that this user has up; else the default."""
+    records = running()
+    if len(records) == 1:
+        return records[0].control_address
+    usual = CoordinatorEntry()
+    return tcp_address(usual.host, usual.port)
 
 
 def _stop(record: Record, console: Console) -> None:
