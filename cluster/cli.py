@@ -227,6 +227,9 @@ def worker(
     like: Annotated[
         str | None, typer.Option(metavar="NAME", help="Unless in the file: as this one of it.")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say where it would be on this host.")
+    ] = False,
 ) -> None:
     """Run one worker: of a cluster file, or one that joins a running coordinator."""
     from cluster.config import joined, worker_config
@@ -250,6 +253,11 @@ def worker(
     if config is None:
         cluster = msgspec.structs.replace(cluster, workers=[])
     cluster = joined(cluster, _entry(cluster, given, like), coordinator)
+    if dry_run:
+        from cluster.node_place import describe
+
+        typer.echo("\n".join(describe(worker_config(cluster, name, cluster.model))))
+        raise typer.Exit
     starting = worker_config(cluster, name, resolve(cluster.model))
     starting = msgspec.structs.replace(starting, node_rank=node_rank, leader=leader)
     if node_rank:

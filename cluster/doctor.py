@@ -54,6 +54,7 @@ STATISTICS_S = 5.0
 STATISTICS_POLL_S = 0.1
 SAMPLE_BYTES = 64 << 20
 READS = 2
+FURTHER_TRIES = 2
 PAIRS_MAX = 240
 """Pairs that are tried; of further ones is known what calls have moved."""
 SEED_BITS = 31
@@ -288,8 +289,11 @@ class _Examination:
 
     async def _measure(self) -> list[Measure]:
         pairs = [link for link in self._snapshot.links if {link.source, link.target} <= self._both]
-        found = [await self._measure_pair(link) for link in pairs[:PAIRS_MAX]]
-        return found + [
+        tried = {
+            (link.source, link.target): await self._measure_pair(link) for link in pairs[:PAIRS_MAX]
+        }
+        await self._try_again(pairs, tried)
+        return list(tried.values()) + [
             Measure(
                 source=link.source,
                 target=link.target,
@@ -300,6 +304,23 @@ class _Examination:
             if link.bytes_per_s
         ]
 
+    async def _try_again(
+        self, pairs: Sequence[LinkStatus], tried: dict[tuple[str, str], Measure]
+    ) -> None:
+        """A busy host makes a fast link look slow now and then, and nothing makes a slow one
+        look fast: who seems slow gets further tries, of which the best counts."""
+        workers = [self._worker(row) for row in self._snapshot.workers]
+        for _ in range(FURTHER_TRIES):
+            slow = {
+                (each.source, each.target)
+                for each in doctor_paths.doubtful(workers, list(tried.values()))
+            }
+            for link in pairs:
+                key = (link.source, link.target)
+                if key in slow:
+                    again = await self._measure_pair(link)
+                    tried[key] = max(tried[key], again, key=lambda each: each.bytes_per_s)
+
     @property
     def _both(self) -> set[str]:
         return self._lines.keys() & self._looked.keys()
@@ -307,20 +328,19 @@ class _Examination:
     async def _measure_pair(self, link: LinkStatus) -> Measure:
         if link.state != "warm":
             return Measure(source=link.source, target=link.target, error=_cold(link.state))
+        best = Measure(source=link.source, target=link.target)
         try:
-            before = await self._read_so_far(link)
             for _ in range(READS):
+                before = await self._read_so_far(link)
                 await self._read(link)
-            after = await self._read_after(link, before)
+                after = await self._read_after(link, before)
+                size_bytes = after.bytes_total - before.bytes_total
+                rate = size_bytes / (after.elapsed_s - before.elapsed_s)
+                if rate > best.bytes_per_s:
+                    best = msgspec.structs.replace(best, bytes_per_s=rate, size_bytes=size_bytes)
         except Silent as error:
             return Measure(source=link.source, target=link.target, error=str(error))
-        size_bytes = after.bytes_total - before.bytes_total
-        return Measure(
-            source=link.source,
-            target=link.target,
-            bytes_per_s=size_bytes / (after.elapsed_s - before.elapsed_s),
-            size_bytes=size_bytes,
-        )
+        return best
 
     async def _read(self, link: LinkStatus) -> None:
         """Has the source hold a sample and the target read it. Silent with what went wrong."""
@@ -361,9 +381,7 @@ class _Examination:
         while True:
             now = await self._read_so_far(link)
             late = time.monotonic() > deadline_s
-            if now.transfers >= before.transfers + READS or (
-                late and now.elapsed_s > before.elapsed_s
-            ):
+            if now.elapsed_s > before.elapsed_s:
                 return now
             if late:
                 raise Silent(f"{link.target} did not say how long it took")

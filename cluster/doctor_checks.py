@@ -85,7 +85,7 @@ def versions(facts: Mapping[str, HostFacts]) -> list[Finding]:
                 check="versions",
                 severity="problem",
                 about=", ".join(names),
-                message=f"has {package} {version}; {', '.join(by_version[most])} {_have(most)}",
+                message=f"{package} is {version} there, {most} on {', '.join(by_version[most])}",
                 advice=f"install the same {package} on all hosts"
                 " ('make install' in the same commit) and start the worker anew",
             )
@@ -97,10 +97,6 @@ def versions(facts: Mapping[str, HostFacts]) -> list[Finding]:
         said = ", ".join(f"{name} {version}" for name, version in same.items())
         found = [_fine("versions", f"{len(facts)} of {len(facts)} have {said}")]
     return found
-
-
-def _have(version: str) -> str:
-    return f"has {version}"
 
 
 def clocks(offsets: Mapping[str, Clock], reference: str) -> list[Finding]:

@@ -17,6 +17,8 @@ from coordinator.protocol import Reach
 
 SLOW_SHARE = 0.5
 """A link is slow that gives less than this share of what its like give."""
+HOPELESS_SHARE = 0.1
+"""Below this share no busy host explains it."""
 LIKE_MIN = 2
 """Links of a tier that it takes to say what is usual there."""
 HERE = "here"
@@ -152,7 +154,6 @@ def links(workers: Sequence[Worker], measures: Sequence[Measure]) -> list[Findin
     What is usual is the median of the faster half of a tier: a host whose link is slow
     slows most pairs of a small cluster, and must not become the rule.
     """
-    known = {worker.name: worker for worker in workers}
     found = [
         Finding(
             check="links",
@@ -164,17 +165,34 @@ def links(workers: Sequence[Worker], measures: Sequence[Measure]) -> list[Findin
         for each in measures
         if each.error
     ]
-    by_tier: dict[str, list[Measure]] = {}
-    for each in measures:
-        if not each.error and each.source in known and each.target in known:
-            tier = tier_of(known[each.source], known[each.target])
-            by_tier.setdefault(tier, []).append(each)
+    by_tier = _by_tier(workers, measures)
     for tier, listed in sorted(by_tier.items()):
-        found += _slow(tier, listed)
+        found += _slow_findings(tier, listed)
     if not found and measures:
         for tier, listed in sorted(by_tier.items()):
             text = f"{len(listed)} pairs {tier}, {_rate(usual(listed))}"
             found.append(Finding(check="links", severity="fine", about="", message=text))
+    return found
+
+
+def doubtful(workers: Sequence[Worker], measures: Sequence[Measure]) -> list[Measure]:
+    """Those that are slower than their like, and not so much that nothing but the link can be
+    to blame."""
+    return [
+        each
+        for listed in _by_tier(workers, measures).values()
+        for each in _slow(listed)
+        if each.bytes_per_s > HOPELESS_SHARE * usual(listed)
+    ]
+
+
+def _by_tier(workers: Sequence[Worker], measures: Sequence[Measure]) -> dict[str, list[Measure]]:
+    known = {worker.name: worker for worker in workers}
+    found: dict[str, list[Measure]] = {}
+    for each in measures:
+        if not each.error and each.source in known and each.target in known:
+            tier = tier_of(known[each.source], known[each.target])
+            found.setdefault(tier, []).append(each)
     return found
 
 
@@ -190,20 +208,25 @@ def usual(measures: Sequence[Measure]) -> float:
     return statistics.median(rates[: (len(rates) + 1) // 2])
 
 
-def _slow(tier: str, measures: Sequence[Measure]) -> list[Finding]:
+def _slow(measures: Sequence[Measure]) -> list[Measure]:
     if len(measures) < LIKE_MIN:
         return []
+    least = SLOW_SHARE * usual(measures)
+    return [each for each in measures if each.bytes_per_s < least]
+
+
+def _slow_findings(tier: str, measures: Sequence[Measure]) -> list[Finding]:
+    found = _slow(measures)
     normal = usual(measures)
-    slow = [each for each in measures if each.bytes_per_s < SLOW_SHARE * normal]
     return [
         Finding(
             check="links",
             severity="problem",
             about=f"{each.source} -> {each.target}",
             message=f"{_rate(each.bytes_per_s)}, where {_rate(normal)} is usual ({tier})",
-            advice=_slow_advice(each, slow, measures),
+            advice=_slow_advice(each, found, measures),
         )
-        for each in sorted(slow, key=lambda each: (each.source, each.target))
+        for each in sorted(found, key=lambda each: (each.source, each.target))
     ]
 
 

@@ -55,6 +55,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     run_dir: str = ""
     grace_s: float = GRACE_S
     lines: int = 0
+    addresses: dict[str, str] = {}
+    """Where others find each worker, in words; for who only wants to know."""
 
 
 class ProcessState(msgspec.Struct, frozen=True):
@@ -182,6 +184,7 @@ def requests(
                 api=(reachable(config.api.host), config.api.port) if host == home else ("", 0),
                 run_dir=run_dir,
                 lines=lines,
+                addresses=_addresses(config, host) if action == "up" else {},
             )
         )
     return made
@@ -197,6 +200,20 @@ def _files(config: ClusterConfig, workflows: Mapping[str, str], action: Action) 
         served_model_name=config.served_name,
     )
     return {CONFIG_NAME: dump(shipped), **workflows}
+
+
+def _addresses(config: ClusterConfig, host: str) -> dict[str, str]:
+    base = config.network.side_channel_port_base
+    found = {}
+    for index, entry in enumerate(config.workers):
+        if entry.host == host:
+            data = entry.data_port or "a free port"
+            side = base + index if base else "a free port"
+            side_host = config.network.nixl_host or host
+            environment = config.environment | entry.environment
+            side_host = str(environment.get("VLLM_NIXL_SIDE_CHANNEL_HOST", side_host))
+            found[entry.name] = f"data on {host}, {data}; side channel on {side_host}, {side}"
+    return found
 
 
 def _ports(config: ClusterConfig, host: str) -> list[FixedPort]:
