@@ -65,7 +65,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     leaves the choice to UCX; ports of 0 are picked by the process; ``loopback``: all
     workers are on this machine's CPU; ``node_rank`` and ``leader``: of an engine that spans
     nodes, which this is and the first one's address; ``near``: what the file leaves open of
-    network devices and ``cores`` is chosen next to its GPUs.
+    network devices and ``cores`` is chosen next to its GPUs; ``drain_s``: how long it goes on
+    with what it has begun when it is told to end.
     """
 
     name: str
@@ -90,6 +91,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     leader: str = ""
     cores: str = ""
     near: bool = True
+    drain_s: float = 0.0
 
     def process_environment(self) -> dict[str, str]:
         """What to set before vLLM is imported; the file's own values win."""
@@ -267,6 +269,7 @@ def worker_config(cluster: ClusterConfig, name: str, model: str) -> WorkerConfig
         loopback=_is_loopback(cluster),
         cores=entry.cores,
         near=network.near,
+        drain_s=cluster.stop.drain_s,
     )
 
 

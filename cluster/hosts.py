@@ -19,7 +19,7 @@ from coordinator.protocol import HostFacts, WorkerStatus
 
 CONFIG_NAME = "cluster.yaml"
 GRACE_S = 20.0
-"""How long processes may take to end on SIGTERM before they are killed."""
+"""How long processes may take to end on SIGTERM before they are killed, when they have drained."""
 LOOPBACK = frozenset(("localhost", "127.0.0.1", "::1"))
 EVERYWHERE = frozenset(("0.0.0.0", "::"))
 
@@ -183,6 +183,7 @@ def requests(
                 control_address=config.control_address if host == home else "",
                 api=(reachable(config.api.host), config.api.port) if host == home else ("", 0),
                 run_dir=run_dir,
+                grace_s=GRACE_S + config.stop.drain_s,
                 lines=lines,
                 addresses=_addresses(config, host) if action == "up" else {},
             )

@@ -115,6 +115,13 @@ class Start(Section, frozen=True, kw_only=True):
     timeout_s: Seconds = 600.0
 
 
+class Stop(Section, frozen=True, kw_only=True):
+    """``drain_s``: how long a worker that is told to end goes on with what it has begun. What
+    is left then goes on elsewhere."""
+
+    drain_s: Annotated[float, msgspec.Meta(ge=0, le=3600)] = 8.0
+
+
 class ClusterConfig(Section, frozen=True, kw_only=True):
     """A whole cluster. ``name`` is the file's, unless given; ``workflows``: files that declare
     some."""
@@ -131,6 +138,7 @@ class ClusterConfig(Section, frozen=True, kw_only=True):
     placement: Placement = Placement()
     network: Network = Network()
     start: Start = Start()
+    stop: Stop = Stop()
     workflows: list[Annotated[str, msgspec.Meta(min_length=1)]] = []
     workflow_limits: WorkflowLimits = WorkflowLimits()
 

@@ -44,6 +44,8 @@ from transfer.sources import Sources
 logger = logging.getLogger("pythia.worker")
 
 ENGINE_WATCH_S = 0.5
+DRAIN_POLL_S = 0.05
+DRAINING_SAID_S = 1.0
 OWED_S = 60.0
 OWED_MAX = 65536
 PROBE_TOKEN_IDS = range(3, 250)
@@ -97,6 +99,7 @@ class Worker:
         self.owed: dict[tuple[bytes, str, int], Owed] = {}
         self.garbage = GarbageCounter("an API process")
         self.stopping = asyncio.Event()
+        self.draining = False
         self.exit_code = 0
         self.data = make_socket(context, zmq.ROUTER)
         self.data_address = self.data.bind(f"tcp://{config.host}:{config.data_port or '*'}")
@@ -130,7 +133,7 @@ class Worker:
         """Serve until told to stop or the engine dies. Returns the exit code."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self.stopping.set)
+            loop.add_signal_handler(number, self.end)
         tasks = [
             asyncio.create_task(self.link.run(), name="control link"),
             asyncio.create_task(self._serve_data(), name="data socket"),
@@ -154,6 +157,29 @@ class Worker:
         for task in pending:
             task.cancel()
         return self.exit_code
+
+    def end(self) -> None:
+        """To be told to end: drains first. Told again, it goes at once."""
+        if self.draining:
+            self.stopping.set()
+            return
+        self.draining = True
+        self._spawn(self._drain())
+
+    async def _drain(self) -> None:
+        """Wants no more work, ends what it has begun, as long as that may take, and stops."""
+        deadline_s = time.monotonic() + self.config.drain_s
+        said_s = float("-inf")
+        while self._is_busy() and (now_s := time.monotonic()) < deadline_s:
+            if now_s - said_s >= DRAINING_SAID_S:
+                self.link.send(protocol.Draining(self.config.name, self.incarnation))
+                said_s = now_s
+            await asyncio.sleep(DRAIN_POLL_S)
+        self.stopping.set()
+
+    def _is_busy(self) -> bool:
+        """It works on something, or holds KV that somebody has yet to read."""
+        return bool(self.jobs) or self.engine.load(0).kv_blocks_used > 0
 
     def close(self) -> None:
         """Close the sockets."""
@@ -591,7 +617,7 @@ async def serve(
                     config.host,
                     config.health_port,
                     live=lambda: not engine.errored,
-                    ready=lambda: worker.link.welcome is not None,
+                    ready=lambda: worker.link.welcome is not None and not worker.draining,
                 )
                 await stack.enter_async_context(health)
             return await worker.run()

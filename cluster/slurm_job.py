@@ -178,7 +178,7 @@ def _let_workers_leave(cluster: LocalCluster, job_id: str, hurry: Callable[[], b
     if not workers - _gone(cluster):
         return
     subprocess.run(["scancel", "--signal=TERM", job_id], timeout=ASK_S, check=False)
-    deadline_s = time.monotonic() + STOP_S
+    deadline_s = time.monotonic() + STOP_S + cluster.config.stop.drain_s
     while workers - _gone(cluster) and time.monotonic() < deadline_s and not hurry():
         time.sleep(POLL_S)
 

@@ -55,6 +55,7 @@ class Record(msgspec.Struct, frozen=True):
     base_url: str
     control_address: str
     processes: dict[str, ProcessIdentity] = {}
+    drain_s: float = 0.0
 
 
 class Stopped(BaseException):
@@ -206,7 +207,7 @@ def _stop(record: Record, console: Console) -> None:
     say(console, f"stopping {record.cluster} (process {record.owner.pid})")
     with contextlib.suppress(ProcessLookupError):
         os.kill(record.owner.pid, signal.SIGTERM)
-    deadline_s = time.monotonic() + DOWN_S
+    deadline_s = time.monotonic() + DOWN_S + record.drain_s
     while is_running(record.owner) and time.monotonic() < deadline_s:
         time.sleep(WATCH_S)
     if is_running(record.owner):
@@ -244,6 +245,7 @@ def _write(directory: Path, cluster: LocalCluster, state: State) -> None:
         base_url=cluster.base_url,
         control_address=cluster.control_address,
         processes={name: found for name, found in processes.items() if found is not None},
+        drain_s=cluster.config.stop.drain_s,
     )
     part = directory / f"{RECORD_NAME}.part"
     part.write_bytes(msgspec.json.encode(record))

@@ -203,6 +203,14 @@ class Leaving(Message, frozen=True, gc=False, tag=True):
     reason: str = ""
 
 
+class Draining(Message, frozen=True, gc=False, tag=True):
+    """A worker ends what it has begun and will leave then: it wants no more work. Sent again
+    until it leaves."""
+
+    worker: str
+    incarnation: str
+
+
 class Probed(Message, frozen=True, gc=False, tag=True):
     """Answer to ``Probe``: a handle for a small prompt, or why there is none."""
 
@@ -878,7 +886,7 @@ class UtilityReply(Message, frozen=True, gc=False, tag=True):
     error: str = ""
 
 
-WorkerToCore = Ready | Beat | KvChanges | Leaving | Probed | ProbeFinished
+WorkerToCore = Ready | Beat | KvChanges | Leaving | Probed | ProbeFinished | Draining
 ApiToCore = Hello | ApiBeat | Submit | Prefilled | Started | Finished | Failed | Checked
 AboutWorkflows = (
     DeclareWorkflow

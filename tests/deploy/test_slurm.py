@@ -127,7 +127,7 @@ def test_scancel_lets_the_workers_leave_and_leaves_nothing(site: Site, file: Pat
 def test_the_signal_before_the_time_limit_ends_a_cluster_in_order(site: Site, file: Path) -> None:
     job_id = submitted(file)
     wait_until_ready(job_id)
-    # What "--signal=B:TERM@60" has Slurm send: to the batch script, not to the steps.
+    # What "--signal=B:TERM@..." has Slurm send: to the batch script, not to the steps.
     site.ask("scancel", "--batch", "--signal=TERM", job_id)
     assert site.wait_for(job_id, ("COMPLETED", "FAILED", "CANCELLED"), END_S) == "COMPLETED"
     assert site.job(job_id)["ExitCode"] == "0:0"
