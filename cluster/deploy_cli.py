@@ -48,6 +48,9 @@ def slurm(
         Path | None,
         typer.Option(metavar="PATH", help="Write the batch script there, submit nothing."),
     ] = None,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Show its log until it is over; its exit code is mine.")
+    ] = False,
     dry_run: DryRun = False,
 ) -> None:
     """Submit a cluster as one Slurm job."""
@@ -58,7 +61,7 @@ def slurm(
     request = JobRequest(
         nodes=nodes, partition=partition, time=time, options=tuple(sbatch or ()), then=then
     )
-    raise typer.Exit(submit(load(file), file, request, out, dry_run, Console()))
+    raise typer.Exit(submit(load(file), file, request, out, dry_run, Console(), wait))
 
 
 def slurm_job(file: FileArgument, nodes: Nodes = None, then: Then = None) -> None:
