@@ -183,14 +183,14 @@ def state_of(snapshot: Snapshot, worker: str) -> str:
 def test_kv_goes_from_host_to_host_and_answers_are_those_of_a_plain_engine(
     network: Network, cluster: LocalCluster, client: openai.OpenAI, expected: list[str]
 ) -> None:
-    received, moved = _received_bytes(network), _moved_bytes(cluster)
+    received = _received_bytes(network)
     for prompt, text in zip(PROMPTS, expected, strict=True):
         assert text.startswith(answer_to(client, prompt))
-    least = TOKEN_BYTES * sum(len(prompt) for prompt in PROMPTS) // 2
-    wait_for(lambda: _moved_bytes(cluster) - moved >= least, 10.0, "half of all prompts, moved")
-    moved = _moved_bytes(cluster) - moved
+    kv_bytes = TOKEN_BYTES * sum(len(prompt) for prompt in PROMPTS)
+    # The tail of a prompt that fills no block is computed where it is decoded.
+    wait_for(lambda: _moved_bytes(cluster) >= 0.9 * kv_bytes, 10.0, "the prompts' KV, moved")
     received = _received_bytes(network) - received
-    assert received >= moved, "KV went another way than over the hosts' links"
+    assert received >= 0.9 * kv_bytes, "KV went another way than over the hosts' links"
 
 
 def _received_bytes(network: Network) -> int:
