@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import msgspec
@@ -45,10 +45,18 @@ Answers = queue.SimpleQueue[tuple[str, Answer | Closed]]
 T = TypeVar("T", Seen, Clocked, Met)
 
 
-def examine(config: ClusterConfig, way: Way) -> Report:
+def is_here(host: str) -> bool:
+    """True if the host is this machine, so that no ``ssh`` is needed."""
+    try:
+        return port_is_free(host, 0)
+    except OSError:
+        return False
+
+
+def examine(config: ClusterConfig, way: Way, is_here: Callable[[str], bool] = is_here) -> Report:
     """Examines the hosts of a file. ConfigError if it does not fit several hosts."""
     asked = look_requests(config)
-    local = frozenset(request.host for request in asked if _is_here(request.host))
+    local = frozenset(request.host for request in asked if is_here(request.host))
     with _Hosts(asked, msgspec.structs.replace(way, local=way.local | local)) as hosts:
         seen = hosts.look()
         clocks = hosts.clocks()
@@ -155,13 +163,6 @@ class _Hosts:
 
 def _of(seen: Mapping[str, Seen], host: str) -> list[tuple[str, int]]:
     return seen[host].meeting
-
-
-def _is_here(host: str) -> bool:
-    try:
-        return port_is_free(host, 0)
-    except OSError:
-        return False
 
 
 def _hosts(

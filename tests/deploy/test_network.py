@@ -6,8 +6,9 @@ Root only; without it these tests are skipped and say so. CI runs them as root.
 
 from __future__ import annotations
 
-import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -72,7 +73,8 @@ def cluster_of(network: Network, model: Path) -> ClusterConfig:
         f"api: {{host: {core}, port: 8000}}\n"
         # These hosts share one kernel, whose memory UCX would rather use.
         "network: {ucx_tls: 'tcp,self'}\n"
-        "placement: {policy: least_kv, remote_prefill_min_tokens: 96}\n",
+        "placement: {policy: least_kv, remote_prefill_min_tokens: 96}\n"
+        "stop: {drain_s: 60}\n",
         "net.yaml",
     )
 
@@ -266,6 +268,33 @@ def _decoding_on(cluster: LocalCluster, worker: str) -> bool:
     )
 
 
+def test_a_worker_that_is_told_to_end_ends_its_calls_first(
+    cluster: LocalCluster, client: openai.OpenAI, expected: list[str]
+) -> None:
+    """The last but one: decode-1 is gone after it."""
+    texts: dict[int, str] = {}
+    states: set[str] = set()
+
+    def talk(number: int) -> None:
+        texts[number] = answer_to(client, PROMPTS[number % len(PROMPTS)], LONG_TOKENS)
+
+    threads = [threading.Thread(target=talk, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    wait_for(lambda: _decoding_on(cluster, "decode-1"), 30.0, "a call on decode-1")
+    mine = {call.request for call in cluster.snapshot().calls if call.decode == "decode-1"}
+    os.kill(cluster.workers["decode-1"], signal.SIGTERM)
+    while any(thread.is_alive() for thread in threads):
+        states.add(state_of(cluster.snapshot(), "decode-1"))
+        time.sleep(0.05)
+    assert texts == {number: expected[number % len(PROMPTS)] for number in range(6)}
+    assert "draining" in states
+    ended = [call for call in cluster.snapshot().calls if call.request in mine and call.outcome]
+    assert ended
+    assert {(call.decode, call.attempt) for call in ended} == {("decode-1", 1)}
+    wait_for(lambda: state_of(cluster.snapshot(), "decode-1") == "", 20.0, "decode-1's end")
+
+
 def test_doctor_names_a_side_channel_that_leads_nowhere(
     network: Network, cluster: LocalCluster, client: openai.OpenAI, expected: list[str]
 ) -> None:
@@ -278,9 +307,9 @@ def test_doctor_names_a_side_channel_that_leads_nowhere(
     keep = [entry for entry in cluster.config.workers if entry.name != "decode-1"]
     file = cluster.log_dir / "wrong.yaml"
     file.write_text(dump(msgspec.structs.replace(cluster.config, workers=[*keep, wrong])))
-    with contextlib.suppress(ProcessLookupError):
-        subprocess.run(["kill", str(cluster.workers["decode-1"])], check=True)
-    wait_for(lambda: state_of(cluster.snapshot(), "decode-1") != "up", 30.0, "decode-1's end")
+    # Its id is kept until the cluster is stopped, so this can hit nobody else.
+    os.kill(cluster.workers["decode-1"], signal.SIGTERM)
+    wait_for(lambda: state_of(cluster.snapshot(), "decode-1") == "", 30.0, "decode-1's end")
     command = network.command("three", process_command("decode-2", file))
     with started(command, child_environment(), cluster.log_dir / "decode-2.log"):
         wait_for(lambda: state_of(cluster.snapshot(), "decode-2") == "up", 120.0, "decode-2")
