@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import msgspec
 
-from cluster import doctor_checks
+from cluster import doctor_checks, doctor_paths
 from cluster.doctor import Report
 from cluster.doctor_checks import Clock, Finding, Port
 from cluster.hosts import (
@@ -31,10 +31,11 @@ from cluster.hosts import (
 from cluster.launch import fixed_ports
 from cluster.look import TIME
 from cluster.process import port_is_free
-from cluster.schema import ClusterConfig, WorkerEntry
+from cluster.schema import ClusterConfig, WorkerEntry, tcp_address
 from cluster.ssh import Closed, Connection, Way
 from coordinator.protocol import HostFacts
 
+SIDE_CHANNEL_HOST = "VLLM_NIXL_SIDE_CHANNEL_HOST"
 HOST_S = 60.0
 """How long a host may take to be reached and to look at itself."""
 ANSWER_S = 15.0
@@ -69,6 +70,7 @@ def examine(config: ClusterConfig, way: Way, is_here: Callable[[str], bool] = is
             *doctor_checks.ports(_ports(asked, seen)),
             *_transports(config, seen),
             *meetings(met, len(seen)),
+            *[e for e in doctor_paths.addresses(planned(config), []) if e.severity != "fine"],
             _not_yet(),
         ]
     )
@@ -78,7 +80,10 @@ def look_requests(config: ClusterConfig) -> list[Request]:
     """One for every host of the file; a file of this machine alone may leave ports open."""
     hosts = {config.coordinator.host, *(entry.host for entry in config.workers)}
     if not hosts <= LOOPBACK:
-        return requests(config, "look")
+        return [
+            msgspec.structs.replace(each, ports=[*each.ports, *_side_channels(config, each.host)])
+            for each in requests(config, "look")
+        ]
     devices = [device for entry in config.workers for device in entry.devices]
     return [
         Request(
@@ -89,6 +94,36 @@ def look_requests(config: ClusterConfig) -> list[Request]:
             ports=[FixedPort(*each) for each in fixed_ports(config)],
             gpus=max(devices, default=-1) + 1,
         )
+    ]
+
+
+def _side_channels(config: ClusterConfig, host: str) -> list[FixedPort]:
+    """Side channels that the file has listen elsewhere than on their worker's host."""
+    found = []
+    for index, entry in enumerate(config.workers):
+        given = _side_host(config, entry)
+        if entry.host == host and given not in (host, ""):
+            key = f"workers[{index}].environment.{SIDE_CHANNEL_HOST}"
+            found.append(FixedPort(key, given, 0))
+    return found
+
+
+def _side_host(config: ClusterConfig, entry: WorkerEntry) -> str:
+    environment = config.environment | entry.environment
+    return str(environment.get(SIDE_CHANNEL_HOST, config.network.nixl_host or ""))
+
+
+def planned(config: ClusterConfig) -> list[doctor_paths.Worker]:
+    """Workers as they will say that they are, whom nobody can ask yet."""
+    base = config.network.side_channel_port_base
+    return [
+        doctor_paths.Worker(
+            name=entry.name,
+            host=entry.host,
+            data_address=tcp_address(entry.host, entry.data_port),
+            side_channel=f"{_side_host(config, entry) or entry.host}:{base + index if base else 0}",
+        )
+        for index, entry in enumerate(config.workers)
     ]
 
 

@@ -101,7 +101,7 @@ def _side_finding(
         f" and network.nixl_host from the file, so that the worker's host ({worker.host}) is used,"
         " or give an address of that machine that the others reach"
     )
-    if several and _leads_nowhere(host):
+    if several and _leads_nowhere(host) and not _leads_nowhere(worker.host):
         where = f" {_askers(failed, errors)}" if failed else ""
         message = (
             f"its side-channel address {address} means another machine on every host,"

@@ -38,7 +38,7 @@ def look(
     """Answers until there is no more input."""
     with contextlib.ExitStack() as open_:
         meeting = []
-        for host in sorted({port.host for port in request.ports}):
+        for host in sorted({port.host for port in request.ports if port.host == request.host}):
             # Nobody accepts: a connection is made all the same, and that is all it is for.
             with contextlib.suppress(OSError):
                 family = socket.AF_INET6 if ":" in host else socket.AF_INET

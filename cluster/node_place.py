@@ -20,7 +20,8 @@ from cluster.topology import Place, TopologyError, core_list, parse, place
 logger = logging.getLogger("pythia.worker")
 
 NET_DEVICES = "UCX_NET_DEVICES"
-INFINIBAND = Path("/sys/class/infiniband")
+SYSTEM = Path("/sys/class")
+DEVICES = Path("/dev/infiniband")
 ACTIVE = "ACTIVE"
 RDMA = ("rc", "dc", "ud", "ib")
 """How the names of UCX's transports over RDMA begin."""
@@ -105,13 +106,21 @@ def _near(visible: str) -> Place:
     except (OSError, subprocess.SubprocessError, TopologyError) as error:
         logger.warning("nvidia-smi does not tell what is next to a GPU: %s", error)
         return Place()
-    return place(gpus, [int(part) for part in visible.split(",")], active_ports(INFINIBAND))
+    return place(gpus, [int(part) for part in visible.split(",")], active_ports(SYSTEM, DEVICES))
 
 
-def active_ports(folder: Path) -> list[str]:
-    """RDMA ports that have a link, as UCX names them: ``mlx5_0:1``."""
-    found = []
-    for path in sorted(folder.glob("*/ports/*/state")):
-        if ACTIVE in path.read_text():
-            found.append(f"{path.parts[-4]}:{path.parts[-2]}")
-    return found
+def active_ports(system: Path, devices: Path) -> list[str]:
+    """RDMA ports that have a link, as UCX names them: ``mlx5_0:1``.
+
+    A container sees all of its host's in ``/sys``, and may open those in ``/dev``.
+    """
+    usable = {
+        path.read_text().strip()
+        for path in system.glob("infiniband_verbs/uverbs*/ibdev")
+        if os.access(devices / path.parent.name, os.R_OK | os.W_OK)
+    }
+    return [
+        f"{path.parts[-4]}:{path.parts[-2]}"
+        for path in sorted(system.glob("infiniband/*/ports/*/state"))
+        if path.parts[-4] in usable and ACTIVE in path.read_text()
+    ]

@@ -351,6 +351,21 @@ def test_doctor_names_hosts_out_of_reach_and_ports_in_use(
     deployment.config = standins(("one", HERE), ("two", THERE))
 
 
+def test_doctor_names_a_side_channel_on_another_hosts_address_before_the_start(
+    deploy: Callable[..., Deployment],
+) -> None:
+    deployment = deploy(("one", HERE), ("two", THERE))
+    good = deployment.config
+    wrong = {"VLLM_NIXL_SIDE_CHANNEL_HOST": "10.255.255.1"}
+    workers = [msgspec.structs.replace(good.workers[0], environment=wrong), good.workers[1]]
+    deployment.config = msgspec.structs.replace(good, workers=workers)
+    found = examined(deployment)
+    deployment.config = good
+    assert found.keys() == {"ports"}
+    assert "can't listen on 10.255.255.1:0" in found["ports"][HERE]
+    assert "VLLM_NIXL_SIDE_CHANNEL_HOST" in found["ports"][HERE]
+
+
 def test_destinations_reach_hosts_by_another_name(deploy: Callable[..., Deployment]) -> None:
     deployment = deploy(("one", NOWHERE))
     good = deployment.way

@@ -11,9 +11,11 @@ from typer.testing import CliRunner
 
 from cluster import doctor_checks, doctor_paths
 from cluster.cli import app
+from cluster.config import parse
 from cluster.doctor import Report
 from cluster.doctor_checks import Clock, Finding, Port, allowed
 from cluster.doctor_cli import exit_code
+from cluster.doctor_hosts import planned
 from cluster.doctor_paths import HERE, Measure, Worker
 from cluster.process import free_port
 from coordinator.protocol import HostFacts, Reach, Transport
@@ -191,6 +193,19 @@ def test_a_side_channel_on_loopback_is_named_even_where_somebody_answers() -> No
 @pytest.mark.parametrize("host", ["localhost", "0.0.0.0", "[::1]", "[::]", "127.0.1.1"])
 def test_other_hosts_that_mean_no_other_machine(host: str) -> None:
     assert set(wrong(doctor_paths.addresses(workers(e=f"{host}:1"), fine_here()))) == {"e"}
+
+
+def test_a_side_channel_on_loopback_is_named_before_anything_runs() -> None:
+    text = (
+        "model: m\nworkers:\n"
+        "  - {name: p, role: prefill, host: 10.0.0.1}\n"
+        "  - {name: d, role: decode, host: 10.0.0.2, environment:"
+        " {VLLM_NIXL_SIDE_CHANNEL_HOST: 127.0.0.1}}\n"
+        "network: {side_channel_port_base: 5600}\n"
+    )
+    found = wrong(doctor_paths.addresses(planned(parse(text, "c.yaml")), []))
+    assert set(found) == {"d"}
+    assert "127.0.0.1:5601 means another machine on every host" in found["d"]
 
 
 def test_workers_of_one_host_may_use_loopback() -> None:

@@ -85,7 +85,8 @@ def test_cores_are_read_and_written() -> None:
 
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A machine of eight GPUs as nvidia-smi and the kernel show it; NIC 3 has no link."""
+    """A machine of eight GPUs as nvidia-smi and the kernel show it; NIC 3 has no link, and NIC 6
+    may not be opened."""
     program = tmp_path / "nvidia-smi"
     program.write_text(f"#!/bin/sh\ncat {SAMPLES / 'eight-gpus-a-nic-each.txt'}\n")
     program.chmod(0o755)
@@ -95,7 +96,13 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         folder = tmp_path / f"infiniband/mlx5_{number}/ports/1"
         folder.mkdir(parents=True)
         (folder / "state").write_text("1: DOWN\n" if number == 3 else "4: ACTIVE\n")
-    monkeypatch.setattr(node_place, "INFINIBAND", tmp_path / "infiniband")
+        verbs = tmp_path / f"infiniband_verbs/uverbs{number}"
+        verbs.mkdir(parents=True)
+        (verbs / "ibdev").write_text(f"mlx5_{number}\n")
+        if number != 6:
+            (tmp_path / f"uverbs{number}").touch()
+    monkeypatch.setattr(node_place, "SYSTEM", tmp_path)
+    monkeypatch.setattr(node_place, "DEVICES", tmp_path)
     return tmp_path
 
 
@@ -105,8 +112,8 @@ def worker(devices: str, entry: str = "", rest: str = "") -> WorkerConfig:
 
 
 def test_a_worker_is_placed_by_what_the_machine_says(machine: Path) -> None:
-    assert node_place.active_ports(machine / "infiniband") == [
-        name for name in EIGHT if name != "mlx5_3:1"
+    assert node_place.active_ports(machine, machine) == [
+        name for name in EIGHT if name not in ("mlx5_3:1", "mlx5_6:1")
     ]
     found = node_place.of_worker(worker("[4, 5]"))
     assert found == Place(["mlx5_4:1", "mlx5_5:1"], SECOND_SOCKET)
