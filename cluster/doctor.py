@@ -52,7 +52,7 @@ SAMPLE_S = 120.0
 STATISTICS_S = 5.0
 """How long after a read its measure may take to be told."""
 STATISTICS_POLL_S = 0.1
-SAMPLE_BYTES = 64 << 20
+SAMPLE_BYTES = 32 << 20
 READS = 2
 FURTHER_TRIES = 2
 PAIRS_MAX = 240
