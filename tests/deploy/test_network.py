@@ -268,33 +268,6 @@ def _decoding_on(cluster: LocalCluster, worker: str) -> bool:
     )
 
 
-def test_a_worker_that_is_told_to_end_ends_its_calls_first(
-    cluster: LocalCluster, client: openai.OpenAI, expected: list[str]
-) -> None:
-    """The last but one: decode-1 is gone after it."""
-    texts: dict[int, str] = {}
-    states: set[str] = set()
-
-    def talk(number: int) -> None:
-        texts[number] = answer_to(client, PROMPTS[number % len(PROMPTS)], LONG_TOKENS)
-
-    threads = [threading.Thread(target=talk, args=(number,)) for number in range(6)]
-    for thread in threads:
-        thread.start()
-    wait_for(lambda: _decoding_on(cluster, "decode-1"), 30.0, "a call on decode-1")
-    mine = {call.request for call in cluster.snapshot().calls if call.decode == "decode-1"}
-    os.kill(cluster.workers["decode-1"], signal.SIGTERM)
-    while any(thread.is_alive() for thread in threads):
-        states.add(state_of(cluster.snapshot(), "decode-1"))
-        time.sleep(0.05)
-    assert texts == {number: expected[number % len(PROMPTS)] for number in range(6)}
-    assert "draining" in states
-    ended = [call for call in cluster.snapshot().calls if call.request in mine and call.outcome]
-    assert ended
-    assert {(call.decode, call.attempt) for call in ended} == {("decode-1", 1)}
-    wait_for(lambda: state_of(cluster.snapshot(), "decode-1") == "", 20.0, "decode-1's end")
-
-
 def test_doctor_names_a_side_channel_that_leads_nowhere(
     network: Network, cluster: LocalCluster, client: openai.OpenAI, expected: list[str]
 ) -> None:
