@@ -18,13 +18,13 @@ import typer.core
 from rich.console import Console
 
 from cluster import deploy_cli
+from cluster.doctor_cli import doctor
 from cluster.kubernetes.cli import kubernetes
 
 if TYPE_CHECKING:
     from cluster.schema import ClusterConfig, WorkerEntry
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
-DEFAULT_CONTROL_ADDRESS = "tcp://127.0.0.1:5570"
 WATCH_S = 1.0
 PLAIN_COLUMNS = 140
 """Width of tables that go into a file or a pipe."""
@@ -227,6 +227,9 @@ def worker(
     like: Annotated[
         str | None, typer.Option(metavar="NAME", help="Unless in the file: as this one of it.")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say where it would be on this host.")
+    ] = False,
 ) -> None:
     """Run one worker: of a cluster file, or one that joins a running coordinator."""
     from cluster.config import joined, worker_config
@@ -250,6 +253,11 @@ def worker(
     if config is None:
         cluster = msgspec.structs.replace(cluster, workers=[])
     cluster = joined(cluster, _entry(cluster, given, like), coordinator)
+    if dry_run:
+        from cluster.node_place import describe
+
+        typer.echo("\n".join(describe(worker_config(cluster, name, cluster.model))))
+        raise typer.Exit
     starting = worker_config(cluster, name, resolve(cluster.model))
     starting = msgspec.structs.replace(starting, node_rank=node_rank, leader=leader)
     if node_rank:
@@ -261,6 +269,7 @@ app.command()(kubernetes)
 
 
 deploy_cli.add_to(app)
+app.command()(doctor)
 
 
 @app.command()
@@ -583,10 +592,9 @@ def _device_list(text: str | None) -> list[int] | None:
 
 def _running_address() -> str:
     """The control address of the one cluster that this user has up; else the default."""
-    from cluster.supervise import running
+    from cluster.supervise import running_address
 
-    records = running()
-    return records[0].control_address if len(records) == 1 else DEFAULT_CONTROL_ADDRESS
+    return running_address()
 
 
 def _versions() -> str:

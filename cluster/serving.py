@@ -28,6 +28,7 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from cluster.config import WorkerConfig
 from cluster.engine import WorkerEngine, engine_facts
+from cluster.examined import Examined, side_channel
 from cluster.health import health_server
 from cluster.kv_listener import Endpoints, KvListener
 from coordinator import protocol
@@ -43,6 +44,8 @@ from transfer.sources import Sources
 logger = logging.getLogger("pythia.worker")
 
 ENGINE_WATCH_S = 0.5
+DRAIN_POLL_S = 0.05
+DRAINING_SAID_S = 1.0
 OWED_S = 60.0
 OWED_MAX = 65536
 PROBE_TOKEN_IDS = range(3, 250)
@@ -101,6 +104,7 @@ class Worker:
         self.owed: dict[tuple[bytes, str, int], Owed] = {}
         self.garbage = GarbageCounter("an API process")
         self.stopping = asyncio.Event()
+        self.draining = False
         self.exit_code = 0
         self.data = make_socket(context, zmq.ROUTER)
         self.data_address = self.data.bind(f"tcp://{config.host}:{config.data_port or '*'}")
@@ -129,6 +133,7 @@ class Worker:
             name, send = config.name, self.link.send
             self.kv = KvListener(context, endpoints, name, self.incarnation, send)
         self.sources = Sources(engine.engine_id, self.facts.kv_bytes_per_block)
+        self.examined = Examined(engine.engine_id, self.facts, self.sources.report, self._answer)
         engine.on_step = self._on_step
         engine.on_reads = self.sources.measured
 
@@ -136,7 +141,7 @@ class Worker:
         """Serve until told to stop or the engine dies. Returns the exit code."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self.stopping.set)
+            loop.add_signal_handler(number, self.end)
         tasks = [
             asyncio.create_task(self.link.run(), name="control link"),
             asyncio.create_task(self._serve_data(), name="data socket"),
@@ -161,6 +166,29 @@ class Worker:
             task.cancel()
         return self.exit_code
 
+    def end(self) -> None:
+        """To be told to end: drains first. Told again, it goes at once."""
+        if self.draining:
+            self.stopping.set()
+            return
+        self.draining = True
+        self._spawn(self._drain())
+
+    async def _drain(self) -> None:
+        """Wants no more work, ends what it has begun, as long as that may take, and stops."""
+        deadline_s = time.monotonic() + self.config.drain_s
+        said_s = float("-inf")
+        while self._is_busy() and (now_s := time.monotonic()) < deadline_s:
+            if now_s - said_s >= DRAINING_SAID_S:
+                self.link.send(protocol.Draining(self.config.name, self.incarnation))
+                said_s = now_s
+            await asyncio.sleep(DRAIN_POLL_S)
+        self.stopping.set()
+
+    def _is_busy(self) -> bool:
+        """It works on something, or holds KV that somebody has yet to read."""
+        return bool(self.jobs) or self.engine.load(0).kv_blocks_used > 0
+
     def close(self) -> None:
         """Close the sockets."""
         if self.kv is not None:
@@ -179,6 +207,7 @@ class Worker:
             facts=self.facts,
             host=self.config.host,
             devices=",".join(str(device) for device in self.config.devices),
+            side_channel=side_channel(),
         )
 
     def _beat(self) -> protocol.Message:
@@ -270,16 +299,21 @@ class Worker:
                 self.garbage.add(ValueError(f"{len(frames)} frames"))
                 continue
             try:
-                message = protocol.decode_api_to_worker(frames[1].buffer)
+                message = protocol.decode_to_worker(frames[1].buffer)
                 body = self._decode_body(message, frames[2:])
             except (*BAD_FRAME, BadBody) as error:
                 self.garbage.add(error)
             else:
-                await self._on_api(api, message, body)
+                if isinstance(message, protocol.ExaminerToWorker):
+                    await self._on_examiner(api, message)
+                else:
+                    await self._on_api(api, message, body)
             # What has arrived is had without waiting: the engine's outputs must get their turn.
             await asyncio.sleep(0)
 
-    def _decode_body(self, message: protocol.ApiToWorker, frames: list[Any]) -> Any:
+    def _decode_body(
+        self, message: protocol.ApiToWorker | protocol.ExaminerToWorker, frames: list[Any]
+    ) -> Any:
         """What vLLM encoded behind an API process's message. BadBody if it did not."""
         try:
             match message:
@@ -312,6 +346,15 @@ class Worker:
                     await self._discard(message)
             case protocol.Utility():
                 self._spawn(self._utility(api, message, body))
+
+    async def _on_examiner(self, api: bytes, message: protocol.ExaminerToWorker) -> None:
+        match message:
+            case protocol.AskTime():
+                self.examined.tell_time(api, message)
+            case protocol.Look():
+                self._spawn(self.examined.look(api, message))
+            case protocol.Sample() | protocol.SampleRead():
+                await self._sample(api, message)
 
     def _is_current(self, api: bytes, message: protocol.Prefill | protocol.Decode) -> bool:
         if message.incarnation == self.incarnation:
@@ -420,6 +463,26 @@ class Worker:
             reason = f"{type(error).__name__}: {error}"
             self._fail(job.api, job.request, job.attempt, reason, retryable=False)
 
+    async def _sample(self, who: bytes, message: protocol.Sample | protocol.SampleRead) -> None:
+        """A probe as the core's, of another length, for somebody else."""
+        name = f"sample-{who.hex()}-{message.call}"
+        job = Job("probe", who, name, 0, message.prompt_tokens)
+        job.probe = message.call
+        request = self._probe_request(message.seed, message.prompt_tokens)
+        if isinstance(message, protocol.Sample):
+            await self._submit(prefill_request(request, name, 0), job)
+            return
+        try:
+            handle = self._accept(message.handle)
+        except handles.HandleError as error:
+            self._answer(who, protocol.Sampled(message.call, error=f"handle refused: {error}"))
+            return
+        job.kind, job.source = "probe_read", handle.remote_engine_id
+        await self._submit(decode_request(request, name, 0, handle), job)
+
+    def _answer(self, who: bytes, message: protocol.WorkerToExaminer) -> None:
+        self.data.post([who, protocol.encode(message)])
+
     async def _abort(self, engine_ids: list[str]) -> None:
         known = [engine_id for engine_id in engine_ids if self.jobs.pop(engine_id, None)]
         for engine_id in known:
@@ -523,11 +586,7 @@ class Worker:
         self.sources.ended(output.request_id)
         if job.kind == "probe_read":
             if output.finish_reason is not None:
-                elapsed_s = time.monotonic() - job.started_s
-                error = "" if job.moved_tokens else f"nothing moved ({output.finish_reason})"
-                if not error:
-                    self.sources.met(job.source)
-                self._probe_finished(job.probe, elapsed_s, job.moved_tokens, error)
+                self._on_read(job, output)
             return
         result = prefill_result(
             output,
@@ -553,12 +612,28 @@ class Worker:
             if not self.data.post(frames):
                 self._api_gone(job.api)
             return
-        probed = (
-            protocol.Probed(self.config.name, self.incarnation, job.probe, handle=result.handle)
-            if isinstance(result, protocol.PrefillDone)
-            else protocol.Probed(self.config.name, self.incarnation, job.probe, error=result.reason)
+        handle, error = b"", ""
+        if isinstance(result, protocol.PrefillDone):
+            handle = result.handle
+        else:
+            error = result.reason
+        if job.api:
+            self._answer(job.api, protocol.Sampled(job.probe, handle, error=error))
+            return
+        self.link.send(
+            protocol.Probed(self.config.name, self.incarnation, job.probe, handle, error)
         )
-        self.link.send(probed)
+
+    def _on_read(self, job: Job, output: EngineCoreOutput) -> None:
+        """A probe's KV has been pulled, or computed because it could not be."""
+        elapsed_s = time.monotonic() - job.started_s
+        error = "" if job.moved_tokens else f"nothing moved ({output.finish_reason})"
+        if job.api:
+            self._answer(job.api, protocol.Sampled(job.probe, b"", job.moved_tokens, error))
+            return
+        if not error:
+            self.sources.met(job.source)
+        self._probe_finished(job.probe, elapsed_s, job.moved_tokens, error)
 
     async def _watch_engine(self) -> None:
         while not self.engine.errored:
@@ -598,7 +673,7 @@ async def serve(
                     config.host,
                     config.health_port,
                     live=lambda: not engine.errored,
-                    ready=lambda: worker.link.welcome is not None,
+                    ready=lambda: worker.link.welcome is not None and not worker.draining,
                 )
                 await stack.enter_async_context(health)
             return await worker.run()

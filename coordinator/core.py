@@ -41,6 +41,7 @@ from coordinator.protocol import (
     CancelRun,
     Checked,
     DeclareWorkflow,
+    Draining,
     DropWorkflow,
     EndRun,
     ErrandDone,
@@ -199,7 +200,9 @@ class Core:
         if self._started_s is None:
             self._started_s = now_s
         match message:
-            case Ready() | Beat() | KvChanges() | Leaving() | Probed() | ProbeFinished():
+            case (
+                Ready() | Beat() | KvChanges() | Leaving() | Probed() | ProbeFinished() | Draining()
+            ):
                 self._from_worker(peer, message, now_s)
             case Inspect():
                 self._state.send(peer, self.snapshot(message.token, now_s))
@@ -381,6 +384,8 @@ class Core:
                 reason = message.reason or "left"
                 self._retire(worker.name, worker.incarnation, "it said that it was leaving")
                 self._lose(worker, WorkerPhase.LEFT, reason, now_s)
+            case Draining():
+                self._drain(worker, now_s)
             case Probed() | ProbeFinished():
                 if not self._pairs.answered(worker, message, now_s):
                     self._state.counters["messages_stale"] += 1
@@ -478,6 +483,13 @@ class Core:
             self._state.deadlines.set(("worker", worker.name), self._suspect_s(worker))
             self._state.room_changed = True
             self._pairs.woke(worker, now_s)
+
+    def _drain(self, worker: Worker, now_s: float) -> None:
+        if worker.phase is WorkerPhase.DRAINING:
+            return
+        worker.move(WorkerPhase.DRAINING, now_s, "it said so")
+        self._standing.touch(worker)
+        self._pairs.dozed(worker)
 
     def _worker_due(self, worker: Worker, now_s: float) -> None:
         lost_s = worker.last_heard_s + self._silence_s(self._limits.beats_missed)

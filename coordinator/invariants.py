@@ -120,7 +120,7 @@ def _check_worker(worker: Worker, state: State, placement: Placement) -> None:
     built: Role = worker.ready.role
     assert worker.role == built or {worker.role, built} == {"prefill", "decode"}, worker.name
     assert worker.role == built or worker.turned_s > float("-inf"), worker.name
-    assert worker.phase in (WorkerPhase.UP, WorkerPhase.SUSPECT), worker.name
+    assert worker.phase not in (WorkerPhase.LOST, WorkerPhase.LEFT), worker.name
     assert worker.up == (worker.phase is WorkerPhase.UP), worker.name
     assert state.deadlines.get(("worker", worker.name)) is not None, worker.name
     everyone = state.calls.values()

@@ -45,6 +45,9 @@ frames of vLLM's own encoder behind it::
       | Abort, Discard                        |
       |-------------------------------------->|
 
+``pythia doctor`` talks to workers over the same sockets: ``AskTime`` (``TimeIs``), ``Look``
+(``Looked``), ``Sample`` and ``SampleRead`` (``Sampled``).
+
 Every message that concerns a call names ``request`` and ``attempt``; every message
 that concerns a worker names its ``incarnation``, so that a late one can be told
 from a current one. Handles and prompts are opaque here: the core never sees them.
@@ -161,6 +164,8 @@ class Ready(Message, frozen=True, gc=False, tag=True):
     protocol_version: int = PROTOCOL_VERSION
     host: str = ""
     devices: str = ""
+    side_channel: str = ""
+    """``host:port`` where peers are to ask its engine for NIXL's metadata."""
 
 
 class Beat(Message, frozen=True, gc=False, tag=True):
@@ -200,6 +205,14 @@ class Leaving(Message, frozen=True, gc=False, tag=True):
     worker: str
     incarnation: str
     reason: str = ""
+
+
+class Draining(Message, frozen=True, gc=False, tag=True):
+    """A worker ends what it has begun and will leave then: it wants no more work. Sent again
+    until it leaves."""
+
+    worker: str
+    incarnation: str
 
 
 class Probed(Message, frozen=True, gc=False, tag=True):
@@ -682,6 +695,8 @@ class WorkerStatus(msgspec.Struct, frozen=True, gc=False):
     peers: int
     handles: int = 0
     """Prompts it holds for calls that have no token yet."""
+    data_address: str = ""
+    side_channel: str = ""
 
 
 class LinkStatus(msgspec.Struct, frozen=True, gc=False):
@@ -753,6 +768,8 @@ class Snapshot(Message, frozen=True, gc=False, tag=True):
     runs: list[RunStatus] = []
     """Of the live ones, the youngest."""
     runs_live: int = 0
+    unix_time_s: float = 0.0
+    """The wall clock of the core's host when this was sent."""
 
 
 class WorkflowAnswer(Message, frozen=True, gc=False, tag=True):
@@ -815,6 +832,104 @@ class Utility(Message, frozen=True, gc=False, tag=True):
     method: str
 
 
+# --- whoever examines the cluster <-> worker (data) ---------------------------------
+
+
+class AskTime(Message, frozen=True, gc=False, tag=True):
+    """What time is it there, and what has been read? Answered at once, with ``TimeIs``."""
+
+    call: int
+
+
+class TimeIs(Message, frozen=True, gc=False, tag=True):
+    """Answer to ``AskTime``: the worker's wall clock, and the links to it as in ``Beat``."""
+
+    call: int
+    unix_time_s: float
+    links: list[LinkLoad] = []
+
+
+class Peer(msgspec.Struct, frozen=True, gc=False):
+    """Another worker, and where it says that it is to be found."""
+
+    worker: str
+    data_address: str
+    side_channel: str
+    engine: str = ""
+
+
+class Look(Message, frozen=True, gc=False, tag=True):
+    """Who is there, and which of ``peers`` can it reach? Answered with ``Looked``."""
+
+    call: int
+    peers: Annotated[list[Peer], msgspec.Meta(max_length=LINKS_MAX)] = []
+
+
+class Transport(msgspec.Struct, frozen=True, gc=False):
+    """A way that UCX has found to move memory there, over one of its devices."""
+
+    name: str
+    device: str
+
+
+class Reach(msgspec.Struct, frozen=True, gc=False):
+    """Why a peer's data address and side channel can't be reached; empty if they can."""
+
+    worker: str
+    data_error: str = ""
+    side_error: str = ""
+
+
+class HostFacts(msgspec.Struct, frozen=True, gc=False):
+    """What is installed and to be had on a host, as a process there sees it.
+
+    ``versions`` by name (pythia, vllm, nixl, ucx); ``ucx_tls`` and ``ucx_net_devices`` as they
+    are set, empty for UCX's own choice; ``transports_error``: why UCX could not be asked.
+    """
+
+    versions: dict[str, str]
+    ucx_tls: str = ""
+    ucx_net_devices: str = ""
+    transports: list[Transport] = []
+    transports_error: str = ""
+
+
+class Looked(Message, frozen=True, gc=False, tag=True):
+    """Answer to ``Look``. ``engine``: what its handles call it."""
+
+    call: int
+    engine: str
+    facts: EngineFacts
+    host: HostFacts
+    reaches: list[Reach] = []
+
+
+class Sample(Message, frozen=True, gc=False, tag=True):
+    """Prefill a random prompt and hold its KV, to be read once. Answered with ``Sampled``."""
+
+    call: int
+    seed: int
+    prompt_tokens: Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
+
+
+class SampleRead(Message, frozen=True, gc=False, tag=True):
+    """Pull that prompt's KV, from an engine that was met before. Answered with ``Sampled``."""
+
+    call: int
+    seed: int
+    prompt_tokens: Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
+    handle: bytes
+
+
+class Sampled(Message, frozen=True, gc=False, tag=True):
+    """Answer to ``Sample``, with a handle, and to ``SampleRead``; or why it did not work."""
+
+    call: int
+    handle: bytes = b""
+    tokens_moved: int = 0
+    error: str = ""
+
+
 # --- worker -> API process (data) ---------------------------------------------------
 
 
@@ -868,7 +983,7 @@ class UtilityReply(Message, frozen=True, gc=False, tag=True):
     error: str = ""
 
 
-WorkerToCore = Ready | Beat | KvChanges | Leaving | Probed | ProbeFinished
+WorkerToCore = Ready | Beat | KvChanges | Leaving | Probed | ProbeFinished | Draining
 ApiToCore = (
     Hello
     | ApiBeat
@@ -915,12 +1030,16 @@ CoreToApi = (
 )
 ApiToWorker = Prefill | Decode | Abort | Discard | Utility
 WorkerToApi = PrefillDone | Deltas | CallFailed | UtilityReply
+ExaminerToWorker = AskTime | Look | Sample | SampleRead
+WorkerToExaminer = TimeIs | Looked | Sampled | CallFailed
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_core = msgspec.msgpack.Decoder(ToCore).decode
 decode_core_to_worker = msgspec.msgpack.Decoder(CoreToWorker).decode
 decode_core_to_api = msgspec.msgpack.Decoder(CoreToApi).decode
 decode_api_to_worker = msgspec.msgpack.Decoder(ApiToWorker).decode
+decode_to_worker = msgspec.msgpack.Decoder(ApiToWorker | ExaminerToWorker).decode
+decode_worker_to_examiner = msgspec.msgpack.Decoder(WorkerToExaminer).decode
 decode_worker_to_api = msgspec.msgpack.Decoder(WorkerToApi).decode
 decode_snapshot = msgspec.msgpack.Decoder(Snapshot).decode
 decode_workflow_answer = msgspec.msgpack.Decoder(WorkflowAnswer).decode

@@ -100,13 +100,20 @@ class WorkerPhase(enum.Enum):
     UP = "up"
     SUSPECT = "suspect"
     """Missed beats: keeps its calls, gets no new ones."""
+    DRAINING = "draining"
+    """Said that it will leave when its calls have ended: gets no new ones."""
     LOST = "lost"
     LEFT = "left"
 
 
 WORKER_MOVES: Mapping[WorkerPhase, frozenset[WorkerPhase]] = {
-    WorkerPhase.UP: frozenset({WorkerPhase.SUSPECT, WorkerPhase.LOST, WorkerPhase.LEFT}),
-    WorkerPhase.SUSPECT: frozenset({WorkerPhase.UP, WorkerPhase.LOST, WorkerPhase.LEFT}),
+    WorkerPhase.UP: frozenset(
+        {WorkerPhase.SUSPECT, WorkerPhase.DRAINING, WorkerPhase.LOST, WorkerPhase.LEFT}
+    ),
+    WorkerPhase.SUSPECT: frozenset(
+        {WorkerPhase.UP, WorkerPhase.DRAINING, WorkerPhase.LOST, WorkerPhase.LEFT}
+    ),
+    WorkerPhase.DRAINING: frozenset({WorkerPhase.LOST, WorkerPhase.LEFT}),
     WorkerPhase.LOST: frozenset(),
     WorkerPhase.LEFT: frozenset(),
 }

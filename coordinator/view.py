@@ -88,6 +88,8 @@ def worker_status(worker: Worker, peers: int, now_s: float) -> WorkerStatus:
         warm_peers=len(worker.warm_sources),
         peers=peers,
         handles=len(worker.prefills) - worker.prefilling + len(worker.pulls),
+        data_address=worker.ready.data_address,
+        side_channel=worker.ready.side_channel,
     )
 
 

@@ -27,6 +27,7 @@ from coordinator.protocol import (
     Checked,
     CheckedPhase,
     Decode,
+    Draining,
     EngineFacts,
     Failed,
     Finished,
@@ -154,6 +155,10 @@ class FakeWorker:
     def leave(self) -> Out:
         """Say goodbye."""
         return [(CORE, Leaving(self.name, self.incarnation))]
+
+    def drain(self) -> Out:
+        """Say that it will leave."""
+        return [(CORE, Draining(self.name, self.incarnation))]
 
     def tick(self, now_s: float) -> Out:
         """What it has to say as time passes."""
