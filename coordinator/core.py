@@ -38,6 +38,7 @@ from coordinator.protocol import (
     CancelRun,
     Checked,
     DeclareWorkflow,
+    DrainWorker,
     DropWorkflow,
     EndRun,
     Failed,
@@ -54,8 +55,11 @@ from coordinator.protocol import (
     Ready,
     Refused,
     Role,
+    RoleSet,
+    SetRebalance,
     ShowFigures,
     ShowForecast,
+    ShowRebalance,
     ShowWorkflow,
     Snapshot,
     Started,
@@ -63,15 +67,18 @@ from coordinator.protocol import (
     StaticPrefixes,
     Submit,
     ToCore,
+    TurnWorker,
     Unknown,
     Welcome,
     WorkerGone,
     WorkerToCore,
 )
+from coordinator.rebalancer import Future, Rebalancer
 from coordinator.roles import Roles
 from coordinator.speeds import Speeds
 from coordinator.standing import Standing
-from coordinator.state import Api, Peer, Send, State, Worker, WorkerPhase
+from coordinator.state import Api, Peer, Send, State, Turn, Worker, WorkerPhase
+from coordinator.turns import Turns
 from coordinator.view import call_status, link_status, run_status, worker_status
 from coordinator.workflow.desk import Desk
 from coordinator.workflow.foresight import Foresight
@@ -112,10 +119,12 @@ class Core:
         workflow_limits: WorkflowLimits | None = None,
         keeps: bool = False,
         epoch_s: float = 0.0,
+        future: Future | None = None,
     ) -> None:
         """``model*`` and ``vllm_version``: what workers must have; if empty the first sets it.
 
-        ``placer`` decides in place of the policy that ``placement`` names. ``keeps``: the shell
+        ``placer`` decides in place of the policy that ``placement`` names; ``future`` is asked for
+        demand in place of forecasts. ``keeps``: the shell
         writes down what it can take, and says so; ``epoch_s``: what to add to its times for
         them to go on from those of an earlier core.
         """
@@ -129,9 +138,18 @@ class Core:
         self._state = State(limits)
         self._index = KvIndex()
         self._kv_sync = KvSync(self._state, self._index)
-        self._pairs = Pairs(self._state, zlib.crc32(core_id.encode()) << PROBE_BITS)
+        first_probe = zlib.crc32(core_id.encode()) << PROBE_BITS
+        self._pairs = Pairs(self._state, first_probe)
         self._standing = Standing(limits, placement)
         self._roles = Roles(self._state, self._pairs, self._standing, placement.ratio)
+        # Canaries' numbers are beside those of the pairs' probes.
+        self._turns = Turns(
+            self._state,
+            self._pairs,
+            self._standing,
+            first_probe + (1 << (PROBE_BITS - 1)),
+            self._turn_ended,
+        )
         workflow_limits = workflow_limits or WorkflowLimits()
         self._learner = Learner(workflow_limits, keeps, epoch_s)
         self._registry = Registry(workflow_limits, self._learner, keeps)
@@ -141,6 +159,15 @@ class Core:
             self._state, self._index, self._standing, placement, self._tracker, self._pace, placer
         )
         self._foresight = Foresight(self._learner, workflow_limits)
+        self._rebalancer = Rebalancer(
+            self._state,
+            self._turns,
+            placement,
+            self._pace,
+            self._foresight,
+            lambda: len(self._calls.queue),
+            future,
+        )
         self._desk = Desk(
             self._state,
             workflow_limits,
@@ -175,7 +202,9 @@ class Core:
         if self._started_s is None:
             self._started_s = now_s
         match message:
-            case Ready() | Beat() | KvChanges() | Leaving() | Probed() | ProbeFinished():
+            case (
+                Ready() | Beat() | KvChanges() | Leaving() | Probed() | ProbeFinished() | RoleSet()
+            ):
                 self._from_worker(peer, message, now_s)
             case Inspect():
                 self._state.send(peer, self.snapshot(message.token, now_s))
@@ -193,8 +222,12 @@ class Core:
                 | EndRun()
             ):
                 self._desk.asked(peer, message, now_s)
+            case ShowRebalance() | SetRebalance() | TurnWorker() | DrainWorker():
+                self._learner.learn()
+                self._rebalancer.asked(peer, message, now_s)
             case _:
                 self._from_api(peer, message, now_s)
+        self._turns.look(now_s)
         self._calls.dispatch(now_s)
         return self._state.take_outbox()
 
@@ -213,10 +246,15 @@ class Core:
                 self._api_due(self._state.apis[names[0]], now_s)
             elif kind == "roles":
                 self._roles.due(now_s)
+            elif kind == "rebalance":
+                self._rebalancer.due(now_s)
+            elif kind == "turn":
+                self._turns.due(names[0], now_s)
             elif kind == "run":
                 self._run_due(RunKey(*names), now_s)
             else:
                 self._pairs.due((names[0], names[1]), now_s)
+        self._turns.look(now_s)
         self._calls.dispatch(now_s)
         return self._state.take_outbox()
 
@@ -311,6 +349,8 @@ class Core:
         check_all(self._state, self._calls, self._pairs, self._roles, self._index)
         self._standing.check(self._state.workers.values())
         self._kv_sync.check()
+        self._turns.check()
+        self._rebalancer.check()
         self._tracker.check()
         self._registry.check()
         assert len(self._latest) <= 4 * self._limits.workers
@@ -339,7 +379,13 @@ class Core:
                 self._retire(worker.name, worker.incarnation, "it said that it was leaving")
                 self._lose(worker, WorkerPhase.LEFT, reason, now_s)
             case Probed() | ProbeFinished():
-                if not self._pairs.answered(worker, message, now_s):
+                if not (
+                    self._pairs.answered(worker, message, now_s)
+                    or self._turns.answered(worker, message, now_s)
+                ):
+                    self._state.counters["messages_stale"] += 1
+            case RoleSet():
+                if not self._turns.role_set(worker, message, now_s):
                     self._state.counters["messages_stale"] += 1
 
     def _ready(self, peer: Peer, message: Ready, now_s: float) -> None:
@@ -389,6 +435,8 @@ class Core:
         self._pairs.add(worker)
         self._pairs.start(now_s)
         self._roles.watch(now_s)
+        self._rebalancer.watch(now_s)
+        self._turns.registered(worker)
 
     def _refusal(self, message: Ready) -> str:
         """Why a worker is not taken in, empty if it is."""
@@ -463,7 +511,12 @@ class Core:
             state.send(api.peer, WorkerGone(worker.name, worker.incarnation, reason))
         self._pairs.remove(worker, now_s)
         self._roles.watch(now_s)
+        self._rebalancer.watch(now_s)
+        self._turns.lost(worker, now_s)
         self._calls.worker_lost(worker, now_s)
+
+    def _turn_ended(self, turn: Turn, now_s: float) -> None:
+        self._rebalancer.ended(turn, now_s)
 
     def _retire(self, name: str, incarnation: str, why: str) -> None:
         self._retired[name, incarnation] = why

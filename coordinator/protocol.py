@@ -157,6 +157,8 @@ class Ready(Message, frozen=True, gc=False, tag=True):
     protocol_version: int = PROTOCOL_VERSION
     host: str = ""
     devices: str = ""
+    fixed: bool = False
+    """Its role is not to be changed."""
 
 
 class Beat(Message, frozen=True, gc=False, tag=True):
@@ -216,6 +218,15 @@ class ProbeFinished(Message, frozen=True, gc=False, tag=True):
     probe: int
     elapsed_s: float = 0.0
     tokens_moved: int = 0
+    error: str = ""
+
+
+class RoleSet(Message, frozen=True, gc=False, tag=True):
+    """Answer to ``SetRole``: the engine works as that role does from now on, or why not."""
+
+    worker: str
+    incarnation: str
+    turn: int
     error: str = ""
 
 
@@ -443,6 +454,36 @@ class EndRun(Message, frozen=True, gc=False, tag=True):
     completed: bool = True
 
 
+class ShowRebalance(Message, frozen=True, gc=False, tag=True):
+    """Which worker does what and why, what would be better, and what was decided before?"""
+
+    token: int
+
+
+class SetRebalance(Message, frozen=True, gc=False, tag=True):
+    """Change how roles follow demand. ``settings``: fields of ``limits.Rebalance`` as JSON; those
+    that are left out stay as they are."""
+
+    token: int
+    settings: bytes
+
+
+class TurnWorker(Message, frozen=True, gc=False, tag=True):
+    """A worker is to have this role from now on."""
+
+    token: int
+    worker: str
+    role: str
+
+
+class DrainWorker(Message, frozen=True, gc=False, tag=True):
+    """A worker is to get no more work; what it has begun it ends. ``undo``: it gets work again."""
+
+    token: int
+    worker: str
+    undo: bool = False
+
+
 # --- core -> worker -------------------------------------------------------------
 
 
@@ -490,6 +531,19 @@ class KvResync(Message, frozen=True, gc=False, tag=True):
     """The core has lost count of ``KvChanges``: say anew what is cached, from a reset on."""
 
     incarnation: str
+
+
+class SetRole(Message, frozen=True, gc=False, tag=True):
+    """Work as a role does from now on. Sent again, with the same ``turn``, until answered.
+
+    ``chunk_tokens``: of one prompt, how many the engine computes in a step at most beside other
+    requests; 0: as its own arguments say.
+    """
+
+    incarnation: str
+    turn: int
+    role: Role
+    chunk_tokens: int = 0
 
 
 class Leave(Message, frozen=True, gc=False, tag=True):
@@ -595,6 +649,8 @@ class WorkerStatus(msgspec.Struct, frozen=True, gc=False):
     peers: int
     handles: int = 0
     """Prompts it holds for calls that have no token yet."""
+    turning: str = ""
+    """How far it is with a change of its role, or with a drain; empty if there is none."""
 
 
 class LinkStatus(msgspec.Struct, frozen=True, gc=False):
@@ -771,7 +827,9 @@ class UtilityReply(Message, frozen=True, gc=False, tag=True):
     error: str = ""
 
 
-WorkerToCore = Ready | Beat | KvChanges | Leaving | Probed | ProbeFinished
+AboutRoles = ShowRebalance | SetRebalance | TurnWorker | DrainWorker
+"""Questions, answered with ``WorkflowAnswer`` as those about workflows."""
+WorkerToCore = Ready | Beat | KvChanges | Leaving | Probed | ProbeFinished | RoleSet
 ApiToCore = Hello | ApiBeat | Submit | Prefilled | Started | Finished | Failed | Checked
 AboutWorkflows = (
     DeclareWorkflow
@@ -786,8 +844,8 @@ AboutWorkflows = (
     | CancelRun
     | EndRun
 )
-ToCore = WorkerToCore | ApiToCore | Inspect | AboutWorkflows
-CoreToWorker = Welcome | Refused | Unknown | Probe | ProbeRead | KvResync | Leave
+ToCore = WorkerToCore | ApiToCore | Inspect | AboutWorkflows | AboutRoles
+CoreToWorker = Welcome | Refused | Unknown | Probe | ProbeRead | KvResync | SetRole | Leave
 CoreToApi = (
     Welcome
     | Refused

@@ -42,6 +42,8 @@ class WorkerView(Protocol):
     @property
     def up(self) -> bool: ...
     @property
+    def ending(self) -> bool: ...
+    @property
     def tokens_max(self) -> int: ...
     @property
     def batch_slots(self) -> int: ...
@@ -88,6 +90,7 @@ def worker_status(worker: Worker, peers: int, now_s: float) -> WorkerStatus:
         warm_peers=len(worker.warm_sources),
         peers=peers,
         handles=len(worker.prefills) - worker.prefilling,
+        turning=worker.turning.value if worker.turning is not None else "",
     )
 
 

@@ -42,7 +42,8 @@ class Baseline(msgspec.Struct, frozen=True):
 
     ``placement`` and ``limits``: fields that differ from the cluster's own. ``roles``: of its
     workers; ``split`` into prefill and decode. ``ratio``: whether they turn; ``own`` is as the
-    cluster's file says, which also has the thresholds for ``reactive``. ``placers``: who decide
+    cluster's file says, which also has the thresholds for ``reactive``, and those of ``rebalance``
+    for ``forecast``. ``placers``: who decide
     instead of the policy, one for each core of a replay.
     ``bound``: there is nothing to simulate, it says the result itself.
     """
@@ -51,7 +52,7 @@ class Baseline(msgspec.Struct, frozen=True):
     roles: Literal["mixed", "split"]
     placement: Changes = {}
     limits: Changes = {}
-    ratio: Literal["own", "static", "reactive"] = "own"
+    ratio: Literal["own", "static", "reactive", "forecast"] = "own"
     placers: MakePlacers | None = None
     bound: Bound | None = None
 
@@ -122,9 +123,14 @@ def _with_role(worker: WorkerSetup, role: Role) -> WorkerSetup:
 
 def _placement(baseline: Baseline, placement: Placement) -> Placement:
     ratio = placement.ratio
+    rebalance = placement.rebalance
     if baseline.ratio != "own":
-        ratio = msgspec.structs.replace(ratio, mode=baseline.ratio)
-    return msgspec.structs.replace(placement, ratio=ratio, **baseline.placement)
+        mode = "reactive" if baseline.ratio == "reactive" else "static"
+        ratio = msgspec.structs.replace(ratio, mode=mode)
+        mode = "auto" if baseline.ratio == "forecast" else "off"
+        rebalance = msgspec.structs.replace(rebalance, mode=mode)
+    changes = {"ratio": ratio, "rebalance": rebalance} | dict(baseline.placement)
+    return msgspec.structs.replace(placement, **changes)
 
 
 def _limits(baseline: Baseline, limits: Limits) -> Changes:
@@ -154,6 +160,12 @@ _STICKY: dict[str, object] = {"policy": "cache_aware", "sticky": True}
 
 BASELINES: Mapping[str, Baseline] = {
     "pythia": Baseline("Pythia's own placement with all its mechanisms", "split"),
+    "pythia-rebalance": Baseline(
+        "the same, roles are kept apart and follow the demand that is expected",
+        "split",
+        {"prefill_workers_decode": False},
+        ratio="forecast",
+    ),
     "pythia-mixed": Baseline("the same, all workers may do everything", "mixed"),
     # --- other systems ---
     "aggregated-round-robin": Baseline(

@@ -54,6 +54,8 @@ from coordinator.protocol import (
     ProbeFinished,
     ProbeRead,
     Ready,
+    RoleSet,
+    SetRole,
     Welcome,
     engine_request_id,
 )
@@ -192,6 +194,10 @@ class Worker:
     def _on_core(self, message: Message) -> None:
         if isinstance(message, Welcome | KvResync):
             self._news.begin()
+            return
+        if isinstance(message, SetRole) and message.incarnation == self.incarnation:
+            self.engine.limit_chunks(message.chunk_tokens)
+            self._control.send(RoleSet(self.name, self.incarnation, message.turn))
             return
         if not isinstance(message, Probe | ProbeRead) or message.incarnation != self.incarnation:
             return

@@ -35,6 +35,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from hashlib import blake2b
 from typing import NamedTuple
 
+from coordinator.gauge import FADING_S
 from coordinator.limits import Placement
 from coordinator.policy.ask import Ask
 from coordinator.speeds import Speeds
@@ -113,7 +114,9 @@ def cheapest(
         if worker.name not in places:
             places[worker.name] = costs.place(worker)
     costs.set_price(places.values())
-    ways = sorted([costs.way(places[worker.name]) for worker in prefillers])[:PREFILLERS_TRIED]
+    free = [worker for worker in prefillers if not costs.breaks_promise(places[worker.name])]
+    ways = sorted([costs.way(places[worker.name]) for worker in free or prefillers])
+    ways = ways[:PREFILLERS_TRIED]
     found: list[tuple[float, str, str]] = []
     most, width = float("inf"), 1.0 + placement.band
     for decode in roomy:
@@ -210,14 +213,25 @@ class _Costs:
         here_s = self._decode_s(place)
         local_s = place.waiting_s + place.own_s * (1.0 + decode.gauge.decoding + self._later)
         found = [(here_s + local_s, "")]
+        elsewhere = self._always or self.breaks_promise(place)
         for way in ways:
-            if here_s + way.seconds > most and not self._always:
+            if here_s + way.seconds > most and not elsewhere:
                 break
             if way.worker is not decode and way.name in decode.warm_sources:
                 # What waits here to be computed slows decoding when that begins.
                 ready_s = max(way.ready_s + self._moving_s(way, place), place.waiting_s)
                 found.append((here_s + ready_s + way.others_s, way.name))
-        return min(found[1:] if self._always and len(found) > 1 else found)
+        return min(found[1:] if elsewhere and len(found) > 1 else found)
+
+    def breaks_promise(self, place: _Place) -> bool:
+        """Computing the prompt would leave a decode worker too little time for tokens."""
+        gap_s, decode = self._placement.token_gap_s, place.worker
+        if not gap_s or not (decode.ending or decode.role == "decode"):
+            return False
+        step_s = self._step_s + self._sequence_s * len(decode.decodes)
+        step_s += self._context_s * decode.gauge.context_tokens
+        share = place.share + (place.waiting_s + place.own_s) / FADING_S
+        return step_s > gap_s * (1.0 - share)
 
     def _moving_s(self, way: _Way, place: _Place) -> float:
         """Until what the target lacks of the prompt has come."""
