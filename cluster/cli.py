@@ -275,7 +275,7 @@ def demo(model: ModelOption = None, json_path: JsonPath = None) -> None:
 def bench(
     context: typer.Context,
     name: Annotated[
-        str, typer.Argument(help="overhead, transfer, core, idle, simulator or predict.")
+        str, typer.Argument(help="overhead, transfer, core, idle, simulator, predict or rebalance.")
     ],
     json_path: JsonPath = None,
     model: ModelOption = None,
@@ -457,6 +457,44 @@ def import_workflow(
 
     address, tenant = coordinator or _running_address(), tenant_of(cache_salt)
     raise typer.Exit(command.import_(address, path, name, tenant, Console()))
+
+
+@app.command()
+def rebalance(
+    mode: Annotated[
+        str | None, typer.Argument(help="off, advisory or auto from now on; else only look.")
+    ] = None,
+    worker: Annotated[
+        str | None, typer.Option("--worker", metavar="NAME", help="Instead: turn this worker.")
+    ] = None,
+    role: Annotated[str | None, typer.Option(help="... to this role.")] = None,
+    wait_s: Annotated[float, typer.Option("--wait", min=0, help="Seconds for a turn.")] = 120.0,
+    coordinator: CoordinatorOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all that is known.")] = False,
+) -> None:
+    """Show which workers prefill and decode, and why; change that."""
+    from cluster import rebalance_command as command
+
+    if (worker is None) != (role is None):
+        raise typer.BadParameter("--worker and --role go together")
+    address, console = coordinator or _running_address(), Console()
+    if worker is not None and role is not None:
+        raise typer.Exit(command.turn(address, worker, role, wait_s, console))
+    raise typer.Exit(command.show(address, mode, as_json, console))
+
+
+@app.command()
+def drain(
+    worker: str,
+    undo: Annotated[bool, typer.Option("--undo", help="Give it work again.")] = False,
+    wait_s: Annotated[float, typer.Option("--wait", min=0, help="Seconds to wait.")] = 600.0,
+    coordinator: CoordinatorOption = None,
+) -> None:
+    """Give a worker no more work and wait until it has nothing left to do."""
+    from cluster import rebalance_command as command
+
+    address = coordinator or _running_address()
+    raise typer.Exit(command.drain(address, worker, undo, wait_s, Console()))
 
 
 @app.command(name="model")

@@ -64,7 +64,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     the file's engine arguments; ``environment``: the file's variables; ``ucx_tls`` empty
     leaves the choice to UCX; ports of 0 are picked by the process; ``loopback``: all
     workers are on this machine's CPU; ``node_rank`` and ``leader``: of an engine that spans
-    nodes, which this is and the first one's address.
+    nodes, which this is and the first one's address; ``fixed``: its role never changes.
     """
 
     name: str
@@ -87,6 +87,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     loopback: bool = False
     node_rank: int = 0
     leader: str = ""
+    fixed: bool = False
 
     def process_environment(self) -> dict[str, str]:
         """What to set before vLLM is imported; the file's own values win."""
@@ -262,6 +263,7 @@ def worker_config(cluster: ClusterConfig, name: str, model: str) -> WorkerConfig
         ucx_tls=network.ucx_tls or "",
         side_channel_port=base + cluster.workers.index(entry) if base else 0,
         loopback=_is_loopback(cluster),
+        fixed=entry.fixed,
     )
 
 

@@ -46,7 +46,7 @@ class WorkerEntry(Section, frozen=True, kw_only=True):
     """One engine. ``devices``: GPU indexes on ``host``, none for CPU.
 
     ``metrics_port``: where its engine's Prometheus metrics are served; ``health_port``: where
-    it answers ``/live`` and ``/ready``; 0 for nowhere.
+    it answers ``/live`` and ``/ready``; 0 for nowhere. ``fixed``: its role never changes.
     """
 
     name: Name
@@ -58,6 +58,7 @@ class WorkerEntry(Section, frozen=True, kw_only=True):
     data_port: Port = 0
     metrics_port: Port = 0
     health_port: Port = 0
+    fixed: bool = False
 
 
 class CoordinatorEntry(Section, frozen=True, kw_only=True):

@@ -21,6 +21,7 @@ from cluster.status import Unreachable
 from cluster.workflow_picture import draw, tree
 from coordinator.protocol import (
     MESSAGE_BYTES_MAX,
+    AboutRoles,
     AboutWorkflows,
     ImportWorkflow,
     ListWorkflows,
@@ -40,7 +41,9 @@ class WorkflowRefused(CommandFailure):
 
 
 def ask(
-    address: str, question: Callable[[int], AboutWorkflows], timeout_s: float = ANSWER_S
+    address: str,
+    question: Callable[[int], AboutWorkflows | AboutRoles],
+    timeout_s: float = ANSWER_S,
 ) -> bytes:
     """The answer of the coordinator at ``tcp://host:port``, as JSON.
 

@@ -378,14 +378,11 @@ class Core:
                 reason = message.reason or "left"
                 self._retire(worker.name, worker.incarnation, "it said that it was leaving")
                 self._lose(worker, WorkerPhase.LEFT, reason, now_s)
-            case Probed() | ProbeFinished():
-                if not (
-                    self._pairs.answered(worker, message, now_s)
-                    or self._turns.answered(worker, message, now_s)
-                ):
-                    self._state.counters["messages_stale"] += 1
-            case RoleSet():
-                if not self._turns.role_set(worker, message, now_s):
+            case Probed() | ProbeFinished() | RoleSet():
+                asked = not isinstance(message, RoleSet) and self._pairs.answered(
+                    worker, message, now_s
+                )
+                if not asked and not self._turns.answered(worker, message, now_s):
                     self._state.counters["messages_stale"] += 1
 
     def _ready(self, peer: Peer, message: Ready, now_s: float) -> None:

@@ -107,7 +107,7 @@ class Rebalance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     mode: Literal["off", "advisory", "auto"] = "off"
     interval_s: Seconds = 2.0
     """Time between two decisions."""
-    horizon_s: Seconds = 20.0
+    horizon_s: Seconds = 10.0
     """How far ahead demand is looked at."""
     dwell_s: Seconds = 20.0
     """Least time between two turns of one worker."""
@@ -203,8 +203,8 @@ class Placement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ratio: Ratio = Ratio()
     """How many workers prefill and how many decode, by load that was seen."""
     token_gap_s: Factor = 0.0
-    """``pythia``: a worker with the role decode computes prompts itself only as far as the mean time
-    between the tokens of what it decodes stays below this, if another one can; 0: as it costs."""
+    """``pythia``: a worker with the role decode computes prompts itself only as far as the mean
+    time between tokens of what it decodes stays below this, if another one can; 0: as it costs."""
     rebalance: Rebalance = Rebalance()
     """How many workers prefill and how many decode, by demand that is expected."""
 

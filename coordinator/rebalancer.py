@@ -270,7 +270,8 @@ class Rebalancer:
             believed = sane(interval) and trusted(scores, name, horizon_s)
             intervals.append(interval if believed else seen(value))
             sources.append("forecast" if believed else "seen")
-        return Need(*intervals, sources=(sources[0], sources[1], sources[2]))
+        prefill, decode, held = intervals
+        return Need(prefill, decode, held, sources)
 
     def _situation(self, now_s: float) -> Situation:
         workers = [worker for worker in self._state.workers.values() if worker.phase.value == "up"]
@@ -279,7 +280,7 @@ class Rebalancer:
             for worker in workers
             if worker.role != "mixed" and not self._is_drained(worker)
         ]
-        waiting = sum(worker.prefill_tokens for worker in workers)
+        waiting = float(sum(worker.prefill_tokens for worker in workers))
         waiting += self._queued() * self._tokens_per_prompt(workers)
         mixed = sum(worker.role == "mixed" and worker.up for worker in workers)
         return Situation(

@@ -215,7 +215,7 @@ class Turns:
         message = SetRole(worker.incarnation, number, role, chunk)
         self._state.send(worker.peer, message)
 
-    def role_set(self, worker: Worker, message: RoleSet, now_s: float) -> bool:
+    def _role_set(self, worker: Worker, message: RoleSet, now_s: float) -> bool:
         """A worker's engine works in its new role, or can't. False if it was not asked."""
         if message.turn == UNASKED:
             return True
@@ -259,8 +259,13 @@ class Turns:
     def _canary_tokens(self) -> int:
         return 2 * self._state.block_size + 1
 
-    def answered(self, worker: Worker, message: Probed | ProbeFinished, now_s: float) -> bool:
-        """One side of a canary answered. False if it was not asked (any more)."""
+    def answered(
+        self, worker: Worker, message: Probed | ProbeFinished | RoleSet, now_s: float
+    ) -> bool:
+        """A worker that turns answered, or one side of its canary. False if it was not asked (any
+        more)."""
+        if isinstance(message, RoleSet):
+            return self._role_set(worker, message, now_s)
         for turn in self.live.values():
             if turn.probe == message.probe and turn.phase is TurnPhase.VERIFYING:
                 if isinstance(message, Probed) and turn.writer is worker:

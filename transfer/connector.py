@@ -11,6 +11,7 @@ What it adds to the stock connector:
 * ``do_remote_prefill`` means "pull first" and ``do_remote_decode`` means "hold afterwards";
   both may be set. A handle may cover less than the prompt: the rest is computed here. What
   is not asked to be held is freed at once.
+* How long chunks of prompts are can change while the engine runs (``transfer.profile``).
 * A handle that is given back to the engine that holds its blocks frees them at once.
 * No read counts that was not certainly over before its lease was. The holder says when the
   lease ends, on its own clock; the handshake gives the clocks' difference; the reader keeps
@@ -43,6 +44,7 @@ from transfer.handle import Handle, HandleError, from_params
 from transfer.handshake import serve_handshakes
 from transfer.measured import ReadStats
 from transfer.pages import use_huge_pages
+from transfer.profile import Chunks
 from transfer.progress import progress_pause
 from transfer.renewal import Renewals
 
@@ -74,6 +76,7 @@ class PythiaScheduler(NixlPullConnectorScheduler):
     def __init__(self, vllm_config: Any, engine_id: str, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, engine_id, kv_cache_config)
         self._releases: set[str] = set()
+        self._chunks = Chunks(vllm_config.scheduler_config)
         groups = kv_cache_config.transfer_groups
         self._groups = len(groups)
         self._plain_attention = len(groups) == 1 and isinstance(
@@ -87,7 +90,10 @@ class PythiaScheduler(NixlPullConnectorScheduler):
             if params is not None:
                 logger.warning("%s: kv_transfer_params is no dict, ignored", request.request_id)
             request.kv_transfer_params = None
-        elif params.get("do_remote_prefill"):
+            super().on_new_request(request)
+            return
+        self._chunks.take(params)
+        if params.get("do_remote_prefill"):
             self._check_pull(request, params)
         else:
             _drop_source(params)

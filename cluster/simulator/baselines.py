@@ -10,12 +10,14 @@ same for all.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Literal
 
 import msgspec
 
 from cluster.simulator.clairvoyant import clairvoyants
 from cluster.simulator.critical_path import CONFIGURATION, critical_path
+from cluster.simulator.future import KnownFuture
 from cluster.simulator.records import Result
 from cluster.simulator.setup import ClusterSetup, WorkerSetup
 from cluster.workload.form import Workload
@@ -28,6 +30,7 @@ __all__ = ["BASELINES", "Baseline", "BaselineError", "applied", "core_factory", 
 
 Changes = Mapping[str, object]
 MakePlacers = Callable[[Workload, ClusterSetup], Callable[[], Placer]]
+MakeFuture = Callable[[Workload, ClusterSetup], KnownFuture]
 Bound = Callable[[Workload, ClusterSetup, int], Result]
 
 UNBOUNDED = 1_000_000
@@ -44,7 +47,7 @@ class Baseline(msgspec.Struct, frozen=True):
     workers; ``split`` into prefill and decode. ``ratio``: whether they turn; ``own`` is as the
     cluster's file says, which also has the thresholds for ``reactive``, and those of ``rebalance``
     for ``forecast``. ``placers``: who decide
-    instead of the policy, one for each core of a replay.
+    instead of the policy, one for each core of a replay; ``future``: what is known of demand.
     ``bound``: there is nothing to simulate, it says the result itself.
     """
 
@@ -54,6 +57,7 @@ class Baseline(msgspec.Struct, frozen=True):
     limits: Changes = {}
     ratio: Literal["own", "static", "reactive", "forecast"] = "own"
     placers: MakePlacers | None = None
+    future: MakeFuture | None = None
     bound: Bound | None = None
 
 
@@ -76,12 +80,17 @@ def applied(baseline: Baseline, setup: ClusterSetup, prefill_count: int) -> Clus
 
 
 def core_factory(
-    baseline: Baseline, setup: ClusterSetup, workload: Workload
+    baseline: Baseline,
+    setup: ClusterSetup,
+    workload: Workload,
+    future: KnownFuture | None = None,
 ) -> Callable[[Limits, Placement, str], Core]:
     """Makes the cores of one replay on a cluster that the baseline was ``applied`` to, from
-    limits, placement and the core's id."""
+    limits, placement and the core's id. ``future``: of its baseline, if it has one."""
     if baseline.placers is None:
-        return Core
+        if future is None:
+            return Core
+        return partial(Core, future=future)
     new_placer = baseline.placers(workload, setup)
 
     def core(limits: Limits, placement: Placement, core_id: str) -> Core:
@@ -228,6 +237,13 @@ BASELINES: Mapping[str, Baseline] = {
         "mixed",
         placers=clairvoyants,
         ratio="static",
+    ),
+    "rebalance-oracle": Baseline(
+        "pythia-rebalance that knows the mix to come",
+        "split",
+        {"prefill_workers_decode": False},
+        ratio="forecast",
+        future=KnownFuture,
     ),
     CONFIGURATION: Baseline(
         "infinite resources: the longest path through each run, nothing waits",

@@ -23,7 +23,7 @@ from cluster.workload.lineage import linked
 Count = Annotated[int, msgspec.Meta(ge=1, le=100_000)]
 Above0 = Annotated[float, msgspec.Meta(gt=0, le=1e6)]
 STATIC_TOKENS = 1024
-"""Instructions of each kind of agent, the same in all runs."""
+"""An explorer's instructions, the same in all runs."""
 TOLD_TOKENS = 256
 """What an engineer is told between two answers."""
 SPREAD = 0.5
@@ -36,19 +36,23 @@ class Swing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     ``reads`` documents of ``document_tokens`` in the median are read by each task's explorer,
     which says ``note_tokens``; its engineer writes ``writes`` answers of ``answer_tokens``.
-    ``think_s``: pause between two calls, on average.
+    ``think_s``: pause between two calls, on average; ``pause_s``: between the two agents, for
+    tests to run. An engineer's instructions, tools and code are ``engineer_tokens``, the same in
+    all runs.
     """
 
     waves: Count = 4
     tasks: Count = 200
     period_s: Above0 = 240.0
     within_s: Above0 = 60.0
-    reads: Count = 3
+    reads: Count = 2
     document_tokens: Count = 6000
     note_tokens: Count = 60
     writes: Count = 3
-    answer_tokens: Count = 1200
+    answer_tokens: Count = 1500
     think_s: Above0 = 2.0
+    engineer_tokens: Count = 6144
+    pause_s: Above0 = 20.0
     steady: bool = False
 
 
@@ -88,11 +92,12 @@ def _task(swing: Swing, author: Author, rng: random.Random) -> None:
         explorer = author.library.begin("explorer", STATIC_TOKENS)
         explorer.grow(number * swing.note_tokens + _drawn(swing.document_tokens, rng))
         parents = (_say(swing, author, rng, "explorer", explorer, parents, swing.note_tokens),)
-    engineer = author.library.begin("engineer", STATIC_TOKENS)
+    engineer = author.library.begin("engineer", swing.engineer_tokens)
     engineer.grow(swing.reads * swing.note_tokens)
-    for _ in range(swing.writes):
+    for number in range(swing.writes):
         engineer.grow(TOLD_TOKENS)
-        parents = (_say(swing, author, rng, "engineer", engineer, parents, swing.answer_tokens),)
+        tokens, pause_s = swing.answer_tokens, swing.think_s if number else swing.pause_s
+        parents = (_say(swing, author, rng, "engineer", engineer, parents, tokens, pause_s),)
 
 
 def _say(
@@ -103,8 +108,10 @@ def _say(
     history: History,
     parents: tuple[int, ...],
     tokens: int,
+    pause_s: float = 0.0,
 ) -> int:
-    think_s = round(rng.expovariate(1.0 / swing.think_s), 3) if parents else 0.0
+    pause_s = pause_s or swing.think_s
+    think_s = round(rng.expovariate(1.0 / pause_s), 3) if parents else 0.0
     return author.say(kind, kind, history, parents, _drawn(tokens, rng), think_s)
 
 

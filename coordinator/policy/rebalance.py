@@ -63,7 +63,7 @@ class Need(msgspec.Struct, frozen=True, gc=False):
     prefill_tokens_per_s: Interval
     decode_tokens_per_s: Interval
     resident_tokens: Interval
-    sources: tuple[str, str, str] = ("seen", "seen", "seen")
+    sources: list[str]
 
 
 class Capacity(msgspec.Struct, frozen=True, gc=False):
@@ -75,8 +75,8 @@ class Capacity(msgspec.Struct, frozen=True, gc=False):
 
 
 class Candidate(NamedTuple):
-    """A worker that is up. ``turnable``: it may turn now; ``left_s``: until what it has begun in its
-    role is done; ``lost_s``: to move or compute again what lives on it."""
+    """A worker that is up. ``turnable``: it may turn now; ``left_s``: until what it has begun in
+    its role is done; ``lost_s``: to move or compute again what lives on it."""
 
     name: str
     role: Side
@@ -243,7 +243,9 @@ def _whole(workers: float) -> int:
     return max(1, int(-(-workers // 1)))
 
 
-def _givers(givers: Sequence[Candidate], count: int, decode: Sequence[Candidate]) -> list[Candidate]:
+def _givers(
+    givers: Sequence[Candidate], count: int, decode: Sequence[Candidate]
+) -> list[Candidate]:
     """Up to ``count`` that may turn, the cheapest first, and not all that can hold the longest
     prompts."""
     able = sorted(
