@@ -19,7 +19,7 @@ import msgspec
 
 from cluster.schema import ConfigError
 
-NAMES = ("overhead", "transfer", "core", "idle", "simulator", "predict")
+NAMES = ("overhead", "transfer", "core", "idle", "simulator", "predict", "rebalance")
 
 WORDS = "words"
 """The parameter of a benchmark that takes what is no option."""

@@ -42,9 +42,9 @@ class Swing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     waves: Count = 4
-    tasks: Count = 200
+    tasks: Count = 300
     period_s: Above0 = 240.0
-    within_s: Above0 = 60.0
+    within_s: Above0 = 50.0
     reads: Count = 2
     document_tokens: Count = 6000
     note_tokens: Count = 60
@@ -52,7 +52,7 @@ class Swing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     answer_tokens: Count = 1500
     think_s: Above0 = 2.0
     engineer_tokens: Count = 6144
-    pause_s: Above0 = 20.0
+    pause_s: Above0 = 30.0
     steady: bool = False
 
 
