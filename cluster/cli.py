@@ -361,6 +361,28 @@ def simulate(
 
 
 @app.command()
+def plan(
+    trace: Annotated[str, typer.Argument(help="A workload's line: a trace's file, generator:...")],
+    model: Annotated[
+        str, typer.Option("--model", metavar="M", help="A calibration, or a folder.")
+    ] = "llama-3.1-8b-h200-tp1",
+    gpus: Annotated[int, typer.Option(min=1, max=1024, metavar="N")] = 8,
+    hardware: Annotated[str | None, typer.Option(metavar="NAME", help="h100, h200, ...")] = None,
+    tp: Annotated[int | None, typer.Option(min=1, help="Only this tensor parallel size.")] = None,
+    ttft_s: Annotated[float, typer.Option("--ttft", min=0.001, help="Seconds, promised.")] = 2.0,
+    itl_s: Annotated[float, typer.Option("--itl", min=0.0001, help="Seconds, promised.")] = 0.05,
+    json_path: JsonPath = None,
+) -> None:
+    """Find the best split of GPUs between prefill and decode for a workload, by simulation."""
+    from cluster import plan as planning
+    from cluster.simulator.setup import Slo
+
+    workload = planning.workload_of(trace)
+    wanted = planning.Wanted(model, gpus, workload, Slo(ttft_s, itl_s), hardware, tp)
+    raise typer.Exit(planning.main(wanted, json_path, Console()))
+
+
+@app.command()
 def calibrate(
     file: OptionalFile = None,
     model: ModelOption = None,

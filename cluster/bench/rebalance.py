@@ -83,7 +83,8 @@ class Bench(NamedTuple):
         began_s = time.monotonic()
         result = _simulated(baseline, applied(baseline, self.setup, count), workload, name)
         found = figures(result, self.slo)
-        self.tell(f"{workload.name}, {name}: {time.monotonic() - began_s:.0f} s")
+        took_s = time.monotonic() - began_s
+        self.tell(f"{workload.name}, {name}: {found['goodput_calls_share']:.1%}, {took_s:.0f} s")
         return Replayed(name, found["goodput_calls_share"], result, found)
 
 
@@ -143,7 +144,8 @@ def main(
     found: dict[str, float] = {}
     rows: list[dict[str, object]] = []
     with console.status("simulating") as status:
-        bench = Bench(cluster(slo, model or MODEL), slo, status.update)
+        bench = Bench(cluster(slo, model or MODEL), slo, console.log)
+        status.update("simulating, a line for each replay")
         swing = swinging(Swing(waves=waves, tasks=tasks), random.Random(seed))
         replays = _all(bench, swing, numbers, [STATIC, ROUTED])
         found |= _compared(replays) | _flips(replays[OURS], bench)

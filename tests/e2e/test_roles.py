@@ -21,6 +21,7 @@ TURN_S = 60.0
 LOOK_S = 0.05
 PROMPTS = [" ".join(f"item{seed * at}" for at in range(1, 10 + 25 * seed)) for seed in range(1, 7)]
 LENGTHS = (4, 40, 90)
+SHORT, LONG = (1, 2), (90,)
 ROLES = {"prefill-0": "prefill", "decode-0": "decode", "decode-1": "decode"}
 
 
@@ -35,7 +36,7 @@ class Load:
     async def prepare(self) -> None:
         """Ask the plain engine once for everything."""
         for prompt in PROMPTS:
-            for tokens in LENGTHS:
+            for tokens in {*LENGTHS, *SHORT, *LONG}:
                 self._expected[prompt, tokens] = await answer(self._oracle, prompt, tokens)
 
     async def client(self, number: int, lengths: tuple[int, ...] = LENGTHS) -> None:
@@ -191,11 +192,11 @@ def test_the_ratio_follows_a_swing_of_the_mix_by_itself(cluster: Server, oracle:
             settings = {"mode": "auto", "interval_s": 0.5, "dwell_s": 2.0, "margin": 0.01}
             put = await http.put("/v1/cluster/rebalance", json=settings | {"itl_s": 1.0})
             assert put.status_code == 200, put.text
-            async with load.running(12, (1, 2)):
+            async with load.running(12, SHORT):
                 await until(http, 2)
             # A promise that one worker cannot keep for so many answers.
             assert (await http.put("/v1/cluster/rebalance", json={"itl_s": 0.001})).is_success
-            async with load.running(8, (90,)):
+            async with load.running(8, LONG):
                 await until(http, 1)
             turns = [one for one in (await shown(http))["decisions"] if one["what"] == "turn"]
             assert {role for one in turns for role in one["turns"].values()} == {
