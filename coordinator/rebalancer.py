@@ -340,12 +340,14 @@ class Rebalancer:
                 live = self._turns.live.get(name)
                 if live is None or live.role != role:
                     self._turns.turn(name, role, "operator", "asked for", now_s)
+                    self._turns.look(now_s)
                 return self._one(name, now_s)
             case DrainWorker(_, name, undo):
                 if undo:
                     self._turns.undrain(name, now_s)
                 else:
                     self._turns.drain(name, "operator", "asked for", now_s)
+                    self._turns.look(now_s)
                 return self._one(name, now_s)
 
     def _set(self, changes: bytes, now_s: float) -> None:

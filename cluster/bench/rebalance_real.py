@@ -99,7 +99,8 @@ class Load:
             self._open += 1
             self._idle.clear()
             try:
-                answer = await asyncio.wait_for(self._answer(text), STALL_S)
+                async with asyncio.timeout(STALL_S):
+                    answer = await self._answer(text)
                 if answer != self._known[text]:
                     self.failed.append(f"another answer: {answer[:60]!r}")
             except (httpx.HTTPError, TimeoutError) as error:
@@ -130,7 +131,8 @@ class Load:
         """Nothing is called."""
         self._go.clear()
         try:
-            await asyncio.wait_for(self._idle.wait(), STALL_S)
+            async with asyncio.timeout(STALL_S):
+                await self._idle.wait()
             yield
         finally:
             self._go.set()
