@@ -91,7 +91,10 @@ def test_every_baseline_is_a_valid_configuration(name: str) -> None:
 def test_no_two_baselines_are_the_same() -> None:
     placed = {name: each for name, each in BASELINES.items() if not each.placers and not each.bound}
     assert len(placed) == len(BASELINES) - 2
-    configured = [(each.roles, each.placement, each.limits, each.ratio) for each in placed.values()]
+    configured = [
+        (each.roles, each.placement, each.limits, each.ratio, each.future)
+        for each in placed.values()
+    ]
     for name, each in zip(placed, configured, strict=True):
         assert configured.count(each) == 1, name
     assert len({each.description for each in BASELINES.values()}) == len(BASELINES)
