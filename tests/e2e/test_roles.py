@@ -31,7 +31,14 @@ class Load:
     def __init__(self, cluster: httpx.AsyncClient, oracle: httpx.AsyncClient) -> None:
         self._cluster, self._oracle = cluster, oracle
         self._expected: dict[tuple[str, int], str] = {}
-        self.calls = 0
+        self._served = asyncio.Event()
+
+    async def more(self, calls: int) -> None:
+        """Wait until so many more are served. TimeoutError if none comes."""
+        for _ in range(calls):
+            self._served.clear()
+            async with asyncio.timeout(STALL_S):
+                await self._served.wait()
 
     async def prepare(self) -> None:
         """Ask the plain engine once for everything."""
@@ -48,7 +55,7 @@ class Load:
             async with asyncio.timeout(STALL_S):
                 found = await answer(self._cluster, prompt, tokens)
             assert found == self._expected[prompt, tokens]
-            self.calls += 1
+            self._served.set()
 
     @contextlib.asynccontextmanager
     async def running(
@@ -149,14 +156,15 @@ def test_an_idle_worker_turns_and_back(cluster: Server, oracle: Server) -> None:
 
 def test_busy_workers_turn_and_every_answer_is_right(cluster: Server, oracle: Server) -> None:
     async def run() -> None:
-        async with load_on(cluster, oracle) as (http, load):
-            async with load.running(4):
-                for worker in ("decode-0", "decode-1"):
-                    await turned(http, worker, "prefill")
-                    refused = await http.post("/v1/workers/nobody/role", json={"role": "decode"})
-                    assert refused.status_code == 404
-                    await turned(http, worker, "decode")
-            assert load.calls > 10
+        async with load_on(cluster, oracle) as (http, load), load.running(4):
+            await load.more(4)
+            for worker in ("decode-0", "decode-1"):
+                await turned(http, worker, "prefill")
+                refused = await http.post("/v1/workers/nobody/role", json={"role": "decode"})
+                assert refused.status_code == 404
+                await turned(http, worker, "decode")
+            # And it goes on.
+            await load.more(4)
 
     asyncio.run(run())
 
@@ -173,9 +181,7 @@ def test_a_drained_worker_gets_nothing_and_others_serve(cluster: Server, oracle:
             last = await http.post("/v1/workers/decode-1/drain")
             assert last.status_code == 409
             assert "no worker left for decode" in last.json()["error"]["message"]
-            before = load.calls
-            await asyncio.sleep(2.0)
-            assert load.calls > before
+            await load.more(4)
             assert (await http.delete("/v1/workers/decode-0/drain")).status_code == 200
 
     asyncio.run(run())
