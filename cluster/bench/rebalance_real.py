@@ -7,7 +7,8 @@ the other: each time an idle one is wanted the load pauses until it has nothing 
 * ``flip_idle_ms_p50``, ``flip_idle_ms_max``: from the request for a turn of an idle worker until
   its canary is back;
 * ``flip_busy_extra_ms_max``, ``_p50``: of a busy one, beyond the end of what it had begun;
-* ``flips_done``, ``flip_failed_requests``: calls that failed, stalled (no token for ``STALL_S``)
+* ``flips_done``, and ``flips_undone``, which are none where engines answer within seconds;
+  ``flip_failed_requests``: calls that failed, stalled (no token for ``STALL_S``)
   or were answered otherwise than before, and of how many (``requests``).
 """
 
@@ -139,30 +140,34 @@ class Load:
 
 
 class Turned(msgspec.Struct, frozen=True):
-    """One turn. ``total_s``: until it has its role; ``drain_s``: until it had ended its work."""
+    """One turn. ``total_s``: until it has its role; ``drain_s``: until it had ended its work;
+    ``problem``: why it has not, empty if it has."""
 
     worker: str
     role: str
     busy: bool
     total_s: float
     drain_s: float
+    problem: str = ""
 
 
 async def turn(http: httpx.AsyncClient, worker: str, role: str) -> Turned:
-    """Turn a worker and wait for it. CommandFailure if it does not come to its end."""
+    """Turn a worker and wait for it. CommandFailure if that does not come to an end."""
     began_s = drained_s = time.monotonic()
     response = await http.post(f"/v1/workers/{worker}/role", json={"role": role})
     response.raise_for_status()
     busy = response.json()["turning"] == "draining"
     while True:
         now_s = time.monotonic()
-        one = next(one for one in (await shown(http)).workers if one.worker == worker)
+        now = await shown(http)
+        one = next((one for one in now.workers if one.worker == worker), None)
+        if one is None:
+            raise CommandFailure(f"{worker} is gone")
         if one.turning == "draining":
             drained_s = now_s
         if not one.turning:
-            if one.role != role:
-                raise CommandFailure(f"{worker} has not become {role}")
-            return Turned(worker, role, busy, now_s - began_s, drained_s - began_s)
+            problem = "" if one.role == role else now.decisions[-1].reason
+            return Turned(worker, role, busy, now_s - began_s, drained_s - began_s, problem)
         if now_s - began_s > TURN_S:
             raise CommandFailure(f"{worker} is still {one.turning} after {TURN_S:.0f} s")
         await asyncio.sleep(LOOK_S)
@@ -211,10 +216,12 @@ def _next(now: Shown, number: int) -> tuple[str, str]:
 
 def figures_of(done: list[Turned], load: Load) -> dict[str, float]:
     """The figures that the module names."""
-    idle = [1e3 * one.total_s for one in done if not one.busy]
-    extra = [1e3 * (one.total_s - one.drain_s) for one in done if one.busy]
+    turned = [one for one in done if not one.problem]
+    idle = [1e3 * one.total_s for one in turned if not one.busy]
+    extra = [1e3 * (one.total_s - one.drain_s) for one in turned if one.busy]
     found = {
-        "flips_done": float(len(done)),
+        "flips_done": float(len(turned)),
+        "flips_undone": float(len(done) - len(turned)),
         "flips_busy": float(len(extra)),
         "flip_failed_requests": float(len(load.failed)),
         "requests": float(load.calls),
