@@ -311,6 +311,8 @@ class Turn:
     tries: int = 0
     probe: int = 0
     """The canary's number."""
+    handle: bytes = b""
+    """What it is read by, when it is computed."""
     reader: Worker | None = None
     """Who reads the canary's KV; None if there is nobody but the worker."""
     writer: Worker | None = None

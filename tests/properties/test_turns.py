@@ -24,7 +24,7 @@ TURNING = Placement(
     prefill_workers_decode=False,
     token_gap_s=0.05,
     rebalance=Rebalance(
-        mode="auto", interval_s=0.2, dwell_s=0.6, margin=0.0, drain_s=3.0, step_s=0.8, tries=2
+        mode="auto", interval_s=0.2, dwell_s=0.6, margin=0.0, drain_s=3.0, step_s=2.0, tries=2
     ),
 )
 TURNS_END_ROUNDS = 80
