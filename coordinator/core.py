@@ -166,6 +166,7 @@ class Core:
             self._pace,
             self._foresight,
             lambda: len(self._calls.queue),
+            self._index.room,
             future,
         )
         self._desk = Desk(

@@ -114,14 +114,17 @@ class Rebalancer:
         pace: Pace,
         foresight: Foresight,
         queued: Callable[[], int],
+        room: Callable[[str], int],
         future: Future | None = None,
     ) -> None:
-        """``queued``: how many calls wait for a plan."""
+        """``queued``: how many calls wait for a plan; ``room``: blocks that a worker's cache takes
+        before it forgets any."""
         self._state = state
         self._turns = turns
         self._pace = pace
         self._foresight = foresight
         self._queued = queued
+        self._room = room
         self._future = future
         self._by_load = placement.ratio.mode == "reactive"
         self.settings = placement.rebalance
@@ -309,7 +312,9 @@ class Rebalancer:
             # The longest of what is left is about what the mean call takes as a whole.
             step_s = speeds.step_s(batch, gauge.context_tokens)
             left_s = gauge.left_tokens / batch * step_s
-            size_bytes = worker.kv_blocks_used * worker.kv_bytes_per_block
+            # What lives on it is asked for again, and decoded elsewhere then.
+            blocks = max(0, worker.facts.kv_blocks - self._room(worker.name))
+            size_bytes = blocks * worker.kv_bytes_per_block
             lost_s = self._pace.reuse * size_bytes / BYTES_PER_S
         elif worker.role == "prefill":
             left_s = gauge.reading(now_s)[0]
