@@ -284,7 +284,10 @@ def demo(model: ModelOption = None, json_path: JsonPath = None) -> None:
 def bench(
     context: typer.Context,
     name: Annotated[
-        str, typer.Argument(help="overhead, transfer, links, core, idle, simulator or predict.")
+        str,
+        typer.Argument(
+            help="overhead, transfer, links, core, idle, simulator, predict or rebalance."
+        ),
     ],
     json_path: JsonPath = None,
     model: ModelOption = None,
@@ -389,6 +392,28 @@ def simulate(
             raise typer.Exit(versus_command.find_load(request, console))
         raise typer.Exit(versus_command.compare(request, ablations, console))
     raise typer.Exit(command.simulate(request, console))
+
+
+@app.command()
+def plan(
+    trace: Annotated[str, typer.Argument(help="A workload's line: a trace's file, generator:...")],
+    model: Annotated[
+        str, typer.Option("--model", metavar="M", help="A calibration, or a folder.")
+    ] = "llama-3.1-8b-h200-tp1",
+    gpus: Annotated[int, typer.Option(min=1, max=1024, metavar="N")] = 8,
+    hardware: Annotated[str | None, typer.Option(metavar="NAME", help="h100, h200, ...")] = None,
+    tp: Annotated[int | None, typer.Option(min=1, help="Only this tensor parallel size.")] = None,
+    ttft_s: Annotated[float, typer.Option("--ttft", min=0.001, help="Seconds, promised.")] = 2.0,
+    itl_s: Annotated[float, typer.Option("--itl", min=0.0001, help="Seconds, promised.")] = 0.05,
+    json_path: JsonPath = None,
+) -> None:
+    """Find the best split of GPUs between prefill and decode for a workload, by simulation."""
+    from cluster import plan as planning
+    from cluster.simulator.setup import Slo
+
+    workload = planning.workload_of(trace)
+    wanted = planning.Wanted(model, gpus, workload, Slo(ttft_s, itl_s), hardware, tp)
+    raise typer.Exit(planning.main(wanted, json_path, Console()))
 
 
 @app.command()
@@ -508,6 +533,44 @@ def import_workflow(
 
     address, tenant = coordinator or _running_address(), tenant_of(cache_salt)
     raise typer.Exit(command.import_(address, path, name, tenant, Console()))
+
+
+@app.command()
+def rebalance(
+    mode: Annotated[
+        str | None, typer.Argument(help="off, advisory or auto from now on; else only look.")
+    ] = None,
+    worker: Annotated[
+        str | None, typer.Option("--worker", metavar="NAME", help="Instead: turn this worker.")
+    ] = None,
+    role: Annotated[str | None, typer.Option(help="... to this role.")] = None,
+    wait_s: Annotated[float, typer.Option("--wait", min=0, help="Seconds for a turn.")] = 120.0,
+    coordinator: CoordinatorOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all that is known.")] = False,
+) -> None:
+    """Show which workers prefill and decode, and why; change that."""
+    from cluster import rebalance_command as command
+
+    if (worker is None) != (role is None):
+        raise typer.BadParameter("--worker and --role go together")
+    address, console = coordinator or _running_address(), Console()
+    if worker is not None and role is not None:
+        raise typer.Exit(command.turn(address, worker, role, wait_s, console))
+    raise typer.Exit(command.show(address, mode, as_json, console))
+
+
+@app.command()
+def drain(
+    worker: str,
+    undo: Annotated[bool, typer.Option("--undo", help="Give it work again.")] = False,
+    wait_s: Annotated[float, typer.Option("--wait", min=0, help="Seconds to wait.")] = 600.0,
+    coordinator: CoordinatorOption = None,
+) -> None:
+    """Give a worker no more work and wait until it has nothing left to do."""
+    from cluster import rebalance_command as command
+
+    address = coordinator or _running_address()
+    raise typer.Exit(command.drain(address, worker, undo, wait_s, Console()))
 
 
 @app.command(name="model")

@@ -67,7 +67,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     workers are on this machine's CPU; ``node_rank`` and ``leader``: of an engine that spans
     nodes, which this is and the first one's address; ``near``: what the file leaves open of
     network devices and ``cores`` is chosen next to its GPUs; ``drain_s``: how long it goes on
-    with what it has begun when it is told to end.
+    with what it has begun when it is told to end; ``fixed``: its role never changes.
     """
 
     name: str
@@ -93,6 +93,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     cores: str = ""
     near: bool = True
     drain_s: float = 0.0
+    fixed: bool = False
 
     def process_environment(self) -> dict[str, str]:
         """What to set before vLLM is imported; the file's own values win."""
@@ -274,6 +275,7 @@ def worker_config(cluster: ClusterConfig, name: str, model: str) -> WorkerConfig
         cores=entry.cores,
         near=network.near,
         drain_s=cluster.stop.drain_s,
+        fixed=entry.fixed,
     )
 
 

@@ -53,7 +53,7 @@ class WorkerEntry(Section, frozen=True, kw_only=True):
 
     ``metrics_port``: where its engine's Prometheus metrics are served; ``health_port``: where
     it answers ``/live`` and ``/ready``; 0 for nowhere. ``cores``: on which its processes run,
-    like ``0-15,32``; else those next to its GPUs.
+    like ``0-15,32``; else those next to its GPUs. ``fixed``: its role never changes.
     """
 
     name: Name
@@ -66,6 +66,7 @@ class WorkerEntry(Section, frozen=True, kw_only=True):
     metrics_port: Port = 0
     health_port: Port = 0
     cores: Cores = ""
+    fixed: bool = False
 
 
 class CoordinatorEntry(Section, frozen=True, kw_only=True):

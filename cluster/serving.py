@@ -39,6 +39,7 @@ from decode.worker import decode_request, discard_request, retain_request
 from prefill.worker import first_output, prefill_request, prefill_result
 from transfer import handle as handles
 from transfer.lease import Spent
+from transfer.profile import chunk_params
 from transfer.sources import Sources
 
 logger = logging.getLogger("pythia.worker")
@@ -53,7 +54,7 @@ UTILITIES = frozenset(
     {"add_lora", "remove_lora", "list_loras", "pin_lora", "reset_prefix_cache", "reset_mm_cache"}
 )
 
-Kind = Literal["prefill", "decode", "probe", "probe_read"]
+Kind = Literal["prefill", "decode", "probe", "probe_read", "role"]
 
 
 class Job(msgspec.Struct, gc=False):
@@ -117,6 +118,11 @@ class Worker:
             on_message=self._on_core,
         )
         self._tasks: set[asyncio.Task[None]] = set()
+        self._core = ""
+        """Which one has taken it in."""
+        self._chunk_tokens = 0
+        self._settings = 0
+        """How often the engine was told how to work."""
         self.engine = engine
         self.encoder = MsgpackEncoder()
         self.request_decoder = MsgpackDecoder(EngineCoreRequest)
@@ -208,6 +214,7 @@ class Worker:
             host=self.config.host,
             devices=",".join(str(device) for device in self.config.devices),
             side_channel=side_channel(),
+            fixed=self.config.fixed,
         )
 
     def _beat(self) -> protocol.Message:
@@ -225,13 +232,13 @@ class Worker:
             case protocol.KvResync() | protocol.Retain():
                 if message.incarnation == self.incarnation:
                     self._on_cache(message)
+            case protocol.SetRole():
+                self._set_role(message)
             case protocol.Leave():
                 logger.info("told to leave: %s", message.reason)
                 self.stopping.set()
             case protocol.Welcome():
-                logger.info("taken in by core %s as %s", message.core, self.config.name)
-                if self.kv is not None:
-                    self.kv.begin()
+                self._welcomed(message.core)
             case protocol.Refused() | protocol.Unknown():
                 raise AssertionError("the link keeps these to itself")
 
@@ -260,6 +267,33 @@ class Worker:
         job = Job("probe_read", b"", f"probe-read-{message.probe}", 0, message.prompt_tokens)
         job.probe, job.source = message.probe, handle.remote_engine_id
         await self._submit(decode_request(request, job.request, 0, handle), job)
+
+    def _welcomed(self, core: str) -> None:
+        logger.info("taken in by core %s as %s", core, self.config.name)
+        if self._core not in ("", core) and self._chunk_tokens:
+            # What another core made of it, this one does not know.
+            self._chunk_tokens = 0
+            self._spawn(self._set_chunks(0, 0))
+        self._core = core
+        if self.kv is not None:
+            self.kv.begin()
+
+    def _set_role(self, message: protocol.SetRole) -> None:
+        if message.incarnation == self.incarnation:
+            self._chunk_tokens = message.chunk_tokens
+            self._spawn(self._set_chunks(message.turn, message.chunk_tokens))
+
+    async def _set_chunks(self, turn: int, chunk_tokens: int) -> None:
+        """The engine is to work with such chunks; its answer says that it does."""
+        self._settings += 1
+        job = Job("role", b"", f"role-{turn}-{self._settings}", 0, 1)
+        job.probe = turn
+        request = self._probe_request(turn, 1)
+        assert request.sampling_params is not None
+        request.sampling_params.extra_args = {"kv_transfer_params": chunk_params(chunk_tokens)}
+        engine_id = engine_request_id(job.request, 0)
+        request = msgspec.structs.replace(request, request_id=engine_id, external_req_id=engine_id)
+        await self._submit(request, job)
 
     def _probe_request(self, seed: int, prompt_tokens: int) -> EngineCoreRequest:
 
@@ -542,7 +576,9 @@ class Worker:
             job = self.jobs.get(output.request_id)
             if job is None:
                 continue  # aborted while the step ran
-            if job.kind == "decode":
+            if job.kind == "role":
+                self._role_set(job, output)
+            elif job.kind == "decode":
                 self.sources.ended(output.request_id)
                 by_api[job.api].append(output)
             else:
@@ -551,6 +587,12 @@ class Worker:
                 del self.jobs[output.request_id]
         for api, api_outputs in by_api.items():
             self._send_deltas(api, api_outputs, timestamp_s)
+
+    def _role_set(self, job: Job, output: EngineCoreOutput) -> None:
+        """The engine has answered, so it works as it was told to."""
+        if output.finish_reason is not None:
+            name, incarnation = self.config.name, self.incarnation
+            self.link.send(protocol.RoleSet(name, incarnation, job.probe))
 
     def _send_deltas(self, api: bytes, outputs: list[EngineCoreOutput], timestamp_s: float) -> None:
 

@@ -42,6 +42,7 @@ from coordinator.protocol import (
     Checked,
     DeclareWorkflow,
     Draining,
+    DrainWorker,
     DropWorkflow,
     EndRun,
     ErrandDone,
@@ -60,9 +61,12 @@ from coordinator.protocol import (
     Ready,
     Refused,
     Role,
+    RoleSet,
+    SetRebalance,
     ShowCall,
     ShowFigures,
     ShowForecast,
+    ShowRebalance,
     ShowWorkflow,
     Snapshot,
     Started,
@@ -70,17 +74,20 @@ from coordinator.protocol import (
     StaticPrefixes,
     Submit,
     ToCore,
+    TurnWorker,
     Unknown,
     Welcome,
     WorkerGone,
     WorkerToCore,
     WorkflowAnswer,
 )
+from coordinator.rebalancer import Future, Rebalancer
 from coordinator.retention import Retention
 from coordinator.roles import Roles
 from coordinator.speeds import Speeds
 from coordinator.standing import Standing
-from coordinator.state import Api, Peer, Send, State, Worker, WorkerPhase
+from coordinator.state import Api, Peer, Send, State, Turn, Worker, WorkerPhase
+from coordinator.turns import Turns
 from coordinator.view import call_status, link_status, run_status, worker_status
 from coordinator.workflow.desk import Desk
 from coordinator.workflow.foresight import Foresight
@@ -123,10 +130,12 @@ class Core:
         keeps: bool = False,
         epoch_s: float = 0.0,
         profiles: Profiles | None = None,
+        future: Future | None = None,
     ) -> None:
         """``model*`` and ``vllm_version``: what workers must have; if empty the first sets it.
 
-        ``placer`` decides in place of the policy that ``placement`` names. ``keeps``: the shell
+        ``placer`` decides in place of the policy that ``placement`` names; ``future`` is asked for
+        demand in place of forecasts. ``keeps``: the shell
         writes down what it can take, and says so; ``epoch_s``: what to add to its times for
         them to go on from those of an earlier core. ``profiles``: who predicts, if not the usual.
         """
@@ -140,9 +149,18 @@ class Core:
         self._state = State(limits)
         self._index = KvIndex()
         self._kv_sync = KvSync(self._state, self._index)
-        self._pairs = Pairs(self._state, zlib.crc32(core_id.encode()) << PROBE_BITS)
+        first_probe = zlib.crc32(core_id.encode()) << PROBE_BITS
+        self._pairs = Pairs(self._state, first_probe)
         self._standing = Standing(limits, placement)
         self._roles = Roles(self._state, self._pairs, self._standing, placement.ratio)
+        # Canaries' numbers are beside those of the pairs' probes.
+        self._turns = Turns(
+            self._state,
+            self._pairs,
+            self._standing,
+            first_probe + (1 << (PROBE_BITS - 1)),
+            self._turn_ended,
+        )
         workflow_limits = workflow_limits or WorkflowLimits()
         self._learner = Learner(workflow_limits, keeps, epoch_s, profiles)
         self._registry = Registry(workflow_limits, self._learner, keeps)
@@ -166,6 +184,16 @@ class Core:
             errands=self._errands,
         )
         self._foresight = Foresight(self._learner, workflow_limits)
+        self._rebalancer = Rebalancer(
+            self._state,
+            self._turns,
+            placement,
+            self._pace,
+            self._foresight,
+            lambda: len(self._calls.queue),
+            self._index.room,
+            future,
+        )
         self._desk = Desk(
             self._state,
             workflow_limits,
@@ -201,7 +229,14 @@ class Core:
             self._started_s = now_s
         match message:
             case (
-                Ready() | Beat() | KvChanges() | Leaving() | Probed() | ProbeFinished() | Draining()
+                Ready()
+                | Beat()
+                | KvChanges()
+                | Leaving()
+                | Probed()
+                | ProbeFinished()
+                | Draining()
+                | RoleSet()
             ):
                 self._from_worker(peer, message, now_s)
             case Inspect():
@@ -223,8 +258,12 @@ class Core:
             ):
                 self._desk.asked(peer, message, now_s)
                 self._errands.wake(now_s)
+            case ShowRebalance() | SetRebalance() | TurnWorker() | DrainWorker():
+                self._learner.learn()
+                self._rebalancer.asked(peer, message, now_s)
             case _:
                 self._from_api(peer, message, now_s)
+        self._turns.look(now_s)
         self._calls.dispatch(now_s)
         return self._state.take_outbox()
 
@@ -243,26 +282,34 @@ class Core:
             self._started_s = now_s
         self._learner.expire(now_s)
         while (key := self._state.deadlines.pop(now_s)) is not None:
-            kind, *names = key
-            if kind == "call":
-                self._calls.due((names[0], names[1]), now_s)
-            elif kind == "worker":
-                self._worker_due(self._state.workers[names[0]], now_s)
-            elif kind == "api":
-                self._api_due(self._state.apis[names[0]], now_s)
-            elif kind == "roles":
-                self._roles.due(now_s)
-            elif kind == "retention":
-                self._retention.look(now_s)
-            elif kind == "errands":
-                self._errands.look(now_s)
-            elif kind == "run":
-                self._run_due(RunKey(*names), now_s)
-            else:
-                self._pairs.due((names[0], names[1]), now_s)
+            self._due(*key, now_s=now_s)
+        self._turns.look(now_s)
         self._calls.queue.tick(now_s)
         self._calls.dispatch(now_s)
         return self._state.take_outbox()
+
+    def _due(self, kind: str, *names: str, now_s: float) -> None:
+        match kind:
+            case "call":
+                self._calls.due((names[0], names[1]), now_s)
+            case "worker":
+                self._worker_due(self._state.workers[names[0]], now_s)
+            case "api":
+                self._api_due(self._state.apis[names[0]], now_s)
+            case "roles":
+                self._roles.due(now_s)
+            case "retention":
+                self._retention.look(now_s)
+            case "errands":
+                self._errands.look(now_s)
+            case "rebalance":
+                self._rebalancer.due(now_s)
+            case "turn":
+                self._turns.due(names[0], now_s)
+            case "run":
+                self._run_due(RunKey(*names), now_s)
+            case _:
+                self._pairs.due((names[0], names[1]), now_s)
 
     def fix_workflow(self, name: str, graph: Graph) -> None:
         """A workflow of the cluster's file. GraphError if it makes no sense."""
@@ -355,6 +402,8 @@ class Core:
         check_all(self._state, self._calls, self._pairs, self._roles, self._index)
         self._standing.check(self._state.workers.values())
         self._kv_sync.check()
+        self._turns.check()
+        self._rebalancer.check()
         self._tracker.check()
         self._retention.check()
         self._errands.check()
@@ -386,8 +435,11 @@ class Core:
                 self._lose(worker, WorkerPhase.LEFT, reason, now_s)
             case Draining():
                 self._drain(worker, now_s)
-            case Probed() | ProbeFinished():
-                if not self._pairs.answered(worker, message, now_s):
+            case Probed() | ProbeFinished() | RoleSet():
+                asked = not isinstance(message, RoleSet) and self._pairs.answered(
+                    worker, message, now_s
+                )
+                if not asked and not self._turns.answered(worker, message, now_s):
                     self._state.counters["messages_stale"] += 1
 
     def _ready(self, peer: Peer, message: Ready, now_s: float) -> None:
@@ -437,6 +489,8 @@ class Core:
         self._pairs.add(worker)
         self._pairs.start(now_s)
         self._roles.watch(now_s)
+        self._rebalancer.watch(now_s)
+        self._turns.registered(worker)
 
     def _refusal(self, message: Ready) -> str:
         """Why a worker is not taken in, empty if it is."""
@@ -522,7 +576,12 @@ class Core:
         self._roles.watch(now_s)
         self._retention.worker_lost(worker)
         self._errands.worker_lost(worker)
+        self._rebalancer.watch(now_s)
+        self._turns.lost(worker, now_s)
         self._calls.worker_lost(worker, now_s)
+
+    def _turn_ended(self, turn: Turn, now_s: float) -> None:
+        self._rebalancer.ended(turn, now_s)
 
     def _retire(self, name: str, incarnation: str, why: str) -> None:
         self._retired[name, incarnation] = why

@@ -121,7 +121,8 @@ def _check_worker(worker: Worker, state: State, placement: Placement) -> None:
     assert worker.role == built or {worker.role, built} == {"prefill", "decode"}, worker.name
     assert worker.role == built or worker.turned_s > float("-inf"), worker.name
     assert worker.phase not in (WorkerPhase.LOST, WorkerPhase.LEFT), worker.name
-    assert worker.up == (worker.phase is WorkerPhase.UP), worker.name
+    well = worker.phase is WorkerPhase.UP
+    assert worker.up == (well and not worker.cordoned), worker.name
     assert state.deadlines.get(("worker", worker.name)) is not None, worker.name
     everyone = state.calls.values()
     assert worker.decodes == {call.key: call for call in everyone if call.decode is worker}

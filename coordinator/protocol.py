@@ -166,6 +166,8 @@ class Ready(Message, frozen=True, gc=False, tag=True):
     devices: str = ""
     side_channel: str = ""
     """``host:port`` where peers are to ask its engine for NIXL's metadata."""
+    fixed: bool = False
+    """Its role is not to be changed."""
 
 
 class Beat(Message, frozen=True, gc=False, tag=True):
@@ -233,6 +235,15 @@ class ProbeFinished(Message, frozen=True, gc=False, tag=True):
     probe: int
     elapsed_s: float = 0.0
     tokens_moved: int = 0
+    error: str = ""
+
+
+class RoleSet(Message, frozen=True, gc=False, tag=True):
+    """Answer to ``SetRole``: the engine works as that role does from now on, or why not."""
+
+    worker: str
+    incarnation: str
+    turn: int
     error: str = ""
 
 
@@ -498,6 +509,36 @@ class ShowCall(Message, frozen=True, gc=False, tag=True):
     tenant: str = ""
 
 
+class ShowRebalance(Message, frozen=True, gc=False, tag=True):
+    """Which worker does what and why, what would be better, and what was decided before?"""
+
+    token: int
+
+
+class SetRebalance(Message, frozen=True, gc=False, tag=True):
+    """Change how roles follow demand. ``settings``: fields of ``limits.Rebalance`` as JSON; those
+    that are left out stay as they are."""
+
+    token: int
+    settings: bytes
+
+
+class TurnWorker(Message, frozen=True, gc=False, tag=True):
+    """A worker is to have this role from now on."""
+
+    token: int
+    worker: str
+    role: str
+
+
+class DrainWorker(Message, frozen=True, gc=False, tag=True):
+    """A worker is to get no more work; what it has begun it ends. ``undo``: it gets work again."""
+
+    token: int
+    worker: str
+    undo: bool = False
+
+
 # --- core -> worker -------------------------------------------------------------
 
 
@@ -568,6 +609,19 @@ class Retain(Message, frozen=True, gc=False, tag=True):
     pins: list[Pin] = []
     released: list[str] = []
     unneeded: list[str] = []
+
+
+class SetRole(Message, frozen=True, gc=False, tag=True):
+    """Work as a role does from now on. Sent again, with the same ``turn``, until answered.
+
+    ``chunk_tokens``: of one prompt, how many the engine computes in a step at most beside other
+    requests; 0: as its own arguments say.
+    """
+
+    incarnation: str
+    turn: int
+    role: Role
+    chunk_tokens: int = 0
 
 
 class Leave(Message, frozen=True, gc=False, tag=True):
@@ -697,6 +751,8 @@ class WorkerStatus(msgspec.Struct, frozen=True, gc=False):
     """Prompts it holds for calls that have no token yet."""
     data_address: str = ""
     side_channel: str = ""
+    turning: str = ""
+    """How far it is with a change of its role, or with a drain; empty if there is none."""
 
 
 class LinkStatus(msgspec.Struct, frozen=True, gc=False):
@@ -983,7 +1039,9 @@ class UtilityReply(Message, frozen=True, gc=False, tag=True):
     error: str = ""
 
 
-WorkerToCore = Ready | Beat | KvChanges | Leaving | Probed | ProbeFinished | Draining
+AboutRoles = ShowRebalance | SetRebalance | TurnWorker | DrainWorker
+"""Questions, answered with ``WorkflowAnswer`` as those about workflows."""
+WorkerToCore = Ready | Beat | KvChanges | Leaving | Probed | ProbeFinished | Draining | RoleSet
 ApiToCore = (
     Hello
     | ApiBeat
@@ -1009,9 +1067,9 @@ AboutWorkflows = (
     | CancelRun
     | EndRun
 )
-Question = AboutWorkflows | ShowCall
+Question = AboutWorkflows | ShowCall | AboutRoles
 ToCore = WorkerToCore | ApiToCore | Inspect | Question
-CoreToWorker = Welcome | Refused | Unknown | Probe | ProbeRead | KvResync | Leave | Retain
+CoreToWorker = Welcome | Refused | Unknown | Probe | ProbeRead | KvResync | SetRole | Leave | Retain
 CoreToApi = (
     Welcome
     | Refused

@@ -11,6 +11,7 @@ What it adds to the stock connector:
 * ``do_remote_prefill`` means "pull first" and ``do_remote_decode`` means "hold afterwards";
   both may be set. A handle may cover less than the prompt: the rest is computed here. What
   is not asked to be held is freed at once.
+* How long chunks of prompts are can change while the engine runs (``transfer.profile``).
 * A handle that is given back to the engine that holds its blocks frees them at once.
 * A request may ask for what is cached of its prompt only: it is cut behind that, so that a peer
   which has forgotten what is to be read from it computes one token, whatever it has left.
@@ -47,6 +48,7 @@ from transfer.handshake import serve_handshakes
 from transfer.measured import ReadStats
 from transfer.pages import use_huge_pages
 from transfer.pins import ORDER, PINNED_BLOCKS, Pins, order_in
+from transfer.profile import Chunks
 from transfer.progress import progress_pause
 from transfer.renewal import Renewals
 from transfer.settings import CACHED_ONLY
@@ -94,6 +96,7 @@ class PythiaScheduler(NixlPullConnectorScheduler):
     def __init__(self, vllm_config: Any, engine_id: str, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, engine_id, kv_cache_config)
         self._releases: set[str] = set()
+        self._chunks = Chunks(vllm_config.scheduler_config)
         groups = kv_cache_config.transfer_groups
         self._groups = len(groups)
         self._plain_attention = len(groups) == 1 and isinstance(
@@ -128,7 +131,10 @@ class PythiaScheduler(NixlPullConnectorScheduler):
             if params is not None:
                 logger.warning("%s: kv_transfer_params is no dict, ignored", request.request_id)
             request.kv_transfer_params = None
-        elif params.get("do_remote_prefill"):
+            super().on_new_request(request)
+            return
+        self._chunks.take(params)
+        if params.get("do_remote_prefill"):
             self._check_pull(request, params)
         else:
             _drop_source(params)

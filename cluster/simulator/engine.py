@@ -83,6 +83,11 @@ class Engine:
             self._interrupt(now_s)
             self._steps.stretch(ratio, now_s)
 
+    def limit_chunks(self, tokens: int) -> None:
+        """Compute at most so many tokens of a prompt in a step beside other requests; 0: as many
+        as a step may have."""
+        self._schedule.chunk_tokens = tokens
+
     # --- what comes in ---------------------------------------------------------
 
     def submit(self, request: EngineRequest, now_s: float) -> None:

@@ -61,6 +61,9 @@ class Schedule:
         self._block_size = options.block_size
         self._tokens_max = options.max_num_batched_tokens
         self._seats = options.max_num_seqs
+        self.chunk_tokens = 0
+        """Of prompts at most so many are computed in a step with decodes; 0: what there is room
+        for. vLLM's ``long_prefill_token_threshold``, which counts for each prompt alone."""
         # As in vLLM, one block stands for no block and is never used.
         self.pool = BlockPool(kv_blocks - 1)
         self.pins = Pins(self.pool)
@@ -110,6 +113,8 @@ class Schedule:
         self.missing = None
         prefill = self.prefill
         budget = self._tokens_max - len(self.decodes)
+        if self.chunk_tokens and len(self.decodes):
+            budget = min(budget, self.chunk_tokens)
         blocks = self.decodes.blocks_needed(0, 1)
         new_tokens = 0
         if prefill is not None:

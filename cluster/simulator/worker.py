@@ -55,6 +55,8 @@ from coordinator.protocol import (
     ProbeRead,
     Ready,
     Retain,
+    RoleSet,
+    SetRole,
     Welcome,
     engine_request_id,
 )
@@ -197,6 +199,10 @@ class Worker:
             return
         if isinstance(message, Retain):
             self._retain(message)
+            return
+        if isinstance(message, SetRole) and message.incarnation == self.incarnation:
+            self.engine.limit_chunks(message.chunk_tokens)
+            self._control.send(RoleSet(self.name, self.incarnation, message.turn))
             return
         if not isinstance(message, Probe | ProbeRead) or message.incarnation != self.incarnation:
             return

@@ -23,7 +23,7 @@ from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from coordinator.api import explain, workflows
+from coordinator.api import explain, roles, workflows
 from coordinator.api.client import ClusterClient, ClusterEngineCore
 from coordinator.api.front import Front
 from coordinator.api.metrics import include_metrics
@@ -95,6 +95,7 @@ async def _serve(start: ApiStart) -> int:
     app.include_router(router)
     app.include_router(workflows.router)
     app.include_router(explain.router)
+    app.include_router(roles.router)
     include_metrics(app)
     # vLLM's bootstrap has built the stack already; the front goes around all of it.
     app.middleware_stack = Front(

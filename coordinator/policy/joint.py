@@ -37,6 +37,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from typing import NamedTuple
 
+from coordinator.gauge import FADING_S
 from coordinator.limits import Placement
 from coordinator.policy.ask import Ask
 from coordinator.policy.sources import MESSAGES_S, STEPS_WAITED, Source, most_cached
@@ -172,7 +173,8 @@ def cheapest(
             places[worker.name] = costs.place(worker)
     costs.set_price(places.values())
     sources = costs.sources(peers, pull_s) if peers else []
-    ways = [costs.way(places[worker.name], sources) for worker in prefillers]
+    free = [worker for worker in prefillers if not costs.breaks_promise(places[worker.name])]
+    ways = [costs.way(places[worker.name], sources) for worker in free or prefillers]
     ways = sorted(ways)[:PREFILLERS_TRIED]
     found: list[tuple[float, str, str, str]] = []
     most, width = float("inf"), 1.0 + placement.band
@@ -346,15 +348,26 @@ class _Costs:
                 if seconds < local[0]:
                     local = seconds, "", source.name
         found = [local]
+        elsewhere = self._always or self.breaks_promise(place)
         for way in ways:
-            if here_s + way.seconds > most and not self._always:
+            if here_s + way.seconds > most and not elsewhere:
                 break
             if way.worker is not decode and way.name in decode.warm_sources:
                 # What waits here to be computed slows decoding when that begins.
                 moving_s = self._moving_s(way.name, decode, self._blocks - place.cached)
                 ready_s = max(way.ready_s + moving_s, place.waiting_s)
                 found.append((here_s + ready_s + way.others_s, way.name, way.pull))
-        return min(found[1:] if self._always and len(found) > 1 else found)
+        return min(found[1:] if elsewhere and len(found) > 1 else found)
+
+    def breaks_promise(self, place: _Place) -> bool:
+        """Computing the prompt would leave a decode worker too little time for tokens."""
+        gap_s, decode = self._placement.token_gap_s, place.worker
+        if not gap_s or not (decode.ending or decode.role == "decode"):
+            return False
+        step_s = self._step_s + self._sequence_s * len(decode.decodes)
+        step_s += self._context_s * decode.gauge.context_tokens
+        share = place.share + (place.waiting_s + place.own_s) / FADING_S
+        return step_s > gap_s * (1.0 - share)
 
     def _compute_s(self, cached_tokens: int) -> float:
         """To compute what comes behind so many tokens of the prompt."""
