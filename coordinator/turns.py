@@ -144,6 +144,8 @@ class Turns:
         waits = dict.fromkeys(worker.decodes) if worker.role != "prefill" else {}
         if worker.role != "decode" or role is None:
             waits |= dict.fromkeys(worker.prefills)
+        # What peers read here they read to its end.
+        waits |= dict.fromkeys(worker.pulls)
         story = self._state.story()
         turn = Turn(worker, self._numbers, role, worker.role, by, why, now_s, waits, story)
         self.live[worker.name] = turn
@@ -175,7 +177,7 @@ class Turns:
         worker = turn.worker
         while turn.waits:
             key = next(iter(turn.waits))
-            if key in worker.decodes or key in worker.prefills:
+            if key in worker.decodes or key in worker.prefills or key in worker.pulls:
                 return False
             del turn.waits[key]
         # Nobody else's KV is held here for them.

@@ -64,6 +64,13 @@ class TurningCoreInALossyNetwork(CoreInALossyNetwork):
         self.flow(rounds, 0.2)
         self.forge(b"operator", again)
 
+    @precondition(lambda self: self.busy())
+    @rule(number=index, rounds=st.integers(0, 3))
+    def turn_who_decodes(self, number: int, rounds: int) -> None:
+        """A worker is to turn that has something to end before."""
+        self.forge(b"operator", TurnWorker(1, pick(self.busy(), number), "prefill"))
+        self.flow(rounds, 0.2)
+
     @precondition(lambda self: self.world.workers)
     @rule(number=index, stubborn=st.booleans())
     def be_stubborn(self, number: int, stubborn: bool) -> None:
@@ -82,6 +89,11 @@ class TurningCoreInALossyNetwork(CoreInALossyNetwork):
             self.world.crash_worker(worker.name)
         else:
             self.world.restart_core()
+
+    def busy(self) -> list[str]:
+        """Workers with calls in them."""
+        snapshot = self.world.core.snapshot(0, self.world.now_s)
+        return [worker.worker for worker in snapshot.workers if worker.calls]
 
     @invariant()
     def count(self) -> None:
