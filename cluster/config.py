@@ -110,10 +110,15 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
         return environment | self.environment
 
     def engine_arguments(self) -> dict[str, Any]:
-        """Arguments of vLLM's ``AsyncEngineArgs``. Another engine id at every call."""
+        """Arguments of vLLM's ``AsyncEngineArgs``. Another engine id at every call.
+
+        Engines order by priority, then arrival, unless the file says otherwise: a client's
+        ``priority`` counts there as it does in the core, and errands come last.
+        """
         place = {"node_rank": self.node_rank, "master_addr": self.leader} if self.leader else {}
         return (
-            self.engine
+            {"scheduling_policy": "priority"}
+            | self.engine
             | place
             | {
                 "model": self.model,
