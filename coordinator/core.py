@@ -21,6 +21,8 @@ import itertools
 import zlib
 from collections import OrderedDict
 
+import msgspec
+
 from coordinator.calls import Calls, worker_up
 from coordinator.invariants import check_all
 from coordinator.kv_index import KvIndex
@@ -48,6 +50,9 @@ from coordinator.protocol import (
     KvChanges,
     Leaving,
     ListWorkflows,
+    MoveCalls,
+    MoveDeclined,
+    MoveReady,
     Prefilled,
     Probed,
     ProbeFinished,
@@ -68,6 +73,7 @@ from coordinator.protocol import (
     Welcome,
     WorkerGone,
     WorkerToCore,
+    WorkflowAnswer,
 )
 from coordinator.roles import Roles
 from coordinator.speeds import Speeds
@@ -180,6 +186,8 @@ class Core:
                 self._from_worker(peer, message, now_s)
             case Inspect():
                 self._state.send(peer, self.snapshot(message.token, now_s))
+            case MoveCalls():
+                self._state.send(peer, self._move_calls(message, now_s))
             case (
                 DeclareWorkflow()
                 | StaticPrefixes()
@@ -216,6 +224,8 @@ class Core:
                 self._roles.due(now_s)
             elif kind == "run":
                 self._run_due(RunKey(*names), now_s)
+            elif kind == "move":
+                self._calls.move_due((names[0], names[1]), now_s)
             else:
                 self._pairs.due((names[0], names[1]), now_s)
         self._calls.dispatch(now_s)
@@ -318,6 +328,17 @@ class Core:
         assert len(self._retired) <= 4 * self._limits.workers
 
     # --- workers ------------------------------------------------------------------------
+
+    def _move_calls(self, message: MoveCalls, now_s: float) -> WorkflowAnswer:
+        worker = self._state.workers.get(message.worker)
+        if worker is None:
+            problem = f"no worker {message.worker[:64]!r} is known"
+            return WorkflowAnswer(message.token, 404, problems=[problem])
+        moving, staying = self._calls.move_away(
+            worker, now_s, "asked for", message.request, message.target
+        )
+        body = msgspec.json.encode({"moving": moving, "staying": staying})
+        return WorkflowAnswer(message.token, 200, body)
 
     def _from_worker(self, peer: Peer, message: WorkerToCore, now_s: float) -> None:
         if isinstance(message, Ready):
@@ -497,7 +518,16 @@ class Core:
     def _about_call(
         self,
         api: Api,
-        message: ApiBeat | Submit | Pulled | Prefilled | Started | Finished | Failed | Checked,
+        message: ApiBeat
+        | Submit
+        | Pulled
+        | Prefilled
+        | Started
+        | Finished
+        | Failed
+        | Checked
+        | MoveReady
+        | MoveDeclined,
         now_s: float,
     ) -> None:
         match message:
@@ -515,6 +545,8 @@ class Core:
                 self._calls.failed(api, message, now_s)
             case Checked():
                 self._calls.checked(api, message, now_s)
+            case MoveReady() | MoveDeclined():
+                self._calls.move_answered(api, message, now_s)
             case ApiBeat():
                 self._state.send(api.peer, Alive(self.core_id))
 

@@ -64,6 +64,12 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Sessions whose last decode worker is remembered, where ``Placement.sticky`` asks for it."""
     story_lines: Positive = 32
     """Moves of a call or worker that are remembered for error messages."""
+    late_peer_s: Seconds = 60.0
+    """How long nothing is pulled from a peer that was late."""
+    move_s: Seconds = 10.0
+    """Longest time until a running call's KV is where it is to go on; then it stays where it is."""
+    moves_per_worker: Positive = 8
+    """Running calls that are moved away from one worker at a time."""
 
 
 class Ratio(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -335,8 +335,8 @@ class ClusterEngineCore(EngineCoreClient):
                 self.calls.on_rejected(message, now_s)
             case protocol.Stop():
                 self.calls.on_stop(message, now_s)
-            case protocol.Check():
-                self.calls.on_check(message)
+            case protocol.Check() | protocol.Move():
+                self._on_running(message, now_s)
             case protocol.WorkerUp():
                 self._worker_up(message)
             case protocol.WorkerGone():
@@ -347,6 +347,12 @@ class ClusterEngineCore(EngineCoreClient):
                 self._on_answer(message)
             case protocol.Alive() | protocol.Refused() | protocol.Unknown():
                 raise AssertionError("the link keeps these to itself")
+
+    def _on_running(self, message: protocol.Check | protocol.Move, now_s: float) -> None:
+        if isinstance(message, protocol.Move):
+            self.calls.on_move(message, now_s)
+        else:
+            self.calls.on_check(message)
 
     def _on_answer(self, answer: protocol.Snapshot | protocol.WorkflowAnswer) -> None:
         if isinstance(answer, protocol.WorkflowAnswer):
