@@ -172,12 +172,13 @@ def run_fault_seed(
     policy: Policy = "pythia",
     api_crashes: bool = True,
     core_factory: Callable[[Limits, Placement, str], Core] = Core,
+    moves: bool = True,
 ) -> FaultReport:
     """Simulate what a seed says, with a placement policy. OracleError if anything happens that
     must not, or breaks.
 
     ``api_crashes``: API processes crash, too, if the seed says so. ``core_factory``: makes the
-    cores, from limits, placement and id.
+    cores, from limits, placement and id. ``moves``: running calls are moved, likewise.
     """
     began_s = time.perf_counter()
     rng = random.Random(f"{seed}/faults")
@@ -188,6 +189,9 @@ def run_fault_seed(
         # By chance of its own: all else is as it would be without.
         every_s = random.Random(f"{seed}/api crashes").choice((0.0, 0.0, 10.0, 30.0))
         faults = msgspec.structs.replace(faults, api_crash_every_s=every_s)
+    if moves:
+        every_s = random.Random(f"{seed}/moves").choice((0.0, 0.5, 2.0))
+        faults = msgspec.structs.replace(faults, move_every_s=every_s)
     workload = random_workload(rng, seed, engine_facts(setup).max_model_len)
     world = World(setup, workload, faults, seed, core_factory=core_factory, letters=LETTERS)
     trouble = Trouble(world, rng)
