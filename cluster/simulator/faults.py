@@ -190,7 +190,7 @@ def run_fault_seed(
         every_s = random.Random(f"{seed}/api crashes").choice((0.0, 0.0, 10.0, 30.0))
         faults = msgspec.structs.replace(faults, api_crash_every_s=every_s)
     if moves:
-        every_s = random.Random(f"{seed}/moves").choice((0.0, 0.5, 2.0))
+        every_s = random.Random(f"{seed}/moves").choice((0.0, 0.1, 0.5))
         faults = msgspec.structs.replace(faults, move_every_s=every_s)
     workload = random_workload(rng, seed, engine_facts(setup).max_model_len)
     world = World(setup, workload, faults, seed, core_factory=core_factory, letters=LETTERS)

@@ -390,9 +390,12 @@ class MovingCoreInALossyNetwork(CoreInALossyNetwork):
     made: ClassVar[Counter[str]] = Counter()
     """Moves of all examples."""
 
-    @rule(rounds=st.integers(2, 12))
-    def flow_and_move(self, rounds: int) -> None:
+    @precondition(lambda self: self.world.apis)
+    @rule(number=index, rounds=st.integers(4, 16), output_tokens=st.integers(10, 40))
+    def say_much_and_move(self, number: int, rounds: int, output_tokens: int) -> None:
         """Long enough for tokens to come and for KV to be where it is to go."""
+        api = pick(list(self.world.apis.values()), number)
+        self.world.submit(api, 9, output_tokens)
         for _ in range(rounds):
             for name in sorted(ROLES):
                 self.forge(b"client", MoveCalls(1, name))
