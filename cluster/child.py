@@ -21,7 +21,7 @@ from cluster.process import PHASE_PREFIX, kill_session
 LOG_READ_BYTES = 256 * 1024
 TAIL_LINES = 30
 STOP_S = 20.0
-"""How long processes may take to end on SIGTERM before they are killed."""
+"""How long processes may take to end on SIGTERM before they are killed, when they have drained."""
 POLL_S = 0.05
 
 
@@ -135,15 +135,17 @@ class Child:
         return survivors
 
 
-def stop_all(children: Sequence[Child], hurry: Callable[[], bool] = lambda: False) -> None:
-    """Ends all: SIGTERM, up to ``STOP_S``, SIGKILL of each one's session.
+def stop_all(
+    children: Sequence[Child], hurry: Callable[[], bool] = lambda: False, grace_s: float = STOP_S
+) -> None:
+    """Ends all: SIGTERM, up to ``grace_s``, SIGKILL of each one's session.
 
     ``hurry`` is asked all the time; true skips the rest of the wait. RuntimeError if a
     process is still there after that.
     """
     for child in children:
         child.terminate()
-    deadline_s = time.monotonic() + STOP_S
+    deadline_s = time.monotonic() + grace_s
     while any(child.exit_code() is None for child in children):
         if time.monotonic() > deadline_s or hurry():
             break

@@ -18,13 +18,13 @@ import typer.core
 from rich.console import Console
 
 from cluster import deploy_cli
+from cluster.doctor_cli import doctor
 from cluster.kubernetes.cli import kubernetes
 
 if TYPE_CHECKING:
     from cluster.schema import ClusterConfig, WorkerEntry
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
-DEFAULT_CONTROL_ADDRESS = "tcp://127.0.0.1:5570"
 WATCH_S = 1.0
 PLAIN_COLUMNS = 140
 """Width of tables that go into a file or a pipe."""
@@ -227,6 +227,9 @@ def worker(
     like: Annotated[
         str | None, typer.Option(metavar="NAME", help="Unless in the file: as this one of it.")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say where it would be on this host.")
+    ] = False,
 ) -> None:
     """Run one worker: of a cluster file, or one that joins a running coordinator."""
     from cluster.config import joined, worker_config
@@ -250,6 +253,11 @@ def worker(
     if config is None:
         cluster = msgspec.structs.replace(cluster, workers=[])
     cluster = joined(cluster, _entry(cluster, given, like), coordinator)
+    if dry_run:
+        from cluster.node_place import describe
+
+        typer.echo("\n".join(describe(worker_config(cluster, name, cluster.model))))
+        raise typer.Exit
     starting = worker_config(cluster, name, resolve(cluster.model))
     starting = msgspec.structs.replace(starting, node_rank=node_rank, leader=leader)
     if node_rank:
@@ -261,6 +269,7 @@ app.command()(kubernetes)
 
 
 deploy_cli.add_to(app)
+app.command()(doctor)
 
 
 @app.command()
@@ -275,7 +284,10 @@ def demo(model: ModelOption = None, json_path: JsonPath = None) -> None:
 def bench(
     context: typer.Context,
     name: Annotated[
-        str, typer.Argument(help="overhead, transfer, links, core, idle, simulator or predict.")
+        str,
+        typer.Argument(
+            help="overhead, transfer, links, core, idle, simulator, predict or rebalance."
+        ),
     ],
     json_path: JsonPath = None,
     model: ModelOption = None,
@@ -295,7 +307,13 @@ def simulate(
         bool, typer.Option("--list", help="Show the configurations that can be compared.")
     ] = False,
     compare: Annotated[
-        str | None, typer.Option(metavar="A,B,...", help="Configurations, or all; else the file's.")
+        bool, typer.Option("--compare", help="Instead: Pythia against others where they are busy.")
+    ] = False,
+    chosen: Annotated[
+        str | None,
+        typer.Option(
+            "--configurations", metavar="A,B,...", help="Or all of them; else the file's."
+        ),
     ] = None,
     seeds: Annotated[
         int | None, typer.Option(min=1, max=10_000, metavar="N", help="Else the file's.")
@@ -330,6 +348,12 @@ def simulate(
     validate: Annotated[
         bool, typer.Option("--validate", help="Instead: against a real cluster on this machine.")
     ] = False,
+    find_load: Annotated[
+        bool, typer.Option("--find-load", help="With --compare: look for the rates, write them.")
+    ] = False,
+    ablations: Annotated[
+        bool, typer.Option(help="With --compare: also Pythia with one mechanism less.")
+    ] = True,
 ) -> None:
     """Simulate whole clusters in virtual time and compare configurations."""
     from cluster.simulator import command
@@ -345,19 +369,51 @@ def simulate(
         raise typer.Exit(command.run_faults(seeds_of_faults, processes, json_path, console))
     if validate:
         raise typer.Exit(command.run_validation(traces, json_path, plots, console))
-    if file is None:
-        raise typer.BadParameter("give a FILE, or one of --list, --faults and --validate")
+    if find_load and not compare:
+        raise typer.BadParameter("--find-load is of --compare")
+    if file is None and not compare:
+        raise typer.BadParameter(
+            "give a FILE, or one of --compare, --list, --faults and --validate"
+        )
     request = command.Request(
-        file=file,
+        file=file or command.COMPARED_FILE,
         overrides=Overrides(traces=traces, runs=runs, calls=calls),
-        compare=tuple(name for name in (compare or "").split(",") if name),
+        compare=tuple(name for name in (chosen or "").split(",") if name),
         seeds=seeds,
         processes=processes,
         json_path=json_path,
         plots=plots,
         resume=resume,
     )
+    if compare:
+        from cluster.simulator import versus_command
+
+        if find_load:
+            raise typer.Exit(versus_command.find_load(request, console))
+        raise typer.Exit(versus_command.compare(request, ablations, console))
     raise typer.Exit(command.simulate(request, console))
+
+
+@app.command()
+def plan(
+    trace: Annotated[str, typer.Argument(help="A workload's line: a trace's file, generator:...")],
+    model: Annotated[
+        str, typer.Option("--model", metavar="M", help="A calibration, or a folder.")
+    ] = "llama-3.1-8b-h200-tp1",
+    gpus: Annotated[int, typer.Option(min=1, max=1024, metavar="N")] = 8,
+    hardware: Annotated[str | None, typer.Option(metavar="NAME", help="h100, h200, ...")] = None,
+    tp: Annotated[int | None, typer.Option(min=1, help="Only this tensor parallel size.")] = None,
+    ttft_s: Annotated[float, typer.Option("--ttft", min=0.001, help="Seconds, promised.")] = 2.0,
+    itl_s: Annotated[float, typer.Option("--itl", min=0.0001, help="Seconds, promised.")] = 0.05,
+    json_path: JsonPath = None,
+) -> None:
+    """Find the best split of GPUs between prefill and decode for a workload, by simulation."""
+    from cluster import plan as planning
+    from cluster.simulator.setup import Slo
+
+    workload = planning.workload_of(trace)
+    wanted = planning.Wanted(model, gpus, workload, Slo(ttft_s, itl_s), hardware, tp)
+    raise typer.Exit(planning.main(wanted, json_path, Console()))
 
 
 @app.command()
@@ -386,8 +442,6 @@ def calibrate(
     raise typer.Exit(run(worker, Plan(repeats, longest, most), out, json_path, hardware))
 
 
-workflows = typer.Typer(no_args_is_help=True, help="Show workflows, take them to another cluster.")
-app.add_typer(workflows, name="workflows")
 CoordinatorOption = Annotated[
     str | None,
     typer.Option("--coordinator", metavar="tcp://HOST:PORT", help="Else the one that is up here."),
@@ -395,6 +449,28 @@ CoordinatorOption = Annotated[
 SaltOption = Annotated[
     str, typer.Option("--cache-salt", help="Of the tenant in question; else of none.")
 ]
+
+
+@app.command()
+def explain(
+    request: Annotated[str, typer.Argument(metavar="ID", help="Of the response, or our own.")],
+    coordinator: CoordinatorOption = None,
+    cache_salt: SaltOption = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print all numbers.")] = False,
+) -> None:
+    """Why a call went where it went, what the alternatives would have cost, and what happened."""
+    from cluster import explain_command as command
+    from coordinator.tenant import tenant_of
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=PLAIN_COLUMNS)
+    address = coordinator or _running_address()
+    raise typer.Exit(command.explain(address, request, tenant_of(cache_salt), as_json, console))
+
+
+workflows = typer.Typer(no_args_is_help=True, help="Show workflows, take them to another cluster.")
+app.add_typer(workflows, name="workflows")
 
 
 @workflows.command(name="list")
@@ -457,6 +533,44 @@ def import_workflow(
 
     address, tenant = coordinator or _running_address(), tenant_of(cache_salt)
     raise typer.Exit(command.import_(address, path, name, tenant, Console()))
+
+
+@app.command()
+def rebalance(
+    mode: Annotated[
+        str | None, typer.Argument(help="off, advisory or auto from now on; else only look.")
+    ] = None,
+    worker: Annotated[
+        str | None, typer.Option("--worker", metavar="NAME", help="Instead: turn this worker.")
+    ] = None,
+    role: Annotated[str | None, typer.Option(help="... to this role.")] = None,
+    wait_s: Annotated[float, typer.Option("--wait", min=0, help="Seconds for a turn.")] = 120.0,
+    coordinator: CoordinatorOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all that is known.")] = False,
+) -> None:
+    """Show which workers prefill and decode, and why; change that."""
+    from cluster import rebalance_command as command
+
+    if (worker is None) != (role is None):
+        raise typer.BadParameter("--worker and --role go together")
+    address, console = coordinator or _running_address(), Console()
+    if worker is not None and role is not None:
+        raise typer.Exit(command.turn(address, worker, role, wait_s, console))
+    raise typer.Exit(command.show(address, mode, as_json, console))
+
+
+@app.command()
+def drain(
+    worker: str,
+    undo: Annotated[bool, typer.Option("--undo", help="Give it work again.")] = False,
+    wait_s: Annotated[float, typer.Option("--wait", min=0, help="Seconds to wait.")] = 600.0,
+    coordinator: CoordinatorOption = None,
+) -> None:
+    """Give a worker no more work and wait until it has nothing left to do."""
+    from cluster import rebalance_command as command
+
+    address = coordinator or _running_address()
+    raise typer.Exit(command.drain(address, worker, undo, wait_s, Console()))
 
 
 @app.command(name="model")
@@ -541,10 +655,9 @@ def _device_list(text: str | None) -> list[int] | None:
 
 def _running_address() -> str:
     """The control address of the one cluster that this user has up; else the default."""
-    from cluster.supervise import running
+    from cluster.supervise import running_address
 
-    records = running()
-    return records[0].control_address if len(records) == 1 else DEFAULT_CONTROL_ADDRESS
+    return running_address()
 
 
 def _versions() -> str:

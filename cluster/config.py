@@ -65,7 +65,9 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     the file's engine arguments; ``environment``: the file's variables; ``ucx_tls`` empty
     leaves the choice to UCX; ports of 0 are picked by the process; ``loopback``: all
     workers are on this machine's CPU; ``node_rank`` and ``leader``: of an engine that spans
-    nodes, which this is and the first one's address.
+    nodes, which this is and the first one's address; ``near``: what the file leaves open of
+    network devices and ``cores`` is chosen next to its GPUs; ``drain_s``: how long it goes on
+    with what it has begun when it is told to end; ``fixed``: its role never changes.
     """
 
     name: str
@@ -88,6 +90,10 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     loopback: bool = False
     node_rank: int = 0
     leader: str = ""
+    cores: str = ""
+    near: bool = True
+    drain_s: float = 0.0
+    fixed: bool = False
 
     def process_environment(self) -> dict[str, str]:
         """What to set before vLLM is imported; the file's own values win."""
@@ -104,10 +110,15 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
         return environment | self.environment
 
     def engine_arguments(self) -> dict[str, Any]:
-        """Arguments of vLLM's ``AsyncEngineArgs``. Another engine id at every call."""
+        """Arguments of vLLM's ``AsyncEngineArgs``. Another engine id at every call.
+
+        Engines order by priority, then arrival, unless the file says otherwise: a client's
+        ``priority`` counts there as it does in the core, and errands come last.
+        """
         place = {"node_rank": self.node_rank, "master_addr": self.leader} if self.leader else {}
         return (
-            self.engine
+            {"scheduling_policy": "priority"}
+            | self.engine
             | place
             | {
                 "model": self.model,
@@ -266,6 +277,10 @@ def worker_config(cluster: ClusterConfig, name: str, model: str) -> WorkerConfig
         ucx_tls=network.ucx_tls or "",
         side_channel_port=base + cluster.workers.index(entry) if base else 0,
         loopback=_is_loopback(cluster),
+        cores=entry.cores,
+        near=network.near,
+        drain_s=cluster.stop.drain_s,
+        fixed=entry.fixed,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -47,6 +48,9 @@ def slurm(
         Path | None,
         typer.Option(metavar="PATH", help="Write the batch script there, submit nothing."),
     ] = None,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Show its log until it is over; its exit code is mine.")
+    ] = False,
     dry_run: DryRun = False,
 ) -> None:
     """Submit a cluster as one Slurm job."""
@@ -57,7 +61,7 @@ def slurm(
     request = JobRequest(
         nodes=nodes, partition=partition, time=time, options=tuple(sbatch or ()), then=then
     )
-    raise typer.Exit(submit(load(file), file, request, out, dry_run, Console()))
+    raise typer.Exit(submit(load(file), file, request, out, dry_run, Console(), wait))
 
 
 def slurm_job(file: FileArgument, nodes: Nodes = None, then: Then = None) -> None:
@@ -123,12 +127,10 @@ def down(
     dry_run: DryRun = False,
 ) -> None:
     """Stop all that 'up' started; nothing is fine, too."""
-    from cluster import ssh_command
+    from cluster.ssh_command import down as act
 
     requests = _requests(file, "down", run_dir)
-    way = _way(requests, hosts, ssh_config, python, root)
-    act = ssh_command.describe if dry_run else ssh_command.down
-    raise typer.Exit(act(requests, way, Console()))
+    _do(act, requests, _way(requests, hosts, ssh_config, python, root), dry_run)
 
 
 @ssh.command()
@@ -142,12 +144,10 @@ def status(
     dry_run: DryRun = False,
 ) -> None:
     """Show which processes run where."""
-    from cluster import ssh_command
+    from cluster.ssh_command import status as act
 
     requests = _requests(file, "status", run_dir)
-    way = _way(requests, hosts, ssh_config, python, root)
-    act = ssh_command.describe if dry_run else ssh_command.status
-    raise typer.Exit(act(requests, way, Console()))
+    _do(act, requests, _way(requests, hosts, ssh_config, python, root), dry_run)
 
 
 @ssh.command()
@@ -162,12 +162,22 @@ def logs(
     dry_run: DryRun = False,
 ) -> None:
     """Print the end of every process's log."""
-    from cluster import ssh_command
+    from cluster.ssh_command import logs as act
 
     requests = _requests(file, "logs", run_dir, lines)
-    way = _way(requests, hosts, ssh_config, python, root)
-    act = ssh_command.describe if dry_run else ssh_command.logs
-    raise typer.Exit(act(requests, way, Console()))
+    _do(act, requests, _way(requests, hosts, ssh_config, python, root), dry_run)
+
+
+def _do(
+    act: Callable[[list[Request], Way, Console], int],
+    requests: list[Request],
+    way: Way,
+    dry_run: bool,
+) -> None:
+    """Does it on all hosts, or only says what it would be. Exits with its code."""
+    from cluster.ssh_command import describe
+
+    raise typer.Exit((describe if dry_run else act)(requests, way, Console()))
 
 
 def _requests(file: Path, action: Action, run_dir: str, lines: int = 0) -> list[Request]:
@@ -189,12 +199,23 @@ def _way(
     python: str | None,
     root: str | None,
 ) -> Way:
+    return way_of([request.host for request in requests], hosts, ssh_config, python, root)
+
+
+def way_of(
+    names: list[str],
+    hosts: str | None,
+    ssh_config: Path | None,
+    python: str | None,
+    root: str | None,
+) -> Way:
+    """How the hosts of these names are reached. ConfigError with all problems."""
     from cluster.ssh import Way, destinations, this_installation
 
     here_python, here_root = this_installation()
     return Way(
         python=python or here_python,
         root=root or here_root,
-        destinations=destinations(hosts, [request.host for request in requests]),
+        destinations=destinations(hosts, names),
         config=str(ssh_config) if ssh_config is not None else None,
     )

@@ -26,6 +26,7 @@ from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 from vllm.version import __version__ as vllm_version
 
 from coordinator.protocol import EngineFacts, Load
+from transfer.pins import PINNED_BLOCKS
 
 OnStep = Callable[[list[EngineCoreOutput], float], None]
 OnReads = Callable[[dict[str, Any]], None]
@@ -47,6 +48,7 @@ class Relay(OutputProcessor):
         self.prefill_tokens = 0
         self.decode_tokens = 0
         self.external_tokens = 0
+        self.pinned_blocks = 0
 
     def process_outputs(
         self,
@@ -89,8 +91,10 @@ class Relay(OutputProcessor):
         """Remember the newest; the beats report it. Pass on what was read of others' KV."""
         if scheduler_stats is not None:
             self.scheduler_stats = scheduler_stats
-            if scheduler_stats.kv_connector_stats:
-                self.on_reads(scheduler_stats.kv_connector_stats)
+            if reads := scheduler_stats.kv_connector_stats:
+                if pinned := reads.get(PINNED_BLOCKS):
+                    self.pinned_blocks = pinned[-1]
+                self.on_reads(reads)
         super().update_scheduler_stats(scheduler_stats)
 
     def propagate_error(self, e: Exception) -> None:
@@ -163,14 +167,17 @@ class WorkerEngine(AsyncLLM):
             return Load()
         stats = relay.scheduler_stats or SchedulerStats()
         blocks = self.vllm_config.cache_config.num_gpu_blocks or 0
+        used = round(stats.kv_cache_usage * blocks)
+        pinned = min(used, relay.pinned_blocks)
         return Load(
             running=stats.num_running_reqs,
             waiting=stats.num_waiting_reqs + stats.num_skipped_waiting_reqs,
-            kv_blocks_used=round(stats.kv_cache_usage * blocks),
+            kv_blocks_used=used - pinned,
             prefill_tokens_total=relay.prefill_tokens,
             decode_tokens_total=relay.decode_tokens,
             external_tokens_total=relay.external_tokens,
             garbage_frames_total=garbage_frames,
+            kv_blocks_pinned=pinned,
         )
 
 

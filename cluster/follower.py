@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
-from cluster import reaper
+from cluster import node_place, reaper
 from cluster.config import WorkerConfig
 from cluster.process import announce
 from coordinator.link import refuse_pickle
@@ -75,6 +75,7 @@ def main(config: WorkerConfig) -> int:
     reaper.protect_group()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     os.environ.update(config.process_environment())
+    node_place.apply(config)
     refuse_pickle(os.environ)
     announce("asking the leader which engine this is")
     store = _store(config)

@@ -15,15 +15,15 @@ import msgspec
 from cluster.document import dump
 from cluster.launch import COORDINATOR, CommandOf, fixed_ports, process_command
 from cluster.schema import ClusterConfig, ConfigError, reachable
-from coordinator.protocol import WorkerStatus
+from coordinator.protocol import HostFacts, WorkerStatus
 
 CONFIG_NAME = "cluster.yaml"
 GRACE_S = 20.0
-"""How long processes may take to end on SIGTERM before they are killed."""
+"""How long processes may take to end on SIGTERM before they are killed, when they have drained."""
 LOOPBACK = frozenset(("localhost", "127.0.0.1", "::1"))
 EVERYWHERE = frozenset(("0.0.0.0", "::"))
 
-Action = Literal["up", "down", "status", "logs"]
+Action = Literal["up", "down", "status", "logs", "look"]
 
 
 class FixedPort(msgspec.Struct, frozen=True):
@@ -55,6 +55,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     run_dir: str = ""
     grace_s: float = GRACE_S
     lines: int = 0
+    addresses: dict[str, str] = {}
+    """Where others find each worker, in words; for who only wants to know."""
 
 
 class ProcessState(msgspec.Struct, frozen=True):
@@ -102,13 +104,38 @@ class Logs(msgspec.Struct, frozen=True, tag=True):
     texts: dict[str, str]
 
 
+class Seen(msgspec.Struct, frozen=True, tag=True):
+    """What a host that was asked to ``look`` has seen of itself.
+
+    ``troubles``: by key of the ports asked for, why nobody could listen there; ``problems``: as
+    in ``Checked``; ``meeting``: where it listens now, for others to try.
+    """
+
+    facts: HostFacts
+    troubles: dict[str, str]
+    problems: list[str]
+    meeting: list[tuple[str, int]]
+
+
+class Clocked(msgspec.Struct, frozen=True, tag=True):
+    """The host's wall clock, just now."""
+
+    unix_time_s: float
+
+
+class Met(msgspec.Struct, frozen=True, tag=True):
+    """Why meeting places of other hosts, ``host:port``, can't be reached from this one."""
+
+    errors: dict[str, str]
+
+
 class Failed(msgspec.Struct, frozen=True, tag=True):
     """The host could not do what it was asked, and why."""
 
     reason: str
 
 
-Answer = Checked | HostState | Stopped | Logs | Failed
+Answer = Checked | HostState | Stopped | Logs | Seen | Clocked | Met | Failed
 
 
 def requests(
@@ -143,7 +170,7 @@ def requests(
                 host=host,
                 processes={name: command_of(name, Path(CONFIG_NAME))[1:] for name in names},
                 files=_files(config, workflows or {} if host == home else {}, action),
-                ports=_ports(config, host) if action == "up" else [],
+                ports=_ports(config, host) if action in ("up", "look") else [],
                 gpus=max(
                     (
                         d + 1
@@ -156,7 +183,9 @@ def requests(
                 control_address=config.control_address if host == home else "",
                 api=(reachable(config.api.host), config.api.port) if host == home else ("", 0),
                 run_dir=run_dir,
+                grace_s=GRACE_S + config.stop.drain_s,
                 lines=lines,
+                addresses=_addresses(config, host) if action == "up" else {},
             )
         )
     return made
@@ -172,6 +201,20 @@ def _files(config: ClusterConfig, workflows: Mapping[str, str], action: Action) 
         served_model_name=config.served_name,
     )
     return {CONFIG_NAME: dump(shipped), **workflows}
+
+
+def _addresses(config: ClusterConfig, host: str) -> dict[str, str]:
+    base = config.network.side_channel_port_base
+    found = {}
+    for index, entry in enumerate(config.workers):
+        if entry.host == host:
+            data = entry.data_port or "a free port"
+            side = base + index if base else "a free port"
+            side_host = config.network.nixl_host or host
+            environment = config.environment | entry.environment
+            side_host = str(environment.get("VLLM_NIXL_SIDE_CHANNEL_HOST", side_host))
+            found[entry.name] = f"data on {host}, {data}; side channel on {side_host}, {side}"
+    return found
 
 
 def _ports(config: ClusterConfig, host: str) -> list[FixedPort]:

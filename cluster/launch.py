@@ -20,7 +20,7 @@ from types import TracebackType
 import msgspec
 
 from cluster import devices
-from cluster.child import Child, StartProcess, start_guarded, stop_all
+from cluster.child import STOP_S, Child, StartProcess, start_guarded, stop_all
 from cluster.config import load
 from cluster.document import dump
 from cluster.process import free_port, port_is_free
@@ -167,7 +167,7 @@ class LocalCluster:
         """Ends all processes and makes sure that none is left. ``hurry``: see ``stop_all``."""
         self._progress.close()
         self._end_template()
-        stop_all(self._children, hurry)
+        stop_all(self._children, hurry, STOP_S + self.config.stop.drain_s)
         self._children.clear()
 
     def _resolved_model(self, started_s: float) -> str:

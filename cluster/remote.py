@@ -39,6 +39,7 @@ from cluster.hosts import (
     Stopped,
 )
 from cluster.launch import ANSWER_S, is_ready, run_directory
+from cluster.look import look
 from cluster.process import ProcessIdentity, identify, is_running, port_is_free, session_members
 from cluster.status import Unreachable, inspect
 
@@ -92,6 +93,8 @@ def main() -> int:
                 answer(_state(request))
             case "logs":
                 answer(Logs(_tails(folder_of(request), list(request.processes), request.lines)))
+            case "look":
+                look(request, port_troubles(request.ports), _device_problems(request.gpus), answer)
     except OSError as error:
         answer(Failed(str(error)))
     return 0
@@ -186,19 +189,22 @@ def _running_problems(folder: Path) -> list[str]:
 
 
 def _port_problems(ports: Sequence[FixedPort]) -> list[str]:
-    problems = []
+    return [f"{key}: {trouble}" for key, trouble in port_troubles(ports).items()]
+
+
+def port_troubles(ports: Sequence[FixedPort]) -> dict[str, str]:
+    """Why nobody could listen on them, by the file's key."""
+    troubles = {}
     for each in ports:
         try:
             if not port_is_free(each.host, each.port):
-                problems.append(
-                    f"{each.key}: port {each.port} on {each.host} is in use by another program"
-                )
+                troubles[each.key] = f"port {each.port} on {each.host} is in use by another program"
         except OSError as error:
-            problems.append(
-                f"{each.key}: can't listen on {each.host}:{each.port}"
+            troubles[each.key] = (
+                f"can't listen on {each.host}:{each.port}"
                 f" ({error.strerror or error}); is that an address of this machine?"
             )
-    return problems
+    return troubles
 
 
 def _device_problems(gpus: int) -> list[str]:

@@ -26,6 +26,12 @@ Host = Annotated[
 ]
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 """A TCP port; 0 means a free one."""
+Cores = Annotated[
+    str,
+    msgspec.Meta(
+        pattern=r"^([0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*)?$", description="cores like 0-15,32"
+    ),
+]
 EnvironmentValue = str | int | float
 BodyBytes = Annotated[int, msgspec.Meta(ge=1024, le=1 << 30)]
 
@@ -46,7 +52,8 @@ class WorkerEntry(Section, frozen=True, kw_only=True):
     """One engine. ``devices``: GPU indexes on ``host``, none for CPU.
 
     ``metrics_port``: where its engine's Prometheus metrics are served; ``health_port``: where
-    it answers ``/live`` and ``/ready``; 0 for nowhere.
+    it answers ``/live`` and ``/ready``; 0 for nowhere. ``cores``: on which its processes run,
+    like ``0-15,32``; else those next to its GPUs. ``fixed``: its role never changes.
     """
 
     name: Name
@@ -58,6 +65,8 @@ class WorkerEntry(Section, frozen=True, kw_only=True):
     data_port: Port = 0
     metrics_port: Port = 0
     health_port: Port = 0
+    cores: Cores = ""
+    fixed: bool = False
 
 
 class CoordinatorEntry(Section, frozen=True, kw_only=True):
@@ -98,12 +107,20 @@ class Network(Section, frozen=True, kw_only=True):
     nixl_progress_delay_us: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] | None = None
     side_channel_port_base: Port = 0
     lease_s: Annotated[int, msgspec.Meta(ge=LEASE_S_MIN, le=3600)] = LEASE_S
+    near: bool = True
 
 
 class Start(Section, frozen=True, kw_only=True):
     """``timeout_s``: how long the cluster may take to become ready."""
 
     timeout_s: Seconds = 600.0
+
+
+class Stop(Section, frozen=True, kw_only=True):
+    """``drain_s``: how long a worker that is told to end goes on with what it has begun. What
+    is left then goes on elsewhere."""
+
+    drain_s: Annotated[float, msgspec.Meta(ge=0, le=3600)] = 8.0
 
 
 class ClusterConfig(Section, frozen=True, kw_only=True):
@@ -122,6 +139,7 @@ class ClusterConfig(Section, frozen=True, kw_only=True):
     placement: Placement = Placement()
     network: Network = Network()
     start: Start = Start()
+    stop: Stop = Stop()
     workflows: list[Annotated[str, msgspec.Meta(min_length=1)]] = []
     workflow_limits: WorkflowLimits = WorkflowLimits()
 

@@ -28,21 +28,25 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from cluster.config import WorkerConfig
 from cluster.engine import WorkerEngine, engine_facts
+from cluster.examined import Examined, side_channel
 from cluster.health import health_server
 from cluster.kv_listener import Endpoints, KvListener
 from coordinator import protocol
 from coordinator.link import BAD_FRAME, BadBody, ControlLink, GarbageCounter
 from coordinator.protocol import engine_request_id
 from coordinator.sockets import make_socket
-from decode.worker import decode_request, discard_request
+from decode.worker import decode_request, discard_request, retain_request
 from prefill.worker import first_output, prefill_request, prefill_result
 from transfer import handle as handles
 from transfer.lease import Spent
+from transfer.profile import chunk_params
 from transfer.sources import Sources
 
 logger = logging.getLogger("pythia.worker")
 
 ENGINE_WATCH_S = 0.5
+DRAIN_POLL_S = 0.05
+DRAINING_SAID_S = 1.0
 OWED_S = 60.0
 OWED_MAX = 65536
 PROBE_TOKEN_IDS = range(3, 250)
@@ -50,7 +54,7 @@ UTILITIES = frozenset(
     {"add_lora", "remove_lora", "list_loras", "pin_lora", "reset_prefix_cache", "reset_mm_cache"}
 )
 
-Kind = Literal["prefill", "decode", "probe", "probe_read"]
+Kind = Literal["prefill", "decode", "probe", "probe_read", "role"]
 
 
 class Job(msgspec.Struct, gc=False):
@@ -101,6 +105,7 @@ class Worker:
         self.owed: dict[tuple[bytes, str, int], Owed] = {}
         self.garbage = GarbageCounter("an API process")
         self.stopping = asyncio.Event()
+        self.draining = False
         self.exit_code = 0
         self.data = make_socket(context, zmq.ROUTER)
         self.data_address = self.data.bind(f"tcp://{config.host}:{config.data_port or '*'}")
@@ -113,6 +118,11 @@ class Worker:
             on_message=self._on_core,
         )
         self._tasks: set[asyncio.Task[None]] = set()
+        self._core = ""
+        """Which one has taken it in."""
+        self._chunk_tokens = 0
+        self._settings = 0
+        """How often the engine was told how to work."""
         self.engine = engine
         self.encoder = MsgpackEncoder()
         self.request_decoder = MsgpackDecoder(EngineCoreRequest)
@@ -121,11 +131,15 @@ class Worker:
             engine.vllm_config, config.served_model_name, float(config.kv_lease_s)
         )
         self.spent = Spent()
+        self._orders = 0
+        self._pins_end_s = 0.0
+        """When the last pin ends that the engine was told of; 0 if it is over."""
         self.kv: KvListener | None = None
         if endpoints is not None:
             name, send = config.name, self.link.send
             self.kv = KvListener(context, endpoints, name, self.incarnation, send)
         self.sources = Sources(engine.engine_id, self.facts.kv_bytes_per_block)
+        self.examined = Examined(engine.engine_id, self.facts, self.sources.report, self._answer)
         engine.on_step = self._on_step
         engine.on_reads = self.sources.measured
 
@@ -133,7 +147,7 @@ class Worker:
         """Serve until told to stop or the engine dies. Returns the exit code."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self.stopping.set)
+            loop.add_signal_handler(number, self.end)
         tasks = [
             asyncio.create_task(self.link.run(), name="control link"),
             asyncio.create_task(self._serve_data(), name="data socket"),
@@ -158,6 +172,29 @@ class Worker:
             task.cancel()
         return self.exit_code
 
+    def end(self) -> None:
+        """To be told to end: drains first. Told again, it goes at once."""
+        if self.draining:
+            self.stopping.set()
+            return
+        self.draining = True
+        self._spawn(self._drain())
+
+    async def _drain(self) -> None:
+        """Wants no more work, ends what it has begun, as long as that may take, and stops."""
+        deadline_s = time.monotonic() + self.config.drain_s
+        said_s = float("-inf")
+        while self._is_busy() and (now_s := time.monotonic()) < deadline_s:
+            if now_s - said_s >= DRAINING_SAID_S:
+                self.link.send(protocol.Draining(self.config.name, self.incarnation))
+                said_s = now_s
+            await asyncio.sleep(DRAIN_POLL_S)
+        self.stopping.set()
+
+    def _is_busy(self) -> bool:
+        """It works on something, or holds KV that somebody has yet to read."""
+        return bool(self.jobs) or self.engine.load(0).kv_blocks_used > 0
+
     def close(self) -> None:
         """Close the sockets."""
         if self.kv is not None:
@@ -176,6 +213,8 @@ class Worker:
             facts=self.facts,
             host=self.config.host,
             devices=",".join(str(device) for device in self.config.devices),
+            side_channel=side_channel(),
+            fixed=self.config.fixed,
         )
 
     def _beat(self) -> protocol.Message:
@@ -190,18 +229,24 @@ class Worker:
                 self._spawn(self._probe(message))
             case protocol.ProbeRead():
                 self._spawn(self._probe_read(message))
-            case protocol.KvResync():
-                if self.kv is not None and message.incarnation == self.incarnation:
-                    self.kv.resync()
+            case protocol.KvResync() | protocol.Retain():
+                if message.incarnation == self.incarnation:
+                    self._on_cache(message)
+            case protocol.SetRole():
+                self._set_role(message)
             case protocol.Leave():
                 logger.info("told to leave: %s", message.reason)
                 self.stopping.set()
             case protocol.Welcome():
-                logger.info("taken in by core %s as %s", message.core, self.config.name)
-                if self.kv is not None:
-                    self.kv.begin()
+                self._welcomed(message.core)
             case protocol.Refused() | protocol.Unknown():
                 raise AssertionError("the link keeps these to itself")
+
+    def _on_cache(self, message: protocol.KvResync | protocol.Retain) -> None:
+        if isinstance(message, protocol.Retain):
+            self._spawn(self._retain(message))
+        elif self.kv is not None:
+            self.kv.resync()
 
     async def _probe(self, message: protocol.Probe) -> None:
 
@@ -222,6 +267,33 @@ class Worker:
         job = Job("probe_read", b"", f"probe-read-{message.probe}", 0, message.prompt_tokens)
         job.probe, job.source = message.probe, handle.remote_engine_id
         await self._submit(decode_request(request, job.request, 0, handle), job)
+
+    def _welcomed(self, core: str) -> None:
+        logger.info("taken in by core %s as %s", core, self.config.name)
+        if self._core not in ("", core) and self._chunk_tokens:
+            # What another core made of it, this one does not know.
+            self._chunk_tokens = 0
+            self._spawn(self._set_chunks(0, 0))
+        self._core = core
+        if self.kv is not None:
+            self.kv.begin()
+
+    def _set_role(self, message: protocol.SetRole) -> None:
+        if message.incarnation == self.incarnation:
+            self._chunk_tokens = message.chunk_tokens
+            self._spawn(self._set_chunks(message.turn, message.chunk_tokens))
+
+    async def _set_chunks(self, turn: int, chunk_tokens: int) -> None:
+        """The engine is to work with such chunks; its answer says that it does."""
+        self._settings += 1
+        job = Job("role", b"", f"role-{turn}-{self._settings}", 0, 1)
+        job.probe = turn
+        request = self._probe_request(turn, 1)
+        assert request.sampling_params is not None
+        request.sampling_params.extra_args = {"kv_transfer_params": chunk_params(chunk_tokens)}
+        engine_id = engine_request_id(job.request, 0)
+        request = msgspec.structs.replace(request, request_id=engine_id, external_req_id=engine_id)
+        await self._submit(request, job)
 
     def _probe_request(self, seed: int, prompt_tokens: int) -> EngineCoreRequest:
 
@@ -261,16 +333,21 @@ class Worker:
                 self.garbage.add(ValueError(f"{len(frames)} frames"))
                 continue
             try:
-                message = protocol.decode_api_to_worker(frames[1].buffer)
+                message = protocol.decode_to_worker(frames[1].buffer)
                 body = self._decode_body(message, frames[2:])
             except (*BAD_FRAME, BadBody) as error:
                 self.garbage.add(error)
             else:
-                await self._on_api(api, message, body)
+                if isinstance(message, protocol.ExaminerToWorker):
+                    await self._on_examiner(api, message)
+                else:
+                    await self._on_api(api, message, body)
             # What has arrived is had without waiting: the engine's outputs must get their turn.
             await asyncio.sleep(0)
 
-    def _decode_body(self, message: protocol.ApiToWorker, frames: list[Any]) -> Any:
+    def _decode_body(
+        self, message: protocol.ApiToWorker | protocol.ExaminerToWorker, frames: list[Any]
+    ) -> Any:
         """What vLLM encoded behind an API process's message. BadBody if it did not."""
         try:
             match message:
@@ -303,6 +380,15 @@ class Worker:
                     await self._discard(message)
             case protocol.Utility():
                 self._spawn(self._utility(api, message, body))
+
+    async def _on_examiner(self, api: bytes, message: protocol.ExaminerToWorker) -> None:
+        match message:
+            case protocol.AskTime():
+                self.examined.tell_time(api, message)
+            case protocol.Look():
+                self._spawn(self.examined.look(api, message))
+            case protocol.Sample() | protocol.SampleRead():
+                await self._sample(api, message)
 
     def _is_current(self, api: bytes, message: protocol.Prefill | protocol.Decode) -> bool:
         if message.incarnation == self.incarnation:
@@ -411,6 +497,26 @@ class Worker:
             reason = f"{type(error).__name__}: {error}"
             self._fail(job.api, job.request, job.attempt, reason, retryable=False)
 
+    async def _sample(self, who: bytes, message: protocol.Sample | protocol.SampleRead) -> None:
+        """A probe as the core's, of another length, for somebody else."""
+        name = f"sample-{who.hex()}-{message.call}"
+        job = Job("probe", who, name, 0, message.prompt_tokens)
+        job.probe = message.call
+        request = self._probe_request(message.seed, message.prompt_tokens)
+        if isinstance(message, protocol.Sample):
+            await self._submit(prefill_request(request, name, 0), job)
+            return
+        try:
+            handle = self._accept(message.handle)
+        except handles.HandleError as error:
+            self._answer(who, protocol.Sampled(message.call, error=f"handle refused: {error}"))
+            return
+        job.kind, job.source = "probe_read", handle.remote_engine_id
+        await self._submit(decode_request(request, name, 0, handle), job)
+
+    def _answer(self, who: bytes, message: protocol.WorkerToExaminer) -> None:
+        self.data.post([who, protocol.encode(message)])
+
     async def _abort(self, engine_ids: list[str]) -> None:
         known = [engine_id for engine_id in engine_ids if self.jobs.pop(engine_id, None)]
         for engine_id in known:
@@ -427,6 +533,20 @@ class Worker:
             return
         request = discard_request([0], f"discard-{message.request}", message.attempt, handle)
         await self.engine.engine_core.add_request_async(request)
+
+    async def _retain(self, order: protocol.Retain) -> None:
+        """Have the engine pin and release; and once more when the last pin has ended, as an engine
+        at rest looks at nothing by itself."""
+        self._orders += 1
+        await self.engine.engine_core.add_request_async(retain_request(order, self._orders))
+        ends_s = max((pin.hold_s for pin in order.pins), default=0.0)
+        if ends_s:
+            self._pins_end_s = max(self._pins_end_s, time.monotonic() + ends_s)
+
+    def _end_pins(self) -> None:
+        if self._pins_end_s and time.monotonic() > self._pins_end_s:
+            self._pins_end_s = 0.0
+            self._spawn(self._retain(protocol.Retain(self.incarnation)))
 
     async def _utility(self, api: bytes, message: protocol.Utility, arguments: list[Any]) -> None:
         error = ""
@@ -456,7 +576,9 @@ class Worker:
             job = self.jobs.get(output.request_id)
             if job is None:
                 continue  # aborted while the step ran
-            if job.kind == "decode":
+            if job.kind == "role":
+                self._role_set(job, output)
+            elif job.kind == "decode":
                 self.sources.ended(output.request_id)
                 by_api[job.api].append(output)
             else:
@@ -465,6 +587,12 @@ class Worker:
                 del self.jobs[output.request_id]
         for api, api_outputs in by_api.items():
             self._send_deltas(api, api_outputs, timestamp_s)
+
+    def _role_set(self, job: Job, output: EngineCoreOutput) -> None:
+        """The engine has answered, so it works as it was told to."""
+        if output.finish_reason is not None:
+            name, incarnation = self.config.name, self.incarnation
+            self.link.send(protocol.RoleSet(name, incarnation, job.probe))
 
     def _send_deltas(self, api: bytes, outputs: list[EngineCoreOutput], timestamp_s: float) -> None:
 
@@ -500,11 +628,7 @@ class Worker:
         self.sources.ended(output.request_id)
         if job.kind == "probe_read":
             if output.finish_reason is not None:
-                elapsed_s = time.monotonic() - job.started_s
-                error = "" if job.moved_tokens else f"nothing moved ({output.finish_reason})"
-                if not error:
-                    self.sources.met(job.source)
-                self._probe_finished(job.probe, elapsed_s, job.moved_tokens, error)
+                self._on_read(job, output)
             return
         result = prefill_result(
             output,
@@ -530,17 +654,34 @@ class Worker:
             if not self.data.post(frames):
                 self._api_gone(job.api)
             return
-        probed = (
-            protocol.Probed(self.config.name, self.incarnation, job.probe, handle=result.handle)
-            if isinstance(result, protocol.PrefillDone)
-            else protocol.Probed(self.config.name, self.incarnation, job.probe, error=result.reason)
+        handle, error = b"", ""
+        if isinstance(result, protocol.PrefillDone):
+            handle = result.handle
+        else:
+            error = result.reason
+        if job.api:
+            self._answer(job.api, protocol.Sampled(job.probe, handle, error=error))
+            return
+        self.link.send(
+            protocol.Probed(self.config.name, self.incarnation, job.probe, handle, error)
         )
-        self.link.send(probed)
+
+    def _on_read(self, job: Job, output: EngineCoreOutput) -> None:
+        """A probe's KV has been pulled, or computed because it could not be."""
+        elapsed_s = time.monotonic() - job.started_s
+        error = "" if job.moved_tokens else f"nothing moved ({output.finish_reason})"
+        if job.api:
+            self._answer(job.api, protocol.Sampled(job.probe, b"", job.moved_tokens, error))
+            return
+        if not error:
+            self.sources.met(job.source)
+        self._probe_finished(job.probe, elapsed_s, job.moved_tokens, error)
 
     async def _watch_engine(self) -> None:
         while not self.engine.errored:
             await asyncio.sleep(ENGINE_WATCH_S)
             self._pay()
+            self._end_pins()
         raise RuntimeError("the engine died; its story is in the log above")
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
@@ -574,7 +715,7 @@ async def serve(
                     config.host,
                     config.health_port,
                     live=lambda: not engine.errored,
-                    ready=lambda: worker.link.welcome is not None,
+                    ready=lambda: worker.link.welcome is not None and not worker.draining,
                 )
                 await stack.enter_async_context(health)
             return await worker.run()

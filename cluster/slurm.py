@@ -18,7 +18,8 @@ import msgspec
 from cluster.schema import ClusterConfig, ConfigError, WorkerEntry
 
 NOTICE_S = 60
-"""How long before its time limit a job is told to end: its workers leave and drain."""
+"""How long before its time limit a job is told to end, besides the time to drain. All is killed
+twice 20 s after that at the latest."""
 LOOPBACK = "127.0.0.1"
 NO_PLACE = frozenset((LOOPBACK, "localhost", "::1", "0.0.0.0", "::"))
 """Hosts that mean no machine in particular."""
@@ -122,7 +123,7 @@ def script(
         *([f"--gpus-per-node={gpus}"] if gpus else []),
         *([f"--partition={request.partition}"] if request.partition else []),
         *([f"--time={request.time}"] if request.time else []),
-        f"--signal=B:TERM@{NOTICE_S}",
+        f"--signal=B:TERM@{NOTICE_S + math.ceil(config.stop.drain_s)}",
         f'--output="{log_folder}/%j.log"',
         *request.options,
     ]

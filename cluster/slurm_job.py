@@ -33,6 +33,7 @@ from cluster.process import kill_session
 from cluster.progress import progress_for
 from cluster.schema import ClusterConfig, reachable
 from cluster.slurm import JobRequest, gpus_per_node, on_nodes, places, script, step_command
+from cluster.slurm_wait import follow
 from cluster.supervise import Signals, Stopped, say, watch
 from cluster.template import TEMPLATE
 
@@ -53,10 +54,12 @@ def submit(
     out: Path | None,
     dry_run: bool,
     console: Console,
+    wait: bool = False,
 ) -> int:
     """Writes the batch script and hands it to ``sbatch``; says what it did. Returns 0.
 
-    ``dry_run`` only shows the script, ``out`` keeps it in a file and does not submit.
+    ``dry_run`` only shows the script, ``out`` keeps it in a file and does not submit. ``wait``:
+    shows the job's log until the job is over, and returns its exit code.
     CommandFailure if Slurm does not take it.
     """
     folder = log_folder(config.name)
@@ -76,7 +79,9 @@ def submit(
     job_id = hand_over(text, folder)
     say(console, f"job {job_id} is submitted; its log will be {folder / job_id}.log")
     say(console, f"'squeue --job {job_id}' shows it, 'scancel {job_id}' ends it")
-    return 0
+    if not wait:
+        return 0
+    return follow(job_id, folder / f"{job_id}.log", lambda text: console.out(text, end=""))
 
 
 def job_environment() -> dict[str, str]:
@@ -155,6 +160,7 @@ def _run_command(cluster: LocalCluster, then: str, console: Console) -> int:
     environment = {
         **os.environ,
         "PYTHIA_BASE_URL": cluster.base_url,
+        "PYTHIA_CONTROL": cluster.control_address,
         "OPENAI_BASE_URL": f"{cluster.base_url}/v1",
         "OPENAI_API_KEY": keys[0] if keys else "none",
     }
@@ -178,7 +184,7 @@ def _let_workers_leave(cluster: LocalCluster, job_id: str, hurry: Callable[[], b
     if not workers - _gone(cluster):
         return
     subprocess.run(["scancel", "--signal=TERM", job_id], timeout=ASK_S, check=False)
-    deadline_s = time.monotonic() + STOP_S
+    deadline_s = time.monotonic() + STOP_S + cluster.config.stop.drain_s
     while workers - _gone(cluster) and time.monotonic() < deadline_s and not hurry():
         time.sleep(POLL_S)
 

@@ -43,13 +43,15 @@ class Way(msgspec.Struct, frozen=True, kw_only=True):
 
     ``destinations``: what ``ssh`` calls a host of the file, where that is something else;
     ``config``: a configuration file of ``ssh``; ``python`` and ``root``: the interpreter and
-    the folder of Pythia's packages, the same on every host.
+    the folder of Pythia's packages, the same on every host; ``local``: hosts that are this
+    machine and need no ``ssh``.
     """
 
     python: str
     root: str
     destinations: dict[str, str] = {}
     config: str | None = None
+    local: frozenset[str] = frozenset()
 
     def command(self, host: str) -> list[str]:
         """The command line that runs ``cluster.remote`` there."""
@@ -62,6 +64,8 @@ class Way(msgspec.Struct, frozen=True, kw_only=True):
         words = [f"-o{name}={value}" for name, value in options.items()]
         words += ["-F", self.config] if self.config is not None else []
         remote = f"cd {shlex.quote(self.root)} && exec {shlex.quote(self.python)} -m cluster.remote"
+        if host in self.local:
+            return ["sh", "-c", remote]
         return ["ssh", "-T", *words, "--", self.destinations.get(host, host), remote]
 
 
@@ -121,6 +125,10 @@ class Connection:
     def go(self) -> None:
         """Lets the host start what it has checked."""
         self._say(GO)
+
+    def say(self, line: str) -> None:
+        """Tells the host a line; whether it is still there, its answers say."""
+        self._say(line)
 
     def close(self) -> None:
         """Ends the connection; what was started there goes on."""

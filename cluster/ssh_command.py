@@ -58,6 +58,8 @@ def describe(requests: Sequence[Request], way: Way, console: Console) -> int:
         for name, arguments in request.processes.items():
             what = shlex.join([way.python, *arguments]) if request.action == "up" else name
             say(console, f"  {request.action} {what}")
+            if name in request.addresses:
+                say(console, f"    {request.addresses[name]}")
     return 0
 
 

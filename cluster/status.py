@@ -157,7 +157,7 @@ def _worker_row(worker: WorkerStatus, wide: bool) -> list[Text]:
     cells = [
         Text(worker.worker),
         Text(worker.role),
-        Text(worker.state, style=STATE_STYLES.get(worker.state, "")),
+        _state(worker),
     ]
     if wide:
         cells.append(Text(_place(worker)))
@@ -178,6 +178,13 @@ def _worker_row(worker: WorkerStatus, wide: bool) -> list[Text]:
         ),
     ]
     return cells
+
+
+def _state(worker: WorkerStatus) -> Text:
+    """Whether it is well; if so, how far it is with a change of its role."""
+    if worker.turning and worker.state == "up":
+        return Text(worker.turning, style="yellow")
+    return Text(worker.state, style=STATE_STYLES.get(worker.state, ""))
 
 
 def _place(worker: WorkerStatus) -> str:

@@ -33,7 +33,7 @@ from cluster.launch import (
 )
 from cluster.process import ProcessIdentity, identify, is_running, kill_session
 from cluster.progress import progress_for
-from cluster.schema import ClusterConfig
+from cluster.schema import ClusterConfig, CoordinatorEntry, tcp_address
 
 WATCH_S = 0.25
 DOWN_S = STOP_S + 15.0
@@ -55,6 +55,7 @@ class Record(msgspec.Struct, frozen=True):
     base_url: str
     control_address: str
     processes: dict[str, ProcessIdentity] = {}
+    drain_s: float = 0.0
 
 
 class Stopped(BaseException):
@@ -193,11 +194,20 @@ def running() -> list[Record]:
     return [record for record in records if record is not None and is_running(record.owner)]
 
 
+def running_address() -> str:
+    """The control address of the one cluster that this user has up; else the default."""
+    records = running()
+    if len(records) == 1:
+        return records[0].control_address
+    usual = CoordinatorEntry()
+    return tcp_address(usual.host, usual.port)
+
+
 def _stop(record: Record, console: Console) -> None:
     say(console, f"stopping {record.cluster} (process {record.owner.pid})")
     with contextlib.suppress(ProcessLookupError):
         os.kill(record.owner.pid, signal.SIGTERM)
-    deadline_s = time.monotonic() + DOWN_S
+    deadline_s = time.monotonic() + DOWN_S + record.drain_s
     while is_running(record.owner) and time.monotonic() < deadline_s:
         time.sleep(WATCH_S)
     if is_running(record.owner):
@@ -235,6 +245,7 @@ def _write(directory: Path, cluster: LocalCluster, state: State) -> None:
         base_url=cluster.base_url,
         control_address=cluster.control_address,
         processes={name: found for name, found in processes.items() if found is not None},
+        drain_s=cluster.config.stop.drain_s,
     )
     part = directory / f"{RECORD_NAME}.part"
     part.write_bytes(msgspec.json.encode(record))

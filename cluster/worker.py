@@ -12,7 +12,7 @@ import time
 
 import uvloop
 
-from cluster import reaper
+from cluster import node_place, reaper
 from cluster.config import WorkerConfig
 from cluster.follower import engine_named
 from cluster.process import announce
@@ -28,6 +28,7 @@ def main(config: WorkerConfig) -> int:
     reaper.protect_group()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     os.environ.update(config.process_environment())
+    node_place.apply(config)
     refuse_pickle(os.environ)
     announce("importing vLLM")
     from cluster.engine import start_engine

@@ -21,9 +21,9 @@ from cluster.status import Unreachable
 from cluster.workflow_picture import draw, tree
 from coordinator.protocol import (
     MESSAGE_BYTES_MAX,
-    AboutWorkflows,
     ImportWorkflow,
     ListWorkflows,
+    Question,
     RunStatus,
     ShowWorkflow,
     WorkflowAnswer,
@@ -39,9 +39,7 @@ class WorkflowRefused(CommandFailure):
     """The coordinator does not do it; says why."""
 
 
-def ask(
-    address: str, question: Callable[[int], AboutWorkflows], timeout_s: float = ANSWER_S
-) -> bytes:
+def ask(address: str, question: Callable[[int], Question], timeout_s: float = ANSWER_S) -> bytes:
     """The answer of the coordinator at ``tcp://host:port``, as JSON.
 
     ``Unreachable`` if none comes in time, ``WorkflowRefused`` if it is a refusal.

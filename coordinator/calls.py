@@ -31,14 +31,17 @@ from collections import OrderedDict
 
 import msgspec
 
+from coordinator.errands import Errands
+from coordinator.explaining import Explanations
 from coordinator.kv_index import KvIndex
 from coordinator.limits import Placement
 from coordinator.moves import Incarnation, Moves, begin_some
+from coordinator.ordering import Ordering
 from coordinator.pace import Pace
 from coordinator.placing import Placing
 from coordinator.policy.placement import Ask, Choice, Decision, Impossible, Wait
 from coordinator.policy.placer import Placer
-from coordinator.policy.queue import CallQueue, CompletionRate, rank
+from coordinator.policy.queue import CallQueue, CompletionRate
 from coordinator.protocol import (
     BLOCK_HASH_BYTES,
     CallContext,
@@ -61,6 +64,7 @@ from coordinator.protocol import (
     WorkerUp,
 )
 from coordinator.pulls import Pulls
+from coordinator.retention import Retention
 from coordinator.standing import Standing
 from coordinator.state import Api, Call, CallKey, CallPhase, State, Worker
 from coordinator.view import call_status
@@ -124,7 +128,12 @@ class Calls:
         tracker: Tracker,
         pace: Pace,
         placer: Placer | None = None,
+        *,
+        retention: Retention,
+        errands: Errands,
     ) -> None:
+        self._retention = retention
+        self._errands = errands
         self._state = state
         self._index = index
         self._standing = standing
@@ -140,7 +149,12 @@ class Calls:
         self.groups: dict[tuple[str, str], Group] = {}
         self.sessions: OrderedDict[Session, str] = OrderedDict()
         """Where the last call of each went, if placement is sticky."""
-        self.queue = CallQueue(placer.rank if placer is not None else rank)
+        self.explanations = Explanations(state.limits.explained_calls)
+        self.queue: CallQueue | Ordering
+        if placer is not None:
+            self.queue = CallQueue(state.limits.queue_s, placer.rank)
+        else:
+            self.queue = Ordering(state, placement, tracker.learner, pace)
         self.recent: OrderedDict[CallKey, Ended] = OrderedDict()
 
     # --- what API processes say ---------------------------------------------------
@@ -223,6 +237,7 @@ class Calls:
                 elif not message.undecoded:
                     self._to_decoding(call, now_s, "finished")
             self._learn(call, message)
+            self.queue.wasted(call, message, now_s)
         self._end(call, phase, now_s, message.outcome, finished=message)
 
     def failed(self, api: Api, message: Failed, now_s: float) -> None:
@@ -351,7 +366,7 @@ class Calls:
     def dispatch(self, now_s: float) -> None:
         """Plan waiting calls in order until one has to wait on."""
         while self._state.room_changed:
-            call = self.queue.head
+            call = self.queue.first(now_s)
             if call is None:
                 break
             decision = self._place(call, now_s)
@@ -362,6 +377,7 @@ class Calls:
                 self._refuse(call, 503, decision.reason, now_s)
             else:
                 assert isinstance(decision, Wait)
+                self.queue.blocked(call, now_s)
                 break
         self._state.room_changed = False
 
@@ -488,13 +504,14 @@ class Calls:
             self.groups.setdefault((api.name, message.group), Group()).calls += 1
         state.counters["calls_submitted"] += 1
         self._tracker.opened(call, now_s)
+        self._retention.opened(call, now_s)
         self._wait(call, now_s)
 
     def _wait(self, call: Call, now_s: float) -> None:
         """Into the queue; whoever is first there may be placed at once."""
-        self.queue.push(call)
-        self._set_due(call, now_s + self._state.limits.queue_s)
-        if self.queue.head is call:
+        self.queue.push(call, now_s)
+        self._set_due(call, now_s + self.queue.longest_s(call))
+        if self.queue.first(now_s) is call:
             self._state.room_changed = True
 
     def _place(self, call: Call, now_s: float) -> Decision:
@@ -532,6 +549,9 @@ class Calls:
         state = self._state
         decode = state.workers[choice.decode]
         prefill = state.workers[choice.prefill] if choice.prefill else None
+        for worker in (decode, prefill):
+            if worker is not None and self._errands.open:
+                self._errands.planned(worker)
         key = call.key
         call.decode, call.decode_blocks = decode, choice.decode_blocks
         decode.decodes[key] = call
@@ -563,6 +583,8 @@ class Calls:
             pull_tokens=call.pull_tokens,
         )
         call.overdue = 0
+        entry = self.queue.planned(call, now_s)
+        self.explanations.planned(call, choice, entry, len(self.queue), now_s)
         if call.submit.group:
             group = self.groups[call.api.name, call.submit.group]
             group.worker = group.worker or decode.name
@@ -617,6 +639,7 @@ class Calls:
         self._pulls.release(call)
         self._pace.started(call, now_s)
         self._index.stored(call.decode.name, call.submit.block_hashes)
+        self._retention.decoding(call, now_s)
         call.move(CallPhase.DECODING, now_s, why)
         call.overdue = 0
         self._set_due(call, now_s + self._phase_s(call))
@@ -723,6 +746,7 @@ class Calls:
         if call.phase is CallPhase.QUEUED:
             self.queue.remove(call)
             state.room_changed = True
+        left_on = call.prefill if finished is not None and finished.undecoded else call.decode
         self._release(call, now_s)
         call.move(phase, now_s, why)
         del call.api.calls[call.request]
@@ -731,6 +755,9 @@ class Calls:
         if call.submit.group:
             self._leave_group(call)
         self._tracker.closed(call, finished, now_s)
+        done = finished if phase is CallPhase.FINISHED else None
+        self._retention.ended(call, left_on, done, now_s)
+        self.queue.ended(call, finished, now_s)
         if finished is not None and phase is CallPhase.FINISHED:
             self._pace.finished(call, finished)
         if call.plans:
@@ -740,6 +767,7 @@ class Calls:
             # Should it be alive after all and still wait for a plan, it must not wait for ever.
             answer = Stop(call.request, call.attempt, 503, why)
         row = call_status(call, now_s, finished, "" if finished else why)
+        self.explanations.ended(call, row)
         over = call.attempt if answered is None else answered
         self.recent[call.key] = Ended(row, over, answer)
         while len(self.recent) > state.limits.recent_calls:

@@ -24,6 +24,7 @@ from collections import OrderedDict
 import msgspec
 
 from coordinator.calls import Calls, worker_up
+from coordinator.errands import Errands
 from coordinator.invariants import check_all
 from coordinator.kv_index import KvIndex
 from coordinator.kv_sync import KvSync
@@ -40,8 +41,11 @@ from coordinator.protocol import (
     CancelRun,
     Checked,
     DeclareWorkflow,
+    Draining,
+    DrainWorker,
     DropWorkflow,
     EndRun,
+    ErrandDone,
     Failed,
     Finished,
     Hello,
@@ -60,8 +64,12 @@ from coordinator.protocol import (
     Ready,
     Refused,
     Role,
+    RoleSet,
+    SetRebalance,
+    ShowCall,
     ShowFigures,
     ShowForecast,
+    ShowRebalance,
     ShowWorkflow,
     Snapshot,
     Started,
@@ -69,16 +77,20 @@ from coordinator.protocol import (
     StaticPrefixes,
     Submit,
     ToCore,
+    TurnWorker,
     Unknown,
     Welcome,
     WorkerGone,
     WorkerToCore,
     WorkflowAnswer,
 )
+from coordinator.rebalancer import Future, Rebalancer
+from coordinator.retention import Retention
 from coordinator.roles import Roles
 from coordinator.speeds import Speeds
 from coordinator.standing import Standing
-from coordinator.state import Api, Peer, Send, State, Worker, WorkerPhase
+from coordinator.state import Api, Peer, Send, State, Turn, Worker, WorkerPhase
+from coordinator.turns import Turns
 from coordinator.view import call_status, link_status, run_status, worker_status
 from coordinator.workflow.desk import Desk
 from coordinator.workflow.foresight import Foresight
@@ -87,6 +99,7 @@ from coordinator.workflow.keeping import Kept, Save
 from coordinator.workflow.learner import Learner
 from coordinator.workflow.limits import WorkflowLimits
 from coordinator.workflow.prediction import RunKey
+from coordinator.workflow.profiles import Profiles
 from coordinator.workflow.registry import Registry
 from coordinator.workflow.roster import RunEnd
 from coordinator.workflow.tracker import REFUSALS, Tracker
@@ -119,12 +132,15 @@ class Core:
         workflow_limits: WorkflowLimits | None = None,
         keeps: bool = False,
         epoch_s: float = 0.0,
+        profiles: Profiles | None = None,
+        future: Future | None = None,
     ) -> None:
         """``model*`` and ``vllm_version``: what workers must have; if empty the first sets it.
 
-        ``placer`` decides in place of the policy that ``placement`` names. ``keeps``: the shell
+        ``placer`` decides in place of the policy that ``placement`` names; ``future`` is asked for
+        demand in place of forecasts. ``keeps``: the shell
         writes down what it can take, and says so; ``epoch_s``: what to add to its times for
-        them to go on from those of an earlier core.
+        them to go on from those of an earlier core. ``profiles``: who predicts, if not the usual.
         """
         self.core_id = core_id
         self.model = model
@@ -136,18 +152,52 @@ class Core:
         self._state = State(limits)
         self._index = KvIndex()
         self._kv_sync = KvSync(self._state, self._index)
-        self._pairs = Pairs(self._state, zlib.crc32(core_id.encode()) << PROBE_BITS)
+        first_probe = zlib.crc32(core_id.encode()) << PROBE_BITS
+        self._pairs = Pairs(self._state, first_probe)
         self._standing = Standing(limits, placement)
         self._roles = Roles(self._state, self._pairs, self._standing, placement.ratio)
+        # Canaries' numbers are beside those of the pairs' probes.
+        self._turns = Turns(
+            self._state,
+            self._pairs,
+            self._standing,
+            first_probe + (1 << (PROBE_BITS - 1)),
+            self._turn_ended,
+            lambda worker, now_s, why: self._calls.move_away(worker, now_s, why),
+        )
         workflow_limits = workflow_limits or WorkflowLimits()
-        self._learner = Learner(workflow_limits, keeps, epoch_s)
+        self._learner = Learner(workflow_limits, keeps, epoch_s, profiles)
         self._registry = Registry(workflow_limits, self._learner, keeps)
         self._tracker = Tracker(self._state, workflow_limits, self._registry, self._learner)
         self._pace = Pace(self._learner)
+        self._retention = Retention(
+            self._state, self._index, placement, self._tracker.runs, self._pace
+        )
+        self._errands = Errands(
+            self._state, self._index, placement, self._registry, self._tracker.runs
+        )
         self._calls = Calls(
-            self._state, self._index, self._standing, placement, self._tracker, self._pace, placer
+            self._state,
+            self._index,
+            self._standing,
+            placement,
+            self._tracker,
+            self._pace,
+            placer,
+            retention=self._retention,
+            errands=self._errands,
         )
         self._foresight = Foresight(self._learner, workflow_limits)
+        self._rebalancer = Rebalancer(
+            self._state,
+            self._turns,
+            placement,
+            self._pace,
+            self._foresight,
+            lambda: len(self._calls.queue),
+            self._index.room,
+            future,
+        )
         self._desk = Desk(
             self._state,
             workflow_limits,
@@ -182,12 +232,23 @@ class Core:
         if self._started_s is None:
             self._started_s = now_s
         match message:
-            case Ready() | Beat() | KvChanges() | Leaving() | Probed() | ProbeFinished():
+            case (
+                Ready()
+                | Beat()
+                | KvChanges()
+                | Leaving()
+                | Probed()
+                | ProbeFinished()
+                | Draining()
+                | RoleSet()
+            ):
                 self._from_worker(peer, message, now_s)
             case Inspect():
                 self._state.send(peer, self.snapshot(message.token, now_s))
             case MoveCalls():
                 self._state.send(peer, self._move_calls(message, now_s))
+            case ShowCall():
+                self._explain(peer, message)
             case (
                 DeclareWorkflow()
                 | StaticPrefixes()
@@ -202,10 +263,24 @@ class Core:
                 | EndRun()
             ):
                 self._desk.asked(peer, message, now_s)
+                self._errands.wake(now_s)
+            case ShowRebalance() | SetRebalance() | TurnWorker() | DrainWorker():
+                self._learner.learn()
+                self._rebalancer.asked(peer, message, now_s)
             case _:
                 self._from_api(peer, message, now_s)
+        self._turns.look(now_s)
         self._calls.dispatch(now_s)
         return self._state.take_outbox()
+
+    def _explain(self, peer: Peer, message: ShowCall) -> None:
+        found = self._calls.explanations.of(message.request, message.tenant, self._state.block_size)
+        if found is None:
+            problem = f"no call {message.request[:64]!r} is known, or not any more"
+            answer = WorkflowAnswer(message.token, 404, problems=[problem])
+        else:
+            answer = WorkflowAnswer(message.token, 200, msgspec.json.encode(found))
+        self._state.send(peer, answer)
 
     def tick(self, now_s: float) -> list[Send]:
         """Time passed: everything due by ``now_s`` happens."""
@@ -213,23 +288,35 @@ class Core:
             self._started_s = now_s
         self._learner.expire(now_s)
         while (key := self._state.deadlines.pop(now_s)) is not None:
-            kind, *names = key
-            if kind == "call":
-                self._calls.due((names[0], names[1]), now_s)
-            elif kind == "worker":
-                self._worker_due(self._state.workers[names[0]], now_s)
-            elif kind == "api":
-                self._api_due(self._state.apis[names[0]], now_s)
-            elif kind == "roles":
-                self._roles.due(now_s)
-            elif kind == "run":
-                self._run_due(RunKey(*names), now_s)
-            elif kind == "move":
-                self._calls.move_due((names[0], names[1]), now_s)
-            else:
-                self._pairs.due((names[0], names[1]), now_s)
+            self._due(*key, now_s=now_s)
+        self._turns.look(now_s)
+        self._calls.queue.tick(now_s)
         self._calls.dispatch(now_s)
         return self._state.take_outbox()
+
+    def _due(self, kind: str, *names: str, now_s: float) -> None:
+        match kind:
+            case "call" | "move":
+                due = self._calls.due if kind == "call" else self._calls.move_due
+                due((names[0], names[1]), now_s)
+            case "worker":
+                self._worker_due(self._state.workers[names[0]], now_s)
+            case "api":
+                self._api_due(self._state.apis[names[0]], now_s)
+            case "roles":
+                self._roles.due(now_s)
+            case "retention":
+                self._retention.look(now_s)
+            case "errands":
+                self._errands.look(now_s)
+            case "rebalance":
+                self._rebalancer.due(now_s)
+            case "turn":
+                self._turns.due(names[0], now_s)
+            case "run":
+                self._run_due(RunKey(*names), now_s)
+            case _:
+                self._pairs.due((names[0], names[1]), now_s)
 
     def fix_workflow(self, name: str, graph: Graph) -> None:
         """A workflow of the cluster's file. GraphError if it makes no sense."""
@@ -322,7 +409,11 @@ class Core:
         check_all(self._state, self._calls, self._pairs, self._roles, self._index)
         self._standing.check(self._state.workers.values())
         self._kv_sync.check()
+        self._turns.check()
+        self._rebalancer.check()
         self._tracker.check()
+        self._retention.check()
+        self._errands.check()
         self._registry.check()
         assert len(self._latest) <= 4 * self._limits.workers
         assert len(self._retired) <= 4 * self._limits.workers
@@ -360,8 +451,13 @@ class Core:
                 reason = message.reason or "left"
                 self._retire(worker.name, worker.incarnation, "it said that it was leaving")
                 self._lose(worker, WorkerPhase.LEFT, reason, now_s)
-            case Probed() | ProbeFinished():
-                if not self._pairs.answered(worker, message, now_s):
+            case Draining():
+                self._drain(worker, now_s)
+            case Probed() | ProbeFinished() | RoleSet():
+                asked = not isinstance(message, RoleSet) and self._pairs.answered(
+                    worker, message, now_s
+                )
+                if not asked and not self._turns.answered(worker, message, now_s):
                     self._state.counters["messages_stale"] += 1
 
     def _ready(self, peer: Peer, message: Ready, now_s: float) -> None:
@@ -411,6 +507,8 @@ class Core:
         self._pairs.add(worker)
         self._pairs.start(now_s)
         self._roles.watch(now_s)
+        self._rebalancer.watch(now_s)
+        self._turns.registered(worker)
 
     def _refusal(self, message: Ready) -> str:
         """Why a worker is not taken in, empty if it is."""
@@ -442,6 +540,8 @@ class Core:
         return ""
 
     def _beat(self, worker: Worker, message: Beat, now_s: float) -> None:
+        if message.load.preemptions_total > worker.load.preemptions_total:
+            self._calls.queue.preempted(now_s)
         worker.beat(message.load, message.links)
         self._standing.touch(worker)
         self._state.room_changed = True
@@ -455,6 +555,13 @@ class Core:
             self._state.deadlines.set(("worker", worker.name), self._suspect_s(worker))
             self._state.room_changed = True
             self._pairs.woke(worker, now_s)
+
+    def _drain(self, worker: Worker, now_s: float) -> None:
+        if worker.phase is WorkerPhase.DRAINING:
+            return
+        worker.move(WorkerPhase.DRAINING, now_s, "it said so")
+        self._standing.touch(worker)
+        self._pairs.dozed(worker)
 
     def _worker_due(self, worker: Worker, now_s: float) -> None:
         lost_s = worker.last_heard_s + self._silence_s(self._limits.beats_missed)
@@ -485,7 +592,14 @@ class Core:
             state.send(api.peer, WorkerGone(worker.name, worker.incarnation, reason))
         self._pairs.remove(worker, now_s)
         self._roles.watch(now_s)
+        self._retention.worker_lost(worker)
+        self._errands.worker_lost(worker)
+        self._rebalancer.watch(now_s)
+        self._turns.lost(worker, now_s)
         self._calls.worker_lost(worker, now_s)
+
+    def _turn_ended(self, turn: Turn, now_s: float) -> None:
+        self._rebalancer.ended(turn, now_s)
 
     def _retire(self, name: str, incarnation: str, why: str) -> None:
         self._retired[name, incarnation] = why
@@ -526,6 +640,7 @@ class Core:
         | Finished
         | Failed
         | Checked
+        | ErrandDone
         | MoveReady
         | MoveDeclined,
         now_s: float,
@@ -545,10 +660,19 @@ class Core:
                 self._calls.failed(api, message, now_s)
             case Checked():
                 self._calls.checked(api, message, now_s)
-            case MoveReady() | MoveDeclined():
-                self._calls.move_answered(api, message, now_s)
+            case MoveReady() | MoveDeclined() | ErrandDone():
+                self._done_beside(api, message, now_s)
             case ApiBeat():
                 self._state.send(api.peer, Alive(self.core_id))
+
+    def _done_beside(
+        self, api: Api, message: MoveReady | MoveDeclined | ErrandDone, now_s: float
+    ) -> None:
+        """What was asked of an API process beside its calls' ways."""
+        if isinstance(message, ErrandDone):
+            self._errands.done(api, message, now_s)
+        else:
+            self._calls.move_answered(api, message, now_s)
 
     def _hello(self, peer: Peer, message: Hello, now_s: float) -> None:
         """An API process registers, or comes back over another connection."""
@@ -580,6 +704,7 @@ class Core:
             self._state.deadlines.set(("api", api.name), lost_s)
             return
         self._calls.api_lost(api, now_s)
+        self._errands.api_lost(api)
         del self._state.apis[api.name]
         self._state.counters["apis_lost"] += 1
 

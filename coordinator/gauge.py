@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 FADING_S = 30.0
 """How long what a worker has computed counts for what it will."""
+BUSY_LEAST_S = 0.1
+"""Of work lately, from which on it says how fast a worker is."""
 TOGETHER_S = 2e-3
 """Prompts that end within this time were computed in one step."""
 
@@ -86,6 +88,20 @@ class Gauge:
     """Of prompts computed lately, fading, what they took; ``_came``: how many."""
     _came: float = 0.0
     _busy_at_s: float = 0.0
+    _tokens: float = 0.0
+    """Of the same prompts, those that were computed."""
+    queued_tokens_total: int = 0
+    """Prompt tokens that it was given to compute, ever."""
+
+    @property
+    def tokens_per_busy_s(self) -> float:
+        """Prompt tokens that it lately computed in a second of doing so; 0 if it did not."""
+        return self._tokens / self._busy_s if self._busy_s > BUSY_LEAST_S else 0.0
+
+    @property
+    def tokens_per_prompt(self) -> float:
+        """Of those prompts; 0 if there were none."""
+        return self._tokens / self._came if self._busy_s > BUSY_LEAST_S else 0.0
 
     def reading(self, now_s: float) -> tuple[float, float, float]:
         """How long until what it has to compute by now is computed; which share of its time it
@@ -103,6 +119,7 @@ class Gauge:
     def queue(self, key: object, prompt: Prompt) -> None:
         """It has a prompt more to compute."""
         self.prompts[key] = prompt
+        self.queued_tokens_total += prompt.new_tokens
         self.backlog_s += prompt.seconds
 
     def drop(self, key: object) -> Prompt | None:
@@ -124,6 +141,7 @@ class Gauge:
         self._fade(now_s)
         self._busy_s += prompt.seconds
         self._came += 1.0
+        self._tokens += prompt.new_tokens
         pairs = prompt.new_tokens * (prompt.cached_tokens + 0.5 * prompt.new_tokens)
         before = self._together
         if prompt.pulled:
@@ -187,4 +205,5 @@ class Gauge:
             keep = exp((self._busy_at_s - now_s) / FADING_S)
             self._busy_s *= keep
             self._came *= keep
+            self._tokens *= keep
             self._busy_at_s = now_s

@@ -112,8 +112,7 @@ def _check_relocation(call: Call, state: State) -> None:
 
 def _check_queue(state: State, calls: Calls) -> None:
     waiting = list(calls.queue)
-    ranks = [calls.queue.rank(call) for call in waiting]
-    assert ranks == sorted(ranks)
+    calls.queue.check()
     expected = {key for key, call in state.calls.items() if call.phase is CallPhase.QUEUED}
     assert {call.key for call in waiting} == expected
     fresh = sum(call.plans == 0 for call in waiting)
@@ -132,8 +131,9 @@ def _check_worker(worker: Worker, state: State, placement: Placement) -> None:
     built: Role = worker.ready.role
     assert worker.role == built or {worker.role, built} == {"prefill", "decode"}, worker.name
     assert worker.role == built or worker.turned_s > float("-inf"), worker.name
-    assert worker.phase in (WorkerPhase.UP, WorkerPhase.SUSPECT), worker.name
-    assert worker.up == (worker.phase is WorkerPhase.UP), worker.name
+    assert worker.phase not in (WorkerPhase.LOST, WorkerPhase.LEFT), worker.name
+    well = worker.phase is WorkerPhase.UP
+    assert worker.up == (well and not worker.cordoned), worker.name
     assert state.deadlines.get(("worker", worker.name)) is not None, worker.name
     everyone = state.calls.values()
     assert worker.decodes == {call.key: call for call in everyone if call.decode is worker}

@@ -64,12 +64,22 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Sessions whose last decode worker is remembered, where ``Placement.sticky`` asks for it."""
     story_lines: Positive = 32
     """Moves of a call or worker that are remembered for error messages."""
+    admission_s: Seconds = 120.0
+    """Longest wait of a new run's calls for runs that have begun, where ``Placement.admission``
+    asks for it; then they wait ``queue_s`` for a plan as others do."""
+    explained_calls: NotNegative = 256
+    """Calls whose decisions are kept for people to ask about."""
     late_peer_s: Seconds = 60.0
     """How long nothing is pulled from a peer that was late."""
     move_s: Seconds = 10.0
     """Longest time until a running call's KV is where it is to go on; then it stays where it is."""
     moves_per_worker: Positive = 8
     """Running calls that are moved away from one worker at a time."""
+
+    @property
+    def wait_s(self) -> float:
+        """Longest wait of any call for a plan."""
+        return self.queue_s + self.admission_s
 
 
 class Ratio(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -103,6 +113,45 @@ class Ratio(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A side can spare a worker if its load per worker, with one less, stays below this
     share of what counts as overloaded, and its prefill workers below this share of being
     busy all the time."""
+
+
+class Rebalance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Roles that follow the demand that is expected; see ``policy.rebalance``. Times in seconds.
+
+    ``advisory`` decides and says so, ``auto`` also turns workers. Workers with the role ``mixed``
+    and those that are ``fixed`` stay as they are.
+    """
+
+    mode: Literal["off", "advisory", "auto"] = "off"
+    interval_s: Seconds = 2.0
+    """Time between two decisions."""
+    horizon_s: Seconds = 10.0
+    """How far ahead demand is looked at."""
+    dwell_s: Seconds = 20.0
+    """Least time between two turns of one worker."""
+    itl_s: Seconds = 0.03
+    """What has been promised of the mean time between tokens: what a decode worker can take."""
+    margin: Factor = 0.05
+    """By how much another ratio must be better, beyond what turning costs: as a share of one
+    side's capacity that is missing."""
+    prefill_workers_min: Positive = 1
+    decode_workers_min: Positive = 1
+    """Workers of each role that are left at least."""
+    drain_s: Seconds = 120.0
+    """How long a worker that turns may take to end its old work; then it turns all the same."""
+    step_s: Seconds = 5.0
+    """How long the worker may take to answer, and the canary to come back, before it is asked
+    again; after ``tries`` of them it gets its old role back."""
+    tries: Positive = 3
+    prefill_chunk_tokens: NotNegative = 0
+    decode_chunk_tokens: NotNegative = 512
+    """Tokens of one prompt that an engine computes in a step at most, by role, beside other
+    requests; 0: as its own arguments say."""
+    decisions: Positive = 64
+    """Decisions kept for people to look at."""
+    move_decodes: bool = False
+    """A worker that turns to prefill has its decodes go on elsewhere, with their KV, as one that is
+    drained does."""
 
 
 Policy = Literal["pythia", "least_kv", "round_robin", "least_loaded", "cache_aware", "cost"]
@@ -176,7 +225,32 @@ class Placement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     temperature: Factor = 0.0
     """``cost``: 0 takes the cheapest worker; above it draws by a softmax over the costs."""
     ratio: Ratio = Ratio()
-    """How many workers prefill and how many decode."""
+    """How many workers prefill and how many decode, by load that was seen."""
+    retention: bool = False
+    """What calls of live runs have left in caches is kept from eviction while that is worth it, and
+    what will not be asked for again is evicted first."""
+    retained_share: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] = 0.5
+    """Of a worker's KV blocks, at most so many are kept so."""
+    warm_up: bool = False
+    """Static prompts of declared agents are computed on idle workers before a call asks."""
+
+    order: Literal["runs", "arrival"] = "arrival"
+    """Of calls that wait, behind explicit priority and fairness: first come, first served, or by
+    how much their runs have still to do and by deadlines. Where nothing is reserved nobody waits in
+    the core, and there is no order."""
+    aging_s: Seconds = 60.0
+    """``runs``: how much later a call may come and still be served before another one."""
+    admission: bool = True
+    """New runs wait while those that have begun need the KV that there is."""
+    fairness: bool = True
+    """Of tenants whose calls wait the one goes first that has been served least."""
+    tenant_weights: dict[str, Share] = {}
+    """What a tenant's share is worth, by the digest that it is known by; 1 for all others."""
+    token_gap_s: Factor = 0.0
+    """``pythia``: a worker with the role decode computes prompts itself only as far as the mean
+    time between tokens of what it decodes stays below this, if another one can; 0: as it costs."""
+    rebalance: Rebalance = Rebalance()
+    """How many workers prefill and how many decode, by demand that is expected."""
 
     @property
     def roles_shared(self) -> bool:

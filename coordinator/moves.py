@@ -94,7 +94,8 @@ class Moves:
         relocation = call.relocation
         assert relocation is not None
         target = relocation.target
-        if len(target.decodes) >= self._state.limits.calls_per_worker:
+        full = len(target.decodes) >= self._state.limits.calls_per_worker
+        if full or not target.up or target.role == "prefill":
             self.forgotten(call)
             call.movable_from_s = now_s + AGAIN_S
             return None

@@ -53,6 +53,9 @@ frames of vLLM's own encoder behind it::
       | Abort, Discard                        |
       |-------------------------------------->|
 
+``pythia doctor`` talks to workers over the same sockets: ``AskTime`` (``TimeIs``), ``Look``
+(``Looked``), ``Sample`` and ``SampleRead`` (``Sampled``).
+
 Every message that concerns a call names ``request`` and ``attempt``; every message
 that concerns a worker names its ``incarnation``, so that a late one can be told
 from a current one. Handles and prompts are opaque here: the core never sees them.
@@ -137,6 +140,8 @@ class Load(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     external_tokens_total: int = 0
     preemptions_total: int = 0
     garbage_frames_total: int = 0
+    kv_blocks_pinned: int = 0
+    """Kept for calls to come (``Retain``), and not in use: free for whoever needs them."""
 
 
 class LinkLoad(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
@@ -170,6 +175,10 @@ class Ready(Message, frozen=True, gc=False, tag=True):
     protocol_version: int = PROTOCOL_VERSION
     host: str = ""
     devices: str = ""
+    side_channel: str = ""
+    """``host:port`` where peers are to ask its engine for NIXL's metadata."""
+    fixed: bool = False
+    """Its role is not to be changed."""
 
 
 class Beat(Message, frozen=True, gc=False, tag=True):
@@ -211,6 +220,14 @@ class Leaving(Message, frozen=True, gc=False, tag=True):
     reason: str = ""
 
 
+class Draining(Message, frozen=True, gc=False, tag=True):
+    """A worker ends what it has begun and will leave then: it wants no more work. Sent again
+    until it leaves."""
+
+    worker: str
+    incarnation: str
+
+
 class Probed(Message, frozen=True, gc=False, tag=True):
     """Answer to ``Probe``: a handle for a small prompt, or why there is none."""
 
@@ -229,6 +246,15 @@ class ProbeFinished(Message, frozen=True, gc=False, tag=True):
     probe: int
     elapsed_s: float = 0.0
     tokens_moved: int = 0
+    error: str = ""
+
+
+class RoleSet(Message, frozen=True, gc=False, tag=True):
+    """Answer to ``SetRole``: the engine works as that role does from now on, or why not."""
+
+    worker: str
+    incarnation: str
+    turn: int
     error: str = ""
 
 
@@ -378,6 +404,19 @@ class MoveDeclined(Message, frozen=True, gc=False, tag=True):
     for_good: bool = False
 
 
+ErrandOutcome = Literal["done", "failed", "unknown"]
+
+
+class ErrandDone(Message, frozen=True, gc=False, tag=True):
+    """An errand is over. ``unknown``: this process has not the tokens for it."""
+
+    api: str
+    errand: int
+    outcome: ErrandOutcome
+    computed_tokens: int = 0
+    elapsed_s: float = 0.0
+
+
 class Inspect(Message, frozen=True, gc=False, tag=True):
     """Anyone allowed to connect asks for a ``Snapshot``."""
 
@@ -507,6 +546,47 @@ class EndRun(Message, frozen=True, gc=False, tag=True):
     completed: bool = True
 
 
+class ShowCall(Message, frozen=True, gc=False, tag=True):
+    """Why did a tenant's call go where it went? ``request``: its id, or that of its response.
+
+    Answered with ``WorkflowAnswer``, whose body is an ``explaining.Explained``.
+    """
+
+    token: int
+    request: str
+    tenant: str = ""
+
+
+class ShowRebalance(Message, frozen=True, gc=False, tag=True):
+    """Which worker does what and why, what would be better, and what was decided before?"""
+
+    token: int
+
+
+class SetRebalance(Message, frozen=True, gc=False, tag=True):
+    """Change how roles follow demand. ``settings``: fields of ``limits.Rebalance`` as JSON; those
+    that are left out stay as they are."""
+
+    token: int
+    settings: bytes
+
+
+class TurnWorker(Message, frozen=True, gc=False, tag=True):
+    """A worker is to have this role from now on."""
+
+    token: int
+    worker: str
+    role: str
+
+
+class DrainWorker(Message, frozen=True, gc=False, tag=True):
+    """A worker is to get no more work; what it has begun it ends. ``undo``: it gets work again."""
+
+    token: int
+    worker: str
+    undo: bool = False
+
+
 # --- core -> worker -------------------------------------------------------------
 
 
@@ -554,6 +634,42 @@ class KvResync(Message, frozen=True, gc=False, tag=True):
     """The core has lost count of ``KvChanges``: say anew what is cached, from a reset on."""
 
     incarnation: str
+
+
+class Pin(msgspec.Struct, frozen=True, gc=False):
+    """Keep what an ended request has left in the cache from eviction, for ``hold_s`` seconds from
+    now, whatever was said of it before. ``name``: ``engine_request_id``. Where requests need the
+    room, the pins of the least worth are given up first: ``worth`` for a second since it was used
+    last, which was ``age_s`` ago, half of it for two, and so on."""
+
+    name: str
+    hold_s: float
+    worth: float
+    age_s: float = 0.0
+
+
+class Retain(Message, frozen=True, gc=False, tag=True):
+    """Pins to set, renew or shorten, and names of those to release. ``unneeded``: what these have
+    left will not be asked for again, and is to be evicted before everything else, if nothing else
+    goes on from it. Unknown names do nothing."""
+
+    incarnation: str
+    pins: list[Pin] = []
+    released: list[str] = []
+    unneeded: list[str] = []
+
+
+class SetRole(Message, frozen=True, gc=False, tag=True):
+    """Work as a role does from now on. Sent again, with the same ``turn``, until answered.
+
+    ``chunk_tokens``: of one prompt, how many the engine computes in a step at most beside other
+    requests; 0: as its own arguments say.
+    """
+
+    incarnation: str
+    turn: int
+    role: Role
+    chunk_tokens: int = 0
 
 
 class Leave(Message, frozen=True, gc=False, tag=True):
@@ -652,6 +768,25 @@ class Stop(Message, frozen=True, gc=False, tag=True):
     reason: str
 
 
+class Errand(Message, frozen=True, gc=False, tag=True):
+    """Work for calls that have not come yet, to be carried out within ``budget_s`` and answered
+    with ``ErrandDone``. ``warm``: compute the static prompt of ``agent`` in the declared graph on
+    ``target``."""
+
+    errand: int
+    kind: Literal["warm"]
+    target: Placed
+    graph_digest: str
+    agent: str
+    budget_s: float
+
+
+class DropErrand(Message, frozen=True, gc=False, tag=True):
+    """Stop an errand at once, without an answer: a call needs the worker."""
+
+    errand: int
+
+
 # --- core -> whoever asked ----------------------------------------------------------
 
 
@@ -674,6 +809,10 @@ class WorkerStatus(msgspec.Struct, frozen=True, gc=False):
     peers: int
     handles: int = 0
     """Prompts it holds for calls that have no token yet."""
+    data_address: str = ""
+    side_channel: str = ""
+    turning: str = ""
+    """How far it is with a change of its role, or with a drain; empty if there is none."""
 
 
 class LinkStatus(msgspec.Struct, frozen=True, gc=False):
@@ -745,6 +884,8 @@ class Snapshot(Message, frozen=True, gc=False, tag=True):
     runs: list[RunStatus] = []
     """Of the live ones, the youngest."""
     runs_live: int = 0
+    unix_time_s: float = 0.0
+    """The wall clock of the core's host when this was sent."""
 
 
 class WorkflowAnswer(Message, frozen=True, gc=False, tag=True):
@@ -807,6 +948,104 @@ class Utility(Message, frozen=True, gc=False, tag=True):
     method: str
 
 
+# --- whoever examines the cluster <-> worker (data) ---------------------------------
+
+
+class AskTime(Message, frozen=True, gc=False, tag=True):
+    """What time is it there, and what has been read? Answered at once, with ``TimeIs``."""
+
+    call: int
+
+
+class TimeIs(Message, frozen=True, gc=False, tag=True):
+    """Answer to ``AskTime``: the worker's wall clock, and the links to it as in ``Beat``."""
+
+    call: int
+    unix_time_s: float
+    links: list[LinkLoad] = []
+
+
+class Peer(msgspec.Struct, frozen=True, gc=False):
+    """Another worker, and where it says that it is to be found."""
+
+    worker: str
+    data_address: str
+    side_channel: str
+    engine: str = ""
+
+
+class Look(Message, frozen=True, gc=False, tag=True):
+    """Who is there, and which of ``peers`` can it reach? Answered with ``Looked``."""
+
+    call: int
+    peers: Annotated[list[Peer], msgspec.Meta(max_length=LINKS_MAX)] = []
+
+
+class Transport(msgspec.Struct, frozen=True, gc=False):
+    """A way that UCX has found to move memory there, over one of its devices."""
+
+    name: str
+    device: str
+
+
+class Reach(msgspec.Struct, frozen=True, gc=False):
+    """Why a peer's data address and side channel can't be reached; empty if they can."""
+
+    worker: str
+    data_error: str = ""
+    side_error: str = ""
+
+
+class HostFacts(msgspec.Struct, frozen=True, gc=False):
+    """What is installed and to be had on a host, as a process there sees it.
+
+    ``versions`` by name (pythia, vllm, nixl, ucx); ``ucx_tls`` and ``ucx_net_devices`` as they
+    are set, empty for UCX's own choice; ``transports_error``: why UCX could not be asked.
+    """
+
+    versions: dict[str, str]
+    ucx_tls: str = ""
+    ucx_net_devices: str = ""
+    transports: list[Transport] = []
+    transports_error: str = ""
+
+
+class Looked(Message, frozen=True, gc=False, tag=True):
+    """Answer to ``Look``. ``engine``: what its handles call it."""
+
+    call: int
+    engine: str
+    facts: EngineFacts
+    host: HostFacts
+    reaches: list[Reach] = []
+
+
+class Sample(Message, frozen=True, gc=False, tag=True):
+    """Prefill a random prompt and hold its KV, to be read once. Answered with ``Sampled``."""
+
+    call: int
+    seed: int
+    prompt_tokens: Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
+
+
+class SampleRead(Message, frozen=True, gc=False, tag=True):
+    """Pull that prompt's KV, from an engine that was met before. Answered with ``Sampled``."""
+
+    call: int
+    seed: int
+    prompt_tokens: Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
+    handle: bytes
+
+
+class Sampled(Message, frozen=True, gc=False, tag=True):
+    """Answer to ``Sample``, with a handle, and to ``SampleRead``; or why it did not work."""
+
+    call: int
+    handle: bytes = b""
+    tokens_moved: int = 0
+    error: str = ""
+
+
 # --- worker -> API process (data) ---------------------------------------------------
 
 
@@ -860,9 +1099,23 @@ class UtilityReply(Message, frozen=True, gc=False, tag=True):
     error: str = ""
 
 
-WorkerToCore = Ready | Beat | KvChanges | Leaving | Probed | ProbeFinished
-ApiToCore = Hello | ApiBeat | Submit | Prefilled | Started | Finished | Failed | Checked | Pulled
-ApiToCore |= MoveReady | MoveDeclined
+AboutRoles = ShowRebalance | SetRebalance | TurnWorker | DrainWorker
+"""Questions, answered with ``WorkflowAnswer`` as those about workflows."""
+WorkerToCore = Ready | Beat | KvChanges | Leaving | Probed | ProbeFinished | Draining | RoleSet
+ApiToCore = (
+    Hello
+    | ApiBeat
+    | Submit
+    | Pulled
+    | Prefilled
+    | Started
+    | Finished
+    | Failed
+    | Checked
+    | ErrandDone
+    | MoveReady
+    | MoveDeclined
+)
 AboutWorkflows = (
     DeclareWorkflow
     | StaticPrefixes
@@ -876,8 +1129,9 @@ AboutWorkflows = (
     | CancelRun
     | EndRun
 )
-ToCore = WorkerToCore | ApiToCore | Inspect | AboutWorkflows | MoveCalls
-CoreToWorker = Welcome | Refused | Unknown | Probe | ProbeRead | KvResync | Leave
+Question = AboutWorkflows | ShowCall | AboutRoles
+ToCore = WorkerToCore | ApiToCore | Inspect | Question | MoveCalls
+CoreToWorker = Welcome | Refused | Unknown | Probe | ProbeRead | KvResync | SetRole | Leave | Retain
 CoreToApi = (
     Welcome
     | Refused
@@ -892,15 +1146,21 @@ CoreToApi = (
     | Snapshot
     | Move
     | WorkflowAnswer
+    | Errand
+    | DropErrand
 )
 ApiToWorker = Prefill | Decode | Abort | Discard | Utility
 WorkerToApi = PrefillDone | Deltas | CallFailed | UtilityReply
+ExaminerToWorker = AskTime | Look | Sample | SampleRead
+WorkerToExaminer = TimeIs | Looked | Sampled | CallFailed
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_core = msgspec.msgpack.Decoder(ToCore).decode
 decode_core_to_worker = msgspec.msgpack.Decoder(CoreToWorker).decode
 decode_core_to_api = msgspec.msgpack.Decoder(CoreToApi).decode
 decode_api_to_worker = msgspec.msgpack.Decoder(ApiToWorker).decode
+decode_to_worker = msgspec.msgpack.Decoder(ApiToWorker | ExaminerToWorker).decode
+decode_worker_to_examiner = msgspec.msgpack.Decoder(WorkerToExaminer).decode
 decode_worker_to_api = msgspec.msgpack.Decoder(WorkerToApi).decode
 decode_snapshot = msgspec.msgpack.Decoder(Snapshot).decode
 decode_workflow_answer = msgspec.msgpack.Decoder(WorkflowAnswer).decode

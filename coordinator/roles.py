@@ -55,4 +55,7 @@ class Roles:
         watching = self._ratio.mode == "reactive" and bool(self._state.workers)
         assert (self._state.deadlines.get(DEADLINE) is not None) == watching
         if self._ratio.mode == "static":
-            assert all(worker.role == worker.ready.role for worker in self._state.workers.values())
+            assert all(
+                worker.role == worker.ready.role or worker.turned_s > float("-inf")
+                for worker in self._state.workers.values()
+            )

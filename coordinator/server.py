@@ -226,7 +226,11 @@ class CoreServer:
 
     def _send(self, commands: Iterable[Send]) -> None:
         for command in commands:
-            if not self.socket.post([command.peer, protocol.encode(command.message)]):
+            message = command.message
+            if isinstance(message, protocol.Snapshot):
+                # Only here is there a clock to look at.
+                message = msgspec.structs.replace(message, unix_time_s=time.time())
+            if not self.socket.post([command.peer, protocol.encode(message)]):
                 # The peer is gone or stuck; its missed beats will tell the core.
                 self.core.counters["sends_failed"] = self.core.counters.get("sends_failed", 0) + 1
 

@@ -101,13 +101,20 @@ class WorkerPhase(enum.Enum):
     UP = "up"
     SUSPECT = "suspect"
     """Missed beats: keeps its calls, gets no new ones."""
+    DRAINING = "draining"
+    """Said that it will leave when its calls have ended: gets no new ones."""
     LOST = "lost"
     LEFT = "left"
 
 
 WORKER_MOVES: Mapping[WorkerPhase, frozenset[WorkerPhase]] = {
-    WorkerPhase.UP: frozenset({WorkerPhase.SUSPECT, WorkerPhase.LOST, WorkerPhase.LEFT}),
-    WorkerPhase.SUSPECT: frozenset({WorkerPhase.UP, WorkerPhase.LOST, WorkerPhase.LEFT}),
+    WorkerPhase.UP: frozenset(
+        {WorkerPhase.SUSPECT, WorkerPhase.DRAINING, WorkerPhase.LOST, WorkerPhase.LEFT}
+    ),
+    WorkerPhase.SUSPECT: frozenset(
+        {WorkerPhase.UP, WorkerPhase.DRAINING, WorkerPhase.LOST, WorkerPhase.LEFT}
+    ),
+    WorkerPhase.DRAINING: frozenset({WorkerPhase.LOST, WorkerPhase.LEFT}),
     WorkerPhase.LOST: frozenset(),
     WorkerPhase.LEFT: frozenset(),
 }
@@ -117,6 +124,38 @@ ROLE_TURNS: Mapping[Role, frozenset[Role]] = {
     "prefill": frozenset({"decode"}),
     "decode": frozenset({"prefill"}),
     "mixed": frozenset(),
+}
+
+
+class TurnPhase(enum.Enum):
+    """How far a worker is with a change of its role, or with a drain."""
+
+    DRAINING = "draining"
+    """It gets no more work of its old role, and ends what it has begun. Work of its new role it
+    gets already, within what it owes to that."""
+    SWITCHING = "switching"
+    """It gets no work; its engine is to work as the new role does."""
+    VERIFYING = "verifying"
+    """It gets no work; a canary goes through it."""
+    DRAINED = "drained"
+    """It has nothing left to do and gets nothing: a drain, until that is undone."""
+    DONE = "done"
+    UNDONE = "undone"
+    """It has its old role again."""
+    LOST = "lost"
+    """The worker is gone."""
+
+
+TURN_MOVES: Mapping[TurnPhase, frozenset[TurnPhase]] = {
+    TurnPhase.DRAINING: frozenset(
+        {TurnPhase.SWITCHING, TurnPhase.DRAINED, TurnPhase.UNDONE, TurnPhase.LOST}
+    ),
+    TurnPhase.SWITCHING: frozenset({TurnPhase.VERIFYING, TurnPhase.UNDONE, TurnPhase.LOST}),
+    TurnPhase.VERIFYING: frozenset({TurnPhase.DONE, TurnPhase.UNDONE, TurnPhase.LOST}),
+    TurnPhase.DRAINED: frozenset({TurnPhase.UNDONE, TurnPhase.LOST}),
+    TurnPhase.DONE: frozenset(),
+    TurnPhase.UNDONE: frozenset(),
+    TurnPhase.LOST: frozenset(),
 }
 
 
@@ -182,6 +221,12 @@ class Worker:
     phase: WorkerPhase = WorkerPhase.UP
     up: bool = True
     """May get new work."""
+    cordoned: bool = False
+    """It may not, though it is well."""
+    ending: bool = False
+    """It has decodes of a role that it has no more, and owes them their pace."""
+    turning: TurnPhase | None = None
+    """How far it is with a change of its role, or with a drain."""
     load: Load = field(default_factory=Load)
     waiting: int = 0
     """Requests that its engine had not begun at the last beat."""
@@ -260,7 +305,50 @@ class Worker:
             )
         self.story.add(now_s, phase.value, why)
         self.phase = phase
-        self.up = phase is WorkerPhase.UP
+        self.up = phase is WorkerPhase.UP and not self.cordoned
+
+    def cordon(self, cordoned: bool) -> None:
+        """It gets no new work, or gets it again. Orders and pairs have to hear of it."""
+        self.cordoned = cordoned
+        self.up = self.phase is WorkerPhase.UP and not cordoned
+
+
+@dataclass(slots=True, eq=False)
+class Turn:
+    """A change of a worker's role, or a drain (``role`` None), from cordon to its end."""
+
+    worker: Worker
+    number: int
+    role: Role | None
+    former: Role
+    by: str
+    """Who wanted it: ``policy`` or ``operator``."""
+    why: str
+    began_s: float
+    waits: dict[CallKey, None]
+    """What it has begun in its old role and has not ended."""
+    story: Story
+    phase: TurnPhase = TurnPhase.DRAINING
+    tries: int = 0
+    probe: int = 0
+    """The canary's number."""
+    handle: bytes = b""
+    """What it is read by, when it is computed."""
+    reader: Worker | None = None
+    """Who reads the canary's KV; None if there is nobody but the worker."""
+    writer: Worker | None = None
+    """Who computes it."""
+    move_from_s: float = float("-inf")
+    """From when on its decodes may be asked to go on elsewhere again."""
+
+    def move(self, phase: TurnPhase, now_s: float, why: str) -> None:
+        """The only writer of ``phase``; InvalidTransition for a move not in the table."""
+        if phase not in TURN_MOVES[self.phase]:
+            raise InvalidTransition(
+                f"turn of {self.worker.name}", self.phase.value, phase.value, self.story.lines
+            )
+        self.story.add(now_s, phase.value, why)
+        self.phase = phase
 
 
 @dataclass(slots=True, eq=False)
@@ -441,6 +529,9 @@ COUNTERS = (
     "calls_stopped",
     "calls_submitted",
     "checks_sent",
+    "errands_done",
+    "errands_dropped",
+    "errands_sent",
     "kv_changes",
     "kv_resyncs",
     "messages_stale",
@@ -453,6 +544,8 @@ COUNTERS = (
     "pairs_failed",
     "pairs_warmed",
     "peers_refused",
+    "pins",
+    "pins_released",
     "plans_local",
     "plans_pull",
     "plans_remote",
@@ -468,6 +561,9 @@ COUNTERS = (
     "tokens_output",
     "tokens_prompt",
     "tokens_pulled",
+    "turns_begun",
+    "turns_undone",
+    "workers_drained",
     "workers_left",
     "workers_lost",
     "workers_registered",

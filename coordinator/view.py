@@ -42,6 +42,8 @@ class WorkerView(Protocol):
     @property
     def up(self) -> bool: ...
     @property
+    def ending(self) -> bool: ...
+    @property
     def tokens_max(self) -> int: ...
     @property
     def batch_slots(self) -> int: ...
@@ -92,6 +94,9 @@ def worker_status(worker: Worker, peers: int, now_s: float) -> WorkerStatus:
         warm_peers=len(worker.warm_sources),
         peers=peers,
         handles=len(worker.prefills) - worker.prefilling + len(worker.pulls),
+        data_address=worker.ready.data_address,
+        side_channel=worker.ready.side_channel,
+        turning=worker.turning.value if worker.turning is not None else "",
     )
 
 

@@ -5,12 +5,15 @@ Pure: requests and handles in, engine requests out. A handle is read at most onc
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
-from coordinator.protocol import engine_request_id
+from coordinator.protocol import Retain, engine_request_id
 from transfer import handle as handles
+from transfer.pins import order_params
 
 
 def decode_request(
@@ -33,13 +36,23 @@ def discard_request(
 ) -> EngineCoreRequest:
     """A request that is over at once: its only effect is that the handle's owner is told
     to free the blocks (vLLM's own way for requests refused after their prefill)."""
+    return _order(prompt_tokens, call, attempt, handles.to_params(handle))
+
+
+def retain_request(order: Retain, number: int) -> EngineCoreRequest:
+    """A request that is over at once: its only effect is that the engine's connector keeps, or
+    keeps no longer, what ended requests have left in the cache."""
+    return _order([0], "retain", number, order_params(order))
+
+
+def _order(
+    prompt_tokens: list[int], call: str, attempt: int, params: dict[str, Any]
+) -> EngineCoreRequest:
     request = EngineCoreRequest(
         request_id="",
         prompt_token_ids=prompt_tokens,
         mm_features=None,
-        sampling_params=SamplingParams(
-            max_tokens=1, extra_args={"kv_transfer_params": handles.to_params(handle)}
-        ),
+        sampling_params=SamplingParams(max_tokens=1, extra_args={"kv_transfer_params": params}),
         pooling_params=None,
         arrival_time=0.0,
         lora_request=None,

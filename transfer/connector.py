@@ -11,12 +11,14 @@ What it adds to the stock connector:
 * ``do_remote_prefill`` means "pull first" and ``do_remote_decode`` means "hold afterwards";
   both may be set. A handle may cover less than the prompt: the rest is computed here. What
   is not asked to be held is freed at once.
+* How long chunks of prompts are can change while the engine runs (``transfer.profile``).
 * A handle that is given back to the engine that holds its blocks frees them at once.
 * A request may ask for what is cached of its prompt only: it is cut behind that, so that a peer
   which has forgotten what is to be read from it computes one token, whatever it has left.
 * No read counts that was not certainly over before its lease was. The holder says when the
   lease ends, on its own clock; the handshake gives the clocks' difference; the reader keeps
   the book of its renewals. A read that was, or may have been, late is computed here instead.
+* What ended requests have left is pinned against eviction as the core orders (``transfer.pins``).
 * Each read is counted with the engine that it came from (``transfer.measured``).
 * The engine thread keeps its cores, NIXL's progress thread sleeps between two looks where
   cores are short, and garbage on the handshake socket does not end the handshakes.
@@ -45,11 +47,16 @@ from transfer.handle import Handle, HandleError, from_params
 from transfer.handshake import serve_handshakes
 from transfer.measured import ReadStats
 from transfer.pages import use_huge_pages
+from transfer.pins import ORDER, PINNED_BLOCKS, Pins, order_in
+from transfer.profile import Chunks
 from transfer.progress import progress_pause
 from transfer.renewal import Renewals
 from transfer.settings import CACHED_ONLY
 
 logger = logging.getLogger(f"vllm.{__name__}")
+
+GROWTH_PART = 16
+"""One of so many blocks is kept free of pins, for what requests that run need next."""
 
 
 class PythiaConnector(stock.NixlPullConnector):
@@ -65,6 +72,18 @@ class PythiaConnector(stock.NixlPullConnector):
         else:
             self.connector_worker = PythiaWorker(vllm_config, self.engine_id, kv_cache_config)
 
+    def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
+        """vLLM's blocks, for pins."""
+        if self.connector_scheduler is not None:
+            self.connector_scheduler.bind_pool(gpu_block_pool)
+
+    def get_kv_connector_stats(self) -> ReadStats | None:
+        """What was read since the last time; of the scheduler's half, how much is pinned."""
+        if self.connector_scheduler is not None:
+            return self.connector_scheduler.pin_stats()
+        stats: ReadStats | None = super().get_kv_connector_stats()
+        return stats
+
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> ReadStats:
         """What the engine measured, from its lists; for vLLM's log in the front half."""
@@ -77,20 +96,45 @@ class PythiaScheduler(NixlPullConnectorScheduler):
     def __init__(self, vllm_config: Any, engine_id: str, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, engine_id, kv_cache_config)
         self._releases: set[str] = set()
+        self._chunks = Chunks(vllm_config.scheduler_config)
         groups = kv_cache_config.transfer_groups
         self._groups = len(groups)
         self._plain_attention = len(groups) == 1 and isinstance(
             groups[0].kv_cache_spec, FullAttentionSpec
         )
+        self._pins: Pins | None = None
+        self._pinned_told = 0
+
+    def bind_pool(self, pool: Any) -> None:
+        """The engine's blocks. Nothing is pinned where windows and states have their own."""
+        if self._plain_attention and pool.enable_caching:
+            self._pins = Pins(pool)
+            self._growth_blocks = max(1, pool.num_gpu_blocks // GROWTH_PART)
+
+    def pin_stats(self) -> ReadStats | None:
+        """How many blocks only pins hold; None if that is as it was."""
+        pinned = self._pins.only_pinned if self._pins else 0
+        if pinned == self._pinned_told:
+            return None
+        self._pinned_told = pinned
+        stats = ReadStats()
+        stats.data[PINNED_BLOCKS].append(pinned)
+        return stats
 
     def on_new_request(self, request: Any) -> None:
         """Check the request's parameters, once, before anything else looks at them."""
         params = request.kv_transfer_params
-        if not isinstance(params, dict):
+        if isinstance(params, dict) and ORDER in params:
+            self._retain(params)
+            request.kv_transfer_params = None
+        elif not isinstance(params, dict):
             if params is not None:
                 logger.warning("%s: kv_transfer_params is no dict, ignored", request.request_id)
             request.kv_transfer_params = None
-        elif params.get("do_remote_prefill"):
+            super().on_new_request(request)
+            return
+        self._chunks.take(params)
+        if params.get("do_remote_prefill"):
             self._check_pull(request, params)
         else:
             _drop_source(params)
@@ -99,6 +143,18 @@ class PythiaScheduler(NixlPullConnectorScheduler):
             # Its beginning alone could not be read.
             _cut(request, 0)
         super().on_new_request(request)
+
+    def _retain(self, params: dict[str, Any]) -> None:
+        """An order of the core's that came as a request."""
+        try:
+            order = order_in(params)
+        except ValueError as error:
+            logger.warning("%s", error)
+            return
+        if self._pins is not None and order is not None:
+            now_s = time.monotonic()
+            self._pins.ordered(order, now_s)
+            self._pins.expire(now_s)
 
     def _check_pull(self, request: Any, params: dict[str, Any]) -> None:
         """Keep the pull if its handle can be used; else make it a local prefill."""
@@ -141,7 +197,13 @@ class PythiaScheduler(NixlPullConnectorScheduler):
     def get_num_new_matched_tokens(
         self, request: Any, num_computed_tokens: int
     ) -> tuple[int, bool]:
-        """Tokens to pull beyond ``num_computed_tokens``, and whether they come later."""
+        """Tokens to pull beyond ``num_computed_tokens``, and whether they come later.
+
+        Asked right before the request is given blocks: pins make room for it.
+        """
+        if self._pins:
+            blocks = -(-request.num_tokens // self.block_size) + self._growth_blocks
+            self._pins.make_room(blocks, time.monotonic())
         params = request.kv_transfer_params
         if params and params.get(CACHED_ONLY):
             _cut(request, num_computed_tokens)
@@ -153,6 +215,9 @@ class PythiaScheduler(NixlPullConnectorScheduler):
 
     def request_finished(self, request: Any, block_ids: Any) -> tuple[bool, dict[str, Any] | None]:
         """Hold the blocks if that was asked for; say until when."""
+        if self._pins is not None:
+            full = request.num_computed_tokens // self.block_size
+            self._pins.ended(request.request_id, request.block_hashes[:full])
         params = request.kv_transfer_params
         if params and not params.get("do_remote_decode") and not params.get("do_remote_prefill"):
             # It has pulled, or never had to. The stock connector would hold its blocks for
@@ -167,6 +232,11 @@ class PythiaScheduler(NixlPullConnectorScheduler):
 
     def build_connector_meta(self, scheduler_output: Any) -> Any:
         """The stock orders to the worker half, and the blocks to release."""
+        if self._pins:
+            # Those that run grow with every step.
+            now_s = time.monotonic()
+            self._pins.expire(now_s)
+            self._pins.make_room(self._growth_blocks, now_s)
         metadata = super().build_connector_meta(scheduler_output)
         metadata.releases = self._releases
         self._releases = set()

@@ -12,6 +12,7 @@ from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.stats import NixlKVConnectorStats
 
+from transfer.pins import PINNED_BLOCKS
 from transfer.sources import SOURCE_ENGINE
 
 
@@ -24,6 +25,11 @@ class ReadStats(NixlKVConnectorStats):  # type: ignore[misc]
         """Begin anew."""
         super().reset()
         self.data[SOURCE_ENGINE] = []
+        self.data[PINNED_BLOCKS] = []
+
+    def is_empty(self) -> bool:
+        """Whether there is nothing to tell."""
+        return super().is_empty() and not self.data[PINNED_BLOCKS]
 
     def record_transfer(self, res: Any) -> None:
         """A read from ``source`` has finished; ``res`` is NIXL's account of it, if any."""

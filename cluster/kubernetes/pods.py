@@ -28,7 +28,7 @@ ENDPOINTS_S = 5
 """How long an API that is about to end goes on to serve, for proxies to hear of it."""
 COORDINATOR_GRACE_S = 60
 WORKER_GRACE_S = 60
-"""A worker that is told to end says so, and its calls go on elsewhere; its engine ends in
+"""A worker that has drained says so, what is left goes on elsewhere, and its engine ends in
 seconds."""
 GROUP_INDEX = "leaderworkerset.sigs.k8s.io/group-index"
 POD_INDEX = "apps.kubernetes.io/pod-index"
@@ -158,7 +158,8 @@ def _worker_pod(plan: Plan, each: WorkerSet, container: Object) -> Object:
         placement["tolerations"] = [
             {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
         ]
-    return _template(plan, set_labels(plan, each), [container], volumes, placement, WORKER_GRACE_S)
+    grace_s = WORKER_GRACE_S + math.ceil(plan.config.stop.drain_s)
+    return _template(plan, set_labels(plan, each), [container], volumes, placement, grace_s)
 
 
 def _template(

@@ -106,7 +106,7 @@ class Api:
         self._limits = limits
         self._client = client
         self._oracle = oracle
-        self._repeat_s = limits.queue_s + CORE_AWAY_S if reliable else RESUBMIT_S
+        self._repeat_s = limits.wait_s + CORE_AWAY_S if reliable else RESUBMIT_S
         self._connections: dict[Placed, Connection] = {}
         self._control = Control(
             events,
@@ -199,7 +199,7 @@ class Api:
         if call.phase != "waiting" or call.request not in self.calls:
             return
         waited_s = self._events.now_s - call.waiting_s
-        if waited_s >= self._limits.queue_s + CORE_AWAY_S:
+        if waited_s >= self._limits.wait_s + CORE_AWAY_S:
             self._overdue(call, 503, call.waiting_s)
             return
         self._ask(call)

@@ -10,24 +10,29 @@ same for all.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Literal
 
 import msgspec
 
 from cluster.simulator.clairvoyant import clairvoyants
 from cluster.simulator.critical_path import CONFIGURATION, critical_path
+from cluster.simulator.future import KnownFuture
 from cluster.simulator.records import Result
+from cluster.simulator.scrambled import Scrambled
 from cluster.simulator.setup import ClusterSetup, WorkerSetup
 from cluster.workload.form import Workload
 from coordinator.core import Core
 from coordinator.limits import Limits, Placement
 from coordinator.policy.placer import Placer
 from coordinator.protocol import Role
+from coordinator.workflow.limits import WorkflowLimits
 
 __all__ = ["BASELINES", "Baseline", "BaselineError", "applied", "core_factory", "prefill_workers"]
 
 Changes = Mapping[str, object]
 MakePlacers = Callable[[Workload, ClusterSetup], Callable[[], Placer]]
+MakeFuture = Callable[[Workload, ClusterSetup], KnownFuture]
 Bound = Callable[[Workload, ClusterSetup, int], Result]
 
 UNBOUNDED = 1_000_000
@@ -42,8 +47,10 @@ class Baseline(msgspec.Struct, frozen=True):
 
     ``placement`` and ``limits``: fields that differ from the cluster's own. ``roles``: of its
     workers; ``split`` into prefill and decode. ``ratio``: whether they turn; ``own`` is as the
-    cluster's file says, which also has the thresholds for ``reactive``. ``placers``: who decide
-    instead of the policy, one for each core of a replay.
+    cluster's file says, which also has the thresholds for ``reactive``, and those of ``rebalance``
+    for ``forecast``. ``placers``: who decide instead of the policy, one for each core of a replay;
+    ``future``: what is known of demand. ``predictions``: ``random`` ones are wrong, see
+    ``scrambled``.
     ``bound``: there is nothing to simulate, it says the result itself.
     """
 
@@ -51,8 +58,10 @@ class Baseline(msgspec.Struct, frozen=True):
     roles: Literal["mixed", "split"]
     placement: Changes = {}
     limits: Changes = {}
-    ratio: Literal["own", "static", "reactive"] = "own"
+    ratio: Literal["own", "static", "reactive", "forecast"] = "own"
     placers: MakePlacers | None = None
+    predictions: Literal["own", "random"] = "own"
+    future: MakeFuture | None = None
     bound: Bound | None = None
 
 
@@ -75,12 +84,23 @@ def applied(baseline: Baseline, setup: ClusterSetup, prefill_count: int) -> Clus
 
 
 def core_factory(
-    baseline: Baseline, setup: ClusterSetup, workload: Workload
+    baseline: Baseline,
+    setup: ClusterSetup,
+    workload: Workload,
+    seed: int = 0,
+    future: KnownFuture | None = None,
 ) -> Callable[[Limits, Placement, str], Core]:
     """Makes the cores of one replay on a cluster that the baseline was ``applied`` to, from
-    limits, placement and the core's id."""
+    limits, placement and the core's id. ``seed``: of predictions that are random; ``future``: of
+    its baseline, if it has one."""
+    if baseline.predictions == "random":
+        return lambda limits, placement, core_id: Core(
+            limits, placement, core_id, profiles=Scrambled(WorkflowLimits(), seed)
+        )
     if baseline.placers is None:
-        return Core
+        if future is None:
+            return Core
+        return partial(Core, future=future)
     new_placer = baseline.placers(workload, setup)
 
     def core(limits: Limits, placement: Placement, core_id: str) -> Core:
@@ -122,9 +142,14 @@ def _with_role(worker: WorkerSetup, role: Role) -> WorkerSetup:
 
 def _placement(baseline: Baseline, placement: Placement) -> Placement:
     ratio = placement.ratio
+    rebalance = placement.rebalance
     if baseline.ratio != "own":
-        ratio = msgspec.structs.replace(ratio, mode=baseline.ratio)
-    return msgspec.structs.replace(placement, ratio=ratio, **baseline.placement)
+        mode = "reactive" if baseline.ratio == "reactive" else "static"
+        ratio = msgspec.structs.replace(ratio, mode=mode)
+        mode = "auto" if baseline.ratio == "forecast" else "off"
+        rebalance = msgspec.structs.replace(rebalance, mode=mode)
+    changes = {"ratio": ratio, "rebalance": rebalance} | dict(baseline.placement)
+    return msgspec.structs.replace(placement, **changes)
 
 
 def _limits(baseline: Baseline, limits: Limits) -> Changes:
@@ -147,14 +172,28 @@ def _limits(baseline: Baseline, limits: Limits) -> Changes:
     )
 
 
-_ROUTED: dict[str, object] = {"reserve": False}
+_ROUTED: dict[str, object] = {"reserve": False, "retention": False}
 _AGGREGATED = _ROUTED | {"disaggregated": "never"}
 _STATIC = _ROUTED | {"disaggregated": "always"}
 _STICKY: dict[str, object] = {"policy": "cache_aware", "sticky": True}
 
 BASELINES: Mapping[str, Baseline] = {
     "pythia": Baseline("Pythia's own placement with all its mechanisms", "split"),
+    "pythia-rebalance": Baseline(
+        "the same, roles are kept apart and follow the demand that is expected",
+        "split",
+        {"prefill_workers_decode": False},
+        ratio="forecast",
+    ),
     "pythia-mixed": Baseline("the same, all workers may do everything", "mixed"),
+    "pythia-random": Baseline(
+        "the same, everything that is predicted is wrong at random", "split", predictions="random"
+    ),
+    "pythia-retention": Baseline(
+        "and what calls to come are likely to ask for is kept from eviction",
+        "split",
+        {"retention": True},
+    ),
     # --- other systems ---
     "aggregated-round-robin": Baseline(
         "aggregated, one worker after the other",
@@ -217,6 +256,13 @@ BASELINES: Mapping[str, Baseline] = {
         placers=clairvoyants,
         ratio="static",
     ),
+    "rebalance-oracle": Baseline(
+        "pythia-rebalance that knows the mix to come",
+        "split",
+        {"prefill_workers_decode": False},
+        ratio="forecast",
+        future=KnownFuture,
+    ),
     CONFIGURATION: Baseline(
         "infinite resources: the longest path through each run, nothing waits",
         "mixed",
@@ -278,6 +324,17 @@ BASELINES: Mapping[str, Baseline] = {
     ),
     "pythia-no-single-flight": Baseline(
         "a prompt counts as held only when it is computed", "split", {"single_flight": False}
+    ),
+    "pythia-run-order": Baseline(
+        "waiting calls are served by what their runs have left, not as they came",
+        "split",
+        {"order": "runs"},
+    ),
+    "pythia-no-admission": Baseline(
+        "new runs begin at once, however many are under way", "split", {"admission": False}
+    ),
+    "pythia-no-fairness": Baseline(
+        "waiting calls of all tenants are served as if of one", "split", {"fairness": False}
     ),
     "pythia-no-siblings": Baseline(
         "calls of one group are placed one by one", "split", {"siblings_together": False}

@@ -31,10 +31,12 @@ from cluster.simulator.outcome import Outcome
 from cluster.simulator.report import comparisons, figures_of, rows_of, show, show_summary
 from cluster.simulator.results import Results
 from cluster.simulator.scenario import Overrides, Scenario, load
-from cluster.simulator.sweep import run
+from cluster.simulator.sweep import Task, run, tasks
 
 COMMAND = "pythia simulate"
 RESULTS_FOLDER = Path("run")
+COMPARED_FILE = Path("examples/simulate/compare.yaml")
+"""What ``--compare`` compares unless another file is named."""
 FAILED = 1
 INTERRUPTED = 130
 
@@ -56,28 +58,38 @@ def simulate(request: Request, console: Console) -> int:
     """Runs a comparison and returns the exit code. ConfigError before anything has started if it
     can't be run; SimulationError if a replay fails."""
     scenario = prepared(request)
+    outcomes = replayed(request, scenario, tasks(scenario), console)
+    if outcomes is None:
+        return INTERRUPTED
+    _report(request, scenario, outcomes, console)
+    return 0
+
+
+def replayed(
+    request: Request, scenario: Scenario, wanted: list[Task], console: Console
+) -> list[Outcome] | None:
+    """Does what is ``wanted`` and not in the results file yet; None if it was interrupted, which
+    has been said then. SimulationError if a replay fails."""
     path = request.resume or _new_file(scenario.name)
     results = Results(path, scenario, resume=request.resume is not None)
     processes = request.processes or usable_cores()
     # Whoever asks politely gets the same clean end as Ctrl-C.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        outcomes = run(scenario, results, processes, console)
+        outcomes = run(scenario, results, processes, console, wanted)
     except KeyboardInterrupt:
-        total = len(scenario.compare) * len(scenario.workloads) * scenario.seeds
         console.print(
-            f"interrupted; {len(results.found)} of {total} replays are in {path}, "
+            f"interrupted; {len(results.found)} of {len(wanted)} replays are in {path}, "
             f"and --resume {path} goes on from there",
             highlight=False,
             soft_wrap=True,
         )
-        return INTERRUPTED
+        return None
     finally:
         signal.signal(signal.SIGTERM, before)
         results.close()
-    _report(request, scenario, outcomes, console)
-    console.print(f"\nreplay by replay: {path}", highlight=False, soft_wrap=True)
-    return 0
+    console.print(f"replay by replay: {path}", highlight=False, soft_wrap=True)
+    return outcomes
 
 
 def prepared(request: Request) -> Scenario:

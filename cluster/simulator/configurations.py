@@ -25,7 +25,7 @@ def description(name: str) -> str:
 
 def bounds() -> list[str]:
     """Those that no cluster could be: they know the future, or have no limits."""
-    return [name for name, each in BASELINES.items() if each.bound or each.placers]
+    return [name for name, each in BASELINES.items() if each.bound or each.placers or each.future]
 
 
 def cluster_of(name: str, scenario: Scenario) -> ClusterSetup:
@@ -39,9 +39,18 @@ def replay(name: str, scenario: Scenario, workload: Workload, seed: int) -> Resu
     setup = cluster_of(name, scenario)
     if baseline.bound is not None:
         return baseline.bound(workload, setup, seed)
-    make = core_factory(baseline, setup, workload)
+    future = baseline.future(workload, setup) if baseline.future is not None else None
+    make = core_factory(baseline, setup, workload, seed, future)
     if scenario.faults == Faults():
-        return simulate(setup, workload, seed, configuration=name, core_factory=make, measured=True)
+        return simulate(
+            setup,
+            workload,
+            seed,
+            configuration=name,
+            core_factory=make,
+            measured=True,
+            began=future.begin if future is not None else None,
+        )
     world = World(setup, workload, scenario.faults, seed, core_factory=make, measured=True)
     trouble = Trouble(world, random.Random(f"{seed}/trouble"))
     # No warm-up: until when things go wrong is counted from the start of everything.
@@ -50,5 +59,5 @@ def replay(name: str, scenario: Scenario, workload: Workload, seed: int) -> Resu
     world.run()
     # Where messages are lost, some things are given back only when a lease ends.
     limits, lease_s = setup.limits, setup.options.kv_lease_s
-    settle(world, limits.call_s + limits.queue_s + 2 * lease_s)
+    settle(world, limits.call_s + limits.wait_s + 2 * lease_s)
     return world.result(name)

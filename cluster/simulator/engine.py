@@ -20,7 +20,7 @@ from cluster.simulator.sequence import Sequence
 from cluster.simulator.setup import EngineOptions
 from cluster.simulator.steps import Steps
 from coordinator.cost import Chunk, StepCost
-from coordinator.protocol import Load
+from coordinator.protocol import Load, Retain
 
 STEPS_MAX_S = 1.0
 """Virtual seconds that are taken at a time at most: ``slow`` is read in between."""
@@ -82,6 +82,11 @@ class Engine:
         if ratio != 1.0 and self._steps is not None:
             self._interrupt(now_s)
             self._steps.stretch(ratio, now_s)
+
+    def limit_chunks(self, tokens: int) -> None:
+        """Compute at most so many tokens of a prompt in a step beside other requests; 0: as many
+        as a step may have."""
+        self._schedule.chunk_tokens = tokens
 
     # --- what comes in ---------------------------------------------------------
 
@@ -150,6 +155,16 @@ class Engine:
         if self.holds(request_id, now_s):
             holding, _ = self._held.pop(request_id)
             self._held[request_id] = (holding, now_s + self._options.kv_lease_s)
+
+    def retain(self, message: Retain, now_s: float) -> None:
+        """Pin what ended requests have left, or release it."""
+        self._interrupt(now_s)
+        for name in message.released:
+            self._schedule.pins.release(name)
+        for name in message.unneeded:
+            self._schedule.pins.release(name, cold=True)
+        for pin in message.pins:
+            self._schedule.pins.pin(pin, now_s)
 
     def _runs(self, sequence: Sequence) -> bool:
         schedule = self._schedule
@@ -312,6 +327,7 @@ class Engine:
         del self._sequences[sequence.id]
         if sequence.holding.cached:
             self.cached_chains.append(sequence.holding.cached_chain)
+            self._schedule.pins.ended(sequence.id, sequence.holding)
         recomputed = sequence.computed_in_all - sequence.computed_before_first
         if sequence.hold:
             expires_s = at_s + self._options.kv_lease_s
@@ -322,7 +338,8 @@ class Engine:
             outputs.append(Ended(sequence.id, at_s, recomputed_tokens=recomputed))
 
     def _expire(self, at_s: float) -> None:
-        """Free what was held until now at the latest."""
+        """Free what was held or pinned until now at the latest."""
+        self._schedule.pins.expire(at_s)
         while self._held:
             request_id, (holding, expires_s) = next(iter(self._held.items()))
             if expires_s > at_s:
@@ -355,10 +372,12 @@ class Engine:
         schedule, batch, steps = self._schedule, self._batch, self._steps
         decodes = schedule.decodes
         running = schedule.running + sum(s is not schedule.prefill for s, _ in batch.chunks)
+        pinned = schedule.pins.blocks
         used = schedule.pool.blocks - schedule.pool.free
         decode_tokens = self._decode_tokens
         if steps is None:
             self._expire(now_s)
+            pinned = schedule.pins.blocks
             used = schedule.pool.blocks - schedule.pool.free
         else:
             ended = steps.ended_by(now_s)
@@ -368,11 +387,12 @@ class Engine:
         return Load(
             running=running,
             waiting=len(schedule.waiting) + len(schedule.parked),
-            kv_blocks_used=used,
+            kv_blocks_used=used - pinned,
             prefill_tokens_total=self._prefill_tokens,
             decode_tokens_total=decode_tokens,
             external_tokens_total=self._external_tokens,
             preemptions_total=schedule.preemptions,
+            kv_blocks_pinned=pinned,
         )
 
     def check(self) -> None:
@@ -382,7 +402,7 @@ class Engine:
         members = self._schedule.check(taken, chunks, self._batch.stalled)
         known = {**self._sequences, **{sequence.id: sequence for sequence in self._aborted}}
         assert known == {sequence.id: sequence for sequence in members}
-        held = [holding for holding, _ in self._held.values()]
+        held = [holding for holding, _ in self._held.values()] + self._schedule.pins.holdings
         self._schedule.pool.check([*held, *(sequence.holding for sequence in members)])
         ends_s = [expires_s for _, expires_s in self._held.values()]
         assert ends_s == sorted(ends_s)

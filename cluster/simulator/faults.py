@@ -17,6 +17,7 @@ from multiprocessing import get_context
 import msgspec
 
 from cluster.hardware import HARDWARE
+from cluster.simulator.network import CORE
 from cluster.simulator.oracle import OracleError
 from cluster.simulator.setup import (
     ClusterSetup,
@@ -31,8 +32,8 @@ from cluster.workload.form import Run, Workload
 from cluster.workload.generators import GENERATORS
 from cluster.workload.source import open_workload
 from coordinator.core import Core
-from coordinator.limits import Limits, Placement, Policy
-from coordinator.protocol import Role
+from coordinator.limits import Limits, Placement, Policy, Rebalance
+from coordinator.protocol import DrainWorker, Role, TurnWorker
 from coordinator.shape import ModelShape
 
 FAULTY_S = 60.0
@@ -50,6 +51,9 @@ PROMPT_SHARE = 0.7
 """Longest prompt, of what an engine can hold."""
 LETTERS = 20_000
 CHUNK_SEEDS = 8
+TURNING_SHARE = 0.5
+OPERATE_S = 3.0
+OPERATOR = "operator"
 ROLES: tuple[Role, ...] = ("prefill", "decode", "mixed")
 SHAPE = ModelShape(
     name="small", layers=16, hidden=2048, heads=32, kv_heads=8, head_dim=64, ffn=8192, vocab=128256
@@ -120,6 +124,7 @@ def random_setup(rng: random.Random) -> ClusterSetup:
         placement=Placement(
             remote_prefill_min_tokens=rng.choice((1, 16, 256)),
             reserve_output_tokens=rng.choice((16, 256)),
+            retention=True,
         ),
         api_servers=rng.randint(1, 2),
     )
@@ -167,18 +172,44 @@ def random_workload(rng: random.Random, seed: int, tokens_max: int) -> Workload:
     return msgspec.structs.replace(workload, runs=tuple(kept))
 
 
+def random_turns(rng: random.Random, setup: ClusterSetup) -> ClusterSetup:
+    """The same cluster, in half of the cases with workers that turn for next to nothing."""
+    if rng.random() < TURNING_SHARE:
+        rebalance = Rebalance(
+            mode="auto",
+            interval_s=rng.choice((0.5, 2.0)),
+            dwell_s=rng.choice((1.0, 4.0)),
+            margin=0.0,
+            itl_s=rng.choice((0.02, 0.2)),
+            drain_s=rng.choice((2.0, 20.0)),
+            step_s=rng.choice((0.5, 3.0)),
+            prefill_chunk_tokens=rng.choice((0, 64)),
+            decode_chunk_tokens=rng.choice((0, 16, 64)),
+        )
+        placement = msgspec.structs.replace(
+            setup.placement,
+            rebalance=rebalance,
+            token_gap_s=rng.choice((0.0, 0.1)),
+            prefill_workers_decode=rng.choice((False, True)),
+        )
+        return msgspec.structs.replace(setup, placement=placement)
+    return setup
+
+
 def run_fault_seed(
     seed: int,
     policy: Policy = "pythia",
     api_crashes: bool = True,
+    turns: bool = True,
     core_factory: Callable[[Limits, Placement, str], Core] = Core,
     moves: bool = True,
 ) -> FaultReport:
     """Simulate what a seed says, with a placement policy. OracleError if anything happens that
     must not, or breaks.
 
-    ``api_crashes``: API processes crash, too, if the seed says so. ``core_factory``: makes the
-    cores, from limits, placement and id. ``moves``: running calls are moved, likewise.
+    ``api_crashes``: API processes crash, too, if the seed says so; ``turns``: workers turn, and
+    are asked to by operators at random moments; ``moves``: running calls are moved, likewise.
+    ``core_factory``: makes the cores, from limits, placement and id.
     """
     began_s = time.perf_counter()
     rng = random.Random(f"{seed}/faults")
@@ -193,16 +224,21 @@ def run_fault_seed(
         every_s = random.Random(f"{seed}/moves").choice((0.0, 0.1, 0.5))
         faults = msgspec.structs.replace(faults, move_every_s=every_s)
     workload = random_workload(rng, seed, engine_facts(setup).max_model_len)
+    turning = random.Random(f"{seed}/turns")
+    if turns:
+        setup = random_turns(turning, setup)
     world = World(setup, workload, faults, seed, core_factory=core_factory, letters=LETTERS)
     trouble = Trouble(world, rng)
     world.start()
     trouble.start()
     world.events.after(CHECK_S, _keep_checking, world)
     world.events.after(WATCH_S, _keep_watching, world)
+    if setup.placement.rebalance.mode == "auto":
+        world.events.after(OPERATE_S, _keep_operating, world, turning)
     limits, lease_s = setup.limits, setup.options.kv_lease_s
     try:
         world.run()
-        settle(world, limits.call_s + limits.queue_s + 2 * lease_s)
+        settle(world, limits.call_s + limits.wait_s + 2 * lease_s)
         world.oracle.served_well(world.recorder.calls, GOOD_S)
     except OracleError:
         raise
@@ -233,6 +269,32 @@ def _keep_watching(world: World) -> None:
         world.oracle.watch(world.brain.core, world.apis)
     world.oracle.watch_engines(world.workers(), world.apis)
     world.events.after(WATCH_S, _keep_watching, world)
+
+
+def _keep_operating(world: World, rng: random.Random) -> None:
+    """Somebody turns or drains workers, also such as turn already, and undoes it."""
+    name = rng.choice(sorted(world.hosts))
+    wish = rng.choice(
+        (
+            TurnWorker(1, name, "prefill"),
+            TurnWorker(1, name, "decode"),
+            DrainWorker(1, name),
+            DrainWorker(1, name, undo=True),
+        )
+    )
+    if world.events.now_s < FAULTY_S:
+        world.network.send(OPERATOR, CORE, wish)
+        world.events.after(OPERATE_S * (0.5 + rng.random()), _keep_operating, world, rng)
+    else:
+        for each in sorted(world.hosts):
+            world.network.send(OPERATOR, CORE, DrainWorker(1, each, undo=True))
+        world.events.after(OPERATE_S, _undo_again, world)
+
+
+def _undo_again(world: World) -> None:
+    """What was lost on its way, or came to a core that was away."""
+    for each in sorted(world.hosts):
+        world.network.send(OPERATOR, CORE, DrainWorker(1, each, undo=True))
 
 
 def run_many(

@@ -29,13 +29,17 @@ __all__ = ["BlockPool", "Hits", "Holding"]
 class Run:
     """``blocks`` neighbours of a chain: their hashes are in ``data`` from ``offset`` on.
 
-    ``rest``: what was split off behind while it was held; whoever held it before holds that
-    too. ``older`` and ``newer``: neighbours among the free runs, None while somebody holds it.
+    ``before``: the hash before its first. ``rest``: what was split off behind while it was held;
+    whoever held it before holds that too. ``older`` and ``newer``: neighbours among the free runs,
+    None while somebody holds it.
     """
 
-    __slots__ = ("blocks", "data", "first", "holders", "newer", "offset", "older", "rest")
+    __slots__ = ("before", "blocks", "data", "first", "holders", "newer", "offset", "older", "rest")
 
-    def __init__(self, data: bytes, offset: int, blocks: int, holders: int) -> None:
+    def __init__(
+        self, data: bytes, offset: int, blocks: int, holders: int, before: bytes = b""
+    ) -> None:
+        self.before = before
         self.data = data
         self.offset = offset
         self.blocks = blocks
@@ -106,6 +110,8 @@ class BlockPool:
         self._plain_free = blocks
         self._cached_free = 0
         self._index: dict[bytes, Run | list[Run]] = {}
+        self._followers: dict[bytes, int] = {}
+        """How many runs have a hash before them."""
         end = Run(b"", 0, 0, 0)
         end.older = end.newer = end
         self._end = end
@@ -176,8 +182,12 @@ class BlockPool:
             # The first that is not cached: neither are those behind it.
             self._append(holding, begin, end)
 
-    def release(self, holding: Holding) -> None:
-        """Free a holding's blocks, its last one first."""
+    def release(self, holding: Holding, cold: bool = False) -> None:
+        """Free a holding's blocks, its last one first.
+
+        ``cold``: nobody will look for them any more. What nothing else in the cache goes on from
+        is evicted before everything else.
+        """
         later: Run | None = None
         for run, blocks in reversed(holding.runs):
             for part in reversed(_parts(run, blocks)):
@@ -189,6 +199,8 @@ class BlockPool:
                 self._cached_free += part.blocks
                 self._retire(part, later)
                 later = part
+        if cold:
+            self._chill(holding.cached_chain)
         self._plain_free += holding.plain
         holding.cached = holding.plain = 0
         holding.runs = []
@@ -211,7 +223,9 @@ class BlockPool:
             self._index[run.first] = run
 
     def _add_run(self, holding: Holding, begin: int, end: int) -> Run:
-        run = Run(holding.chain, begin * BLOCK_HASH_BYTES, end - begin, 1)
+        before = holding.hash_at(begin - 1) if begin else b""
+        run = Run(holding.chain, begin * BLOCK_HASH_BYTES, end - begin, 1, before)
+        self._follow(before, 1)
         holding.own = run
         holding.runs.append((run, run.blocks))
         return run
@@ -241,7 +255,9 @@ class BlockPool:
 
     def _split_one(self, run: Run, blocks: int) -> Run:
         offset = run.offset + blocks * BLOCK_HASH_BYTES
-        tail = Run(run.data, offset, run.blocks - blocks, run.holders)
+        before = run.data[offset - BLOCK_HASH_BYTES : offset]
+        tail = Run(run.data, offset, run.blocks - blocks, run.holders, before)
+        self._follow(before, 1)
         run.blocks = blocks
         if run.holders:
             tail.rest, run.rest = run.rest, tail
@@ -262,6 +278,7 @@ class BlockPool:
             and isinstance(self._index[later.first], Run)
         ):
             del self._index[later.first]
+            self._follow(later.before, -1)
             self._unlink(later)
             run.shrink()
             later.shrink()
@@ -272,6 +289,57 @@ class BlockPool:
         newest = self._end.older
         assert newest is not None
         self._link(run, newest, self._end)
+
+    def _chill(self, chain: bytes) -> None:
+        """Have the end of a chain evicted next, as far back as nothing else follows it."""
+        cold: list[Run] = []
+        for run, end in reversed(self._own_runs(chain)):
+            start = run.blocks if run.holders else self._alone_from(run, cold[-1:])
+            if 0 < start < run.blocks:
+                behind = end - (run.blocks - start) * BLOCK_HASH_BYTES
+                self._split(run, start)
+                tail = self._index[chain[behind : behind + BLOCK_HASH_BYTES]]
+                assert isinstance(tail, Run)
+                cold.append(tail)
+            elif start == 0:
+                cold.append(run)
+            if start:
+                break
+        for run in reversed(cold):
+            self._unlink(run)
+            oldest = self._end.newer
+            assert oldest is not None
+            self._link(run, self._end, oldest)
+
+    def _own_runs(self, chain: bytes) -> list[tuple[Run, int]]:
+        """The runs that a chain consists of, and where in it each ends; none if somebody else has
+        the same blocks or goes on from within one of them."""
+        found: list[tuple[Run, int]] = []
+        position, blocks = 0, len(chain) // BLOCK_HASH_BYTES
+        while position < blocks:
+            at = position * BLOCK_HASH_BYTES
+            entry = self._index.get(chain[at : at + BLOCK_HASH_BYTES])
+            if entry is None:
+                break
+            if not isinstance(entry, Run) or entry.blocks > blocks - position:
+                return []
+            if _common_blocks(chain, position, entry, entry.blocks) < entry.blocks:
+                return []
+            position += entry.blocks
+            found.append((entry, position * BLOCK_HASH_BYTES))
+        return found
+
+    def _alone_from(self, run: Run, after: list[Run]) -> int:
+        """From which of its blocks on nothing but the run ``after`` it, if any, goes on from it."""
+        begin = run.offset // BLOCK_HASH_BYTES
+        hashes = _hashes(run.data, begin, begin + run.blocks)
+        for at in reversed(range(run.blocks)):
+            others = self._followers.get(hashes[at], 0)
+            if after and at == run.blocks - 1:
+                others -= 1
+            if others:
+                return at + 1
+        return 0
 
     def _evict(self, count: int) -> None:
         self._cached_free -= count
@@ -284,6 +352,7 @@ class BlockPool:
                 return
             count -= run.blocks
             self._unlink(run)
+            self._follow(run.before, -1)
             entry = self._index[run.first]
             if isinstance(entry, Run):
                 del self._index[run.first]
@@ -302,6 +371,13 @@ class BlockPool:
         if len(run.data) > 2 * blocks * BLOCK_HASH_BYTES:
             run.shrink()
 
+    def _follow(self, before: bytes, count: int) -> None:
+        followers = self._followers.get(before, 0) + count
+        if followers:
+            self._followers[before] = followers
+        else:
+            del self._followers[before]
+
     def _link(self, run: Run, older: Run, newer: Run) -> None:
         run.older, run.newer = older, newer
         older.newer = newer.older = run
@@ -312,6 +388,16 @@ class BlockPool:
         assert newer is not None
         older.newer, newer.older = newer, older
         run.older = run.newer = None
+
+    def only_held_by(self, holdings: list[Holding]) -> int:
+        """How many blocks nobody but these holdings holds; they hold no plain ones."""
+        found: dict[int, list[int]] = {}
+        for holding in holdings:
+            for entry in holding.runs:
+                for part in _parts(*entry):
+                    count = found.setdefault(id(part), [0, part.holders, part.blocks])
+                    count[0] += 1
+        return sum(blocks for count, holders, blocks in found.values() if count == holders)
 
     def cached_hashes(self) -> list[bytes]:
         """Hashes of the free cached blocks in the order in which they would be evicted."""
@@ -368,6 +454,11 @@ class BlockPool:
             assert seen.isdisjoint(new), "equal blocks are in twins only"
             seen.update(new)
             indexed.update(map(id, twins))
+        followers: dict[bytes, int] = {}
+        for entry in self._index.values():
+            for each in [entry] if isinstance(entry, Run) else entry:
+                followers[each.before] = followers.get(each.before, 0) + 1
+        assert followers == self._followers
         assert indexed == free | set(held)
         assert free.isdisjoint(held)
 

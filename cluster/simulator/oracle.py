@@ -319,7 +319,7 @@ def _patience_s(limits: Limits) -> dict[str, float]:
     the phase is overdue, and some questions have had no answer."""
     asked_s = 2 * limits.check_s + SLACK_S
     return {
-        "queued": limits.queue_s + SLACK_S,
+        "queued": limits.wait_s + SLACK_S,
         "pulling": limits.pull_s + limits.check_s + asked_s,
         "prefilling": limits.prefill_s + asked_s,
         "loading": limits.first_token_s + asked_s,

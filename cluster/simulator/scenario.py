@@ -8,6 +8,7 @@ data: nothing after that looks at the file again, and processes hand it to each 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -31,6 +32,7 @@ from coordinator.cost import DoesNotFit
 from coordinator.limits import Limits, NotNegative, Placement, Positive
 
 Text = Annotated[str, msgspec.Meta(min_length=1)]
+Above0 = Annotated[float, msgspec.Meta(gt=0)]
 Seeds = Annotated[int, msgspec.Meta(ge=1, le=10_000)]
 
 DEFAULT_RATIO = (1, 3)
@@ -55,11 +57,13 @@ class WorkersEntry(Section, frozen=True, kw_only=True):
 
 class WorkloadEntry(Section, frozen=True, kw_only=True):
     """``source``: a line as ``cluster.workload.source`` reads it, or a list of them for all at
-    once. ``slo``: if not the file's."""
+    once. ``slo``: if not the file's. ``capacity``: what configurations can take of it, in
+    multiples of its rates, see ``capacity``."""
 
     name: Name
     source: Text | list[Text]
     slo: Slo | None = None
+    capacity: Mapping[Text, Above0] = {}
 
 
 class ScenarioFile(Section, frozen=True, kw_only=True):
@@ -86,11 +90,13 @@ class ScenarioFile(Section, frozen=True, kw_only=True):
 
 
 class Source(msgspec.Struct, frozen=True):
-    """A workload by its resolved line or lines, and what its users expect."""
+    """A workload by its resolved line or lines, what its users expect, and what of it
+    configurations can take."""
 
     name: str
     source: str | tuple[str, ...]
     slo: Slo = Slo()
+    capacity: Mapping[str, float] = {}
 
 
 class Scenario(msgspec.Struct, frozen=True):
@@ -305,7 +311,7 @@ def _sources(
             document.problem(("workloads", index, "source"), "there is none")
         complete = lines if len(lines) == len(given) else []
         found = tuple(complete) if several else "".join(complete)
-        sources.append(Source(entry.name, found, entry.slo or file.slo))
+        sources.append(Source(entry.name, found, entry.slo or file.slo, entry.capacity))
     return sources
 
 

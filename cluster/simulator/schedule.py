@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from cluster.simulator.decodes import Decodes
 from cluster.simulator.kv_cache import BlockPool, Hits
+from cluster.simulator.pins import Pins
 from cluster.simulator.sequence import Sequence
 from cluster.simulator.setup import EngineOptions
 from cluster.simulator.waiting import Waiting
@@ -60,8 +61,12 @@ class Schedule:
         self._block_size = options.block_size
         self._tokens_max = options.max_num_batched_tokens
         self._seats = options.max_num_seqs
+        self.chunk_tokens = 0
+        """Of prompts at most so many are computed in a step with decodes; 0: what there is room
+        for. vLLM's ``long_prefill_token_threshold``, which counts for each prompt alone."""
         # As in vLLM, one block stands for no block and is never used.
         self.pool = BlockPool(kv_blocks - 1)
+        self.pins = Pins(self.pool)
         self.decodes = Decodes(options.block_size)
         self.prefill: Sequence | None = None
         """The prefill under way between two steps."""
@@ -73,6 +78,7 @@ class Schedule:
         self.preemptions = 0
         self.missing: tuple[int, bytes] | None = None
         """If the first that waits found no room: the first block that the cache lacks of it."""
+        self._now_s = 0.0
         self._places = 0
         self._priority: int | None = None
 
@@ -103,14 +109,19 @@ class Schedule:
     def schedule(self, now_s: float) -> Batch:
         """Decide on the step that begins now: take blocks, preempt, admit."""
         batch = Batch()
+        self._now_s = now_s
         self.missing = None
         prefill = self.prefill
         budget = self._tokens_max - len(self.decodes)
+        if self.chunk_tokens and len(self.decodes):
+            budget = min(budget, self.chunk_tokens)
         blocks = self.decodes.blocks_needed(0, 1)
         new_tokens = 0
         if prefill is not None:
             new_tokens = min(prefill.known_tokens - prefill.computed_tokens, budget)
             blocks += self._blocks_missing(prefill, new_tokens)
+        while blocks > self.pool.free and self.pins.give_up_one(self._now_s):
+            pass
         if blocks > self.pool.free:
             self._schedule_short_of_blocks(batch, now_s)
             return batch
@@ -299,15 +310,20 @@ class Schedule:
         """Let a sequence run, or wait for KV. The tokens it takes: -1 if there is no room."""
         size, pool, holding = self._block_size, self.pool, sequence.holding
         tokens = sequence.known_tokens
-        hits = Hits()
-        context = sequence.computed_tokens
-        if context == 0:
-            hits = pool.lookup(holding, (tokens - 1) // size)
-            context = hits.blocks * size
-            if sequence.cached_only:
-                tokens = sequence.prompt_tokens = min(tokens, context + 1)
-        external = max(0, sequence.pull_tokens - context)
-        held = holding.blocks + hits.blocks
+        short = True
+        while short:
+            hits = Hits()
+            context = sequence.computed_tokens
+            if context == 0:
+                hits = pool.lookup(holding, (tokens - 1) // size)
+                context = hits.blocks * size
+                if sequence.cached_only:
+                    tokens = sequence.prompt_tokens = min(tokens, context + 1)
+            external = max(0, sequence.pull_tokens - context)
+            held = holding.blocks + hits.blocks
+            needed = self.blocks_for(tokens) - held + hits.idle
+            needed += self._reserved() if external else 0
+            short = needed > pool.free and self.pins.give_up_one(self._now_s)
         if self.blocks_for(tokens) - held + hits.idle > pool.free:
             taken = -1
         elif external:

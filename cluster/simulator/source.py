@@ -48,13 +48,27 @@ def _file(name: str, folder: Path, traces: Path | None) -> Path:
     raise SourceError(f"no file {name!r} in {looked}{hint}")
 
 
-def with_options(source: str, options: Mapping[str, int | None]) -> str:
+def with_options(source: str, options: Mapping[str, object]) -> str:
     """The line with these options in the place of its own; None changes nothing."""
     changes = {name: str(value) for name, value in options.items() if value is not None}
     if not changes:
         return source
     place, _, query = source.partition("?")
     return f"{place}?{urlencode({**dict(parse_qsl(query, keep_blank_values=True)), **changes})}"
+
+
+def with_load(source: str, factor: float) -> str:
+    """The line with ``factor`` times as many arrivals a second. SourceError without any."""
+    _, _, query = source.partition("?")
+    options = dict(parse_qsl(query, keep_blank_values=True))
+    for name in ("rate", "speed"):
+        if name in options:
+            try:
+                value = float(options[name]) * factor
+            except ValueError:
+                break
+            return with_options(source, {name: f"{value:.4g}"})
+    raise SourceError(f"{source}: to change its load it has to say rate= or speed=")
 
 
 def open_source(source: str | tuple[str, ...], seed: int) -> Workload:

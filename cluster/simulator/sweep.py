@@ -30,7 +30,7 @@ from rich.progress import (
 from cluster.simulator.failure import SimulationError
 from cluster.simulator.outcome import Outcome, outcome_of
 from cluster.simulator.results import Results
-from cluster.simulator.scenario import Scenario, Source
+from cluster.simulator.scenario import Scenario
 from cluster.simulator.source import open_source
 from cluster.workload.form import Workload
 
@@ -69,7 +69,7 @@ def simulate_task(scenario_text: bytes, task_text: bytes) -> bytes:
     scenario = msgspec.json.decode(scenario_text, type=Scenario)
     task = msgspec.json.decode(task_text, type=Task)
     source = next(source for source in scenario.workloads if source.name == task.workload)
-    workload = _workload(source, task.seed)
+    workload = _workload(source.name, source.source, task.seed)
     began_s = time.perf_counter()
     result = replay(task.configuration, scenario, workload, task.seed)
     real_s = time.perf_counter() - began_s
@@ -77,27 +77,34 @@ def simulate_task(scenario_text: bytes, task_text: bytes) -> bytes:
 
 
 @functools.lru_cache(maxsize=1)
-def _workload(source: Source, seed: int) -> Workload:
+def _workload(name: str, source: str | tuple[str, ...], seed: int) -> Workload:
     """Configurations of a seed follow each other, mostly in the same process."""
-    workload = open_source(source.source, seed)
-    return msgspec.structs.replace(workload, name=source.name)
+    return msgspec.structs.replace(open_source(source, seed), name=name)
 
 
-def run(scenario: Scenario, results: Results, processes: int, console: Console) -> list[Outcome]:
-    """Does what ``results`` lacks, and returns all of the scenario's, in the order of ``tasks``.
+def run(
+    scenario: Scenario,
+    results: Results,
+    processes: int,
+    console: Console,
+    wanted: list[Task] | None = None,
+) -> list[Outcome]:
+    """Does what ``results`` lacks, and returns all that are ``wanted`` in their order, else all of
+    the scenario's in that of ``tasks``.
 
     SimulationError if a replay fails; that and KeyboardInterrupt leave no process behind and
     everything finished in ``results``.
     """
     done = {outcome.key: outcome for outcome in results.found}
-    left = tasks(scenario, done.keys())
-    total = len(tasks(scenario))
-    with _shown(console, total, total - len(left)) as show, _pool(processes, len(left)) as pool:
-        for outcome in _outcomes(pool, scenario, left, processes):
+    wanted = tasks(scenario) if wanted is None else wanted
+    left = [task for task in wanted if task.key not in done]
+    total = len(wanted)
+    with _shown(console, total, total - len(left)) as show, pool(processes, len(left)) as workers:
+        for outcome in _outcomes(workers, scenario, left, processes):
             results.append(outcome)
             done[outcome.key] = outcome
             show(outcome)
-    return [done[task.key] for task in tasks(scenario)]
+    return [done[task.key] for task in wanted]
 
 
 def _outcomes(
@@ -124,21 +131,21 @@ def _outcomes(
 
 
 @contextmanager
-def _pool(processes: int, tasks_left: int) -> Iterator[ProcessPoolExecutor]:
+def pool(processes: int, tasks_left: int) -> Iterator[ProcessPoolExecutor]:
     """Processes that are gone when this is left, whatever they are doing."""
     others = multiprocessing.active_children()
-    pool = ProcessPoolExecutor(
+    executor = ProcessPoolExecutor(
         max_workers=max(1, min(processes, tasks_left)),
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_begin_process,
     )
     try:
-        yield pool
+        yield executor
     finally:
         own = [child for child in multiprocessing.active_children() if child not in others]
         for child in own:
             child.terminate()
-        pool.shutdown(wait=True, cancel_futures=True)
+        executor.shutdown(wait=True, cancel_futures=True)
         for child in own:
             child.join(KILLED_AFTER_S)
             if child.is_alive():

@@ -54,6 +54,9 @@ from coordinator.protocol import (
     ProbeFinished,
     ProbeRead,
     Ready,
+    Retain,
+    RoleSet,
+    SetRole,
     Welcome,
     engine_request_id,
 )
@@ -184,7 +187,8 @@ class Worker:
             return beat
         load = self.engine.load(self.events.now_s)
         beat = Beat(self.name, self.incarnation, load, links)
-        if self.engine.next_s is None and not (load.running or load.waiting or load.kv_blocks_used):
+        busy = load.running or load.waiting or load.kv_blocks_used or load.kv_blocks_pinned
+        if self.engine.next_s is None and not busy:
             # As long as nothing comes, it will say the same again.
             self._idle_beat = beat
         return beat
@@ -192,6 +196,13 @@ class Worker:
     def _on_core(self, message: Message) -> None:
         if isinstance(message, Welcome | KvResync):
             self._news.begin()
+            return
+        if isinstance(message, Retain):
+            self._retain(message)
+            return
+        if isinstance(message, SetRole) and message.incarnation == self.incarnation:
+            self.engine.limit_chunks(message.chunk_tokens)
+            self._control.send(RoleSet(self.name, self.incarnation, message.turn))
             return
         if not isinstance(message, Probe | ProbeRead) or message.incarnation != self.incarnation:
             return
@@ -203,6 +214,12 @@ class Worker:
             self._probe(message)
         else:
             self._probe_read(message)
+
+    def _retain(self, message: Retain) -> None:
+        if message.incarnation == self.incarnation:
+            self._idle_beat = None
+            self.engine.retain(message, self.events.now_s)
+            self.look()
 
     def _probe(self, message: Probe) -> None:
         engine_id = engine_request_id(f"probe-{message.probe}", 0)

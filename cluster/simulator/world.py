@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from cluster.simulator.api import Api
@@ -334,12 +334,14 @@ def simulate(
     measured: bool = False,
     limited: bool = False,
     progress: Progress | None = None,
+    began: Callable[[float], None] | None = None,
 ) -> Result:
     """Replay ``workload`` on a cluster without faults, from when it is warm.
 
     Ends with the last call or after ``limit_s`` seconds of the replay: calls that have no
     ``outcome`` then are unfinished. ``measured``: time the core's decisions. ``limited``:
-    clients ask for no more tokens than they get, see ``clients``. OracleError if
+    clients ask for no more tokens than they get, see ``clients``. ``began`` is told when the
+    replay begins. OracleError if
     anything happened that must not; DoesNotFit and ValueError as ``World`` says.
     """
     world = World(
@@ -354,6 +356,8 @@ def simulate(
     with _rare_collections():
         world.start()
         world.warm_up()
+        if began is not None:
+            began(world.events.now_s)
         world.run(limit_s)
     if world.clients.done:
         settle(world, setup.options.kv_lease_s / 2)

@@ -95,6 +95,12 @@ def with_pace(workload: Workload, factor: float) -> Workload:
     return replace(workload, runs=runs)
 
 
+def anonymous(workload: Workload) -> Workload:
+    """The same calls of clients that say nothing of who they are."""
+    runs = tuple(replace(run, workflow="") for run in workload.runs)
+    return replace(workload, runs=runs)
+
+
 def with_pauses_cut(workload: Workload, longest_s: float) -> Workload:
     """No pause between calls is longer than ``longest_s``: traces of people who went home have
     pauses of hours, in which a cluster has nothing to do for anybody."""

@@ -91,7 +91,10 @@ def call_count(workload: Workload) -> int:
 
 
 def context_of(run: Run, call: Call) -> CallContext:
-    """Who speaks, as a client would say it: agents by kind, the last parent's as parent."""
+    """Who speaks, as a client would say it: agents by kind, the last parent's as parent. Of a
+    run without a workflow nothing is said."""
+    if not run.workflow:
+        return CallContext()
     parent = run.calls[call.parents[-1]] if call.parents else None
     return CallContext(
         workflow=run.workflow,

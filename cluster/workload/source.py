@@ -13,7 +13,8 @@ After ``?``, joined by ``&``:
 pause (in seconds, before ``pace``); ``runs`` and ``calls`` (per run) limit, ``prompt_max`` leaves
 out runs with longer prompts (in tokens, after scaling); ``sample`` of the runs that are left are
 drawn; ``rate`` runs per second arrive, with ``burst`` (variation of gaps) in bursts; ``closed``
-runs are kept going; ``speed`` replays recorded arrivals; ``seed`` is all the chance there is.
+runs are kept going; ``speed`` replays recorded arrivals; ``anonymous`` clients do not say which
+run or agent calls; ``seed`` is all the chance there is.
 Generators also take ``width``, ``stages`` and ``rounds``, and generate ``runs`` runs of
 ``calls`` calls. Of ServeGen's windows ``model``, ``first`` (number of a window), ``windows`` (how
 many) and ``share`` (of the requests) say which; see ``servegen``.
@@ -35,6 +36,7 @@ from cluster.workload.change import (
     ClosedLoop,
     Poisson,
     Recorded,
+    anonymous,
     limited,
     sampled,
     scaled,
@@ -81,6 +83,7 @@ class Changes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     burst: Above0 | None = None
     closed: AtLeast1 | None = None
     speed: Above0 | None = None
+    anonymous: bool = False
 
 
 def open_workload(spec: str) -> Workload:
@@ -152,6 +155,8 @@ def _changed(spec: str, workload: Workload, changes: Changes) -> Workload:
         workload = with_pauses_cut(workload, changes.pause_max)
     if changes.pace != 1:
         workload = with_pace(workload, changes.pace)
+    if changes.anonymous:
+        workload = anonymous(workload)
     return _arriving(spec, workload, changes)
 
 

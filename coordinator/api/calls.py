@@ -212,7 +212,7 @@ class Calls:
         """Status and reason if the core should have ended the call long ago."""
         if now_s - call.submitted_s >= self.limits.call_s + CORE_AWAY_S:
             return 504, "the call is over its deadline"
-        if call.phase == "waiting" and now_s - call.waiting_s >= self.limits.queue_s + CORE_AWAY_S:
+        if call.phase == "waiting" and now_s - call.waiting_s >= self.limits.wait_s + CORE_AWAY_S:
             return 503, "the coordinator's core does not answer"
         return None
 

@@ -37,6 +37,7 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from coordinator import protocol
 from coordinator.api.calls import Calls
+from coordinator.api.errands import Errands
 from coordinator.api.exchange import CallRecord, Exchange, Failure, current_exchange
 from coordinator.api.questions import Questions
 from coordinator.limits import Limits
@@ -132,6 +133,7 @@ class ClusterEngineCore(EngineCoreClient):
         self.engine_ranks_managed = [0]
         self.garbage = GarbageCounter("a worker")
         self.calls = Calls(api, self, limits)
+        self.errands = Errands(api, self)
         self.workers: dict[Placed, WorkerLink] = {}
         self.outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
         self.request_encoder = MsgpackEncoder()
@@ -177,6 +179,7 @@ class ClusterEngineCore(EngineCoreClient):
         while True:
             await asyncio.sleep(TICK_S)
             self.calls.tick(time.monotonic())
+            self.errands.tick(time.monotonic())
 
     # --- what AsyncLLM asks of an engine core ----------------------------------------
 
@@ -333,10 +336,8 @@ class ClusterEngineCore(EngineCoreClient):
                 self.calls.on_plan(message, now_s)
             case protocol.Rejected():
                 self.calls.on_rejected(message, now_s)
-            case protocol.Stop():
-                self.calls.on_stop(message, now_s)
-            case protocol.Check() | protocol.Move():
-                self._on_running(message, now_s)
+            case protocol.Stop() | protocol.Check() | protocol.Move():
+                self._on_doubt(message, now_s)
             case protocol.WorkerUp():
                 self._worker_up(message)
             case protocol.WorkerGone():
@@ -345,11 +346,17 @@ class ClusterEngineCore(EngineCoreClient):
                 self.calls.on_welcome(message.core, message.block_size)
             case protocol.Snapshot() | protocol.WorkflowAnswer():
                 self._on_answer(message)
+            case protocol.Errand() | protocol.DropErrand():
+                self.errands.on_message(message, now_s)
             case protocol.Alive() | protocol.Refused() | protocol.Unknown():
                 raise AssertionError("the link keeps these to itself")
 
-    def _on_running(self, message: protocol.Check | protocol.Move, now_s: float) -> None:
-        if isinstance(message, protocol.Move):
+    def _on_doubt(
+        self, message: protocol.Stop | protocol.Check | protocol.Move, now_s: float
+    ) -> None:
+        if isinstance(message, protocol.Stop):
+            self.calls.on_stop(message, now_s)
+        elif isinstance(message, protocol.Move):
             self.calls.on_move(message, now_s)
         else:
             self.calls.on_check(message)
@@ -382,10 +389,12 @@ class ClusterEngineCore(EngineCoreClient):
             link.close()
             logger.warning("worker %s is gone: %s", worker.worker, reason)
         self.calls.on_worker_gone(worker, reason, time.monotonic())
+        self.errands.on_worker_gone(worker)
 
     def on_disconnected(self, link: WorkerLink) -> None:
         """The connection to a worker broke; it may come back."""
         self.calls.on_worker_gone(link.placed, "the connection broke", time.monotonic())
+        self.errands.on_worker_gone(link.placed)
 
     def decode_body(self, message: protocol.WorkerToApi, frames: list[Any]) -> Any:
         """What vLLM encoded behind a worker's message. BadBody if it did not."""
@@ -407,11 +416,13 @@ class ClusterEngineCore(EngineCoreClient):
         now_s = time.monotonic()
         match message:
             case protocol.Deltas():
-                self.calls.on_outputs(body.outputs, link.placed, body.timestamp, now_s)
+                outputs = self.errands.take(body.outputs, link.placed, now_s)
+                self.calls.on_outputs(outputs, link.placed, body.timestamp, now_s)
             case protocol.PrefillDone():
                 self.calls.on_prefill_done(message, body, link.placed, now_s, time.time())
             case protocol.CallFailed():
-                self.calls.on_call_failed(message, link.placed, now_s)
+                if not self.errands.on_call_failed(message):
+                    self.calls.on_call_failed(message, link.placed, now_s)
             case protocol.UtilityReply():
                 self._on_utility(message, body)
 

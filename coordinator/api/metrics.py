@@ -17,7 +17,8 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from coordinator.api.workflows import cluster_of
-from coordinator.protocol import ShowFigures
+from coordinator.protocol import ShowFigures, ShowRebalance
+from coordinator.rebalancer import Shown
 from coordinator.workflow.blend import Interval
 from coordinator.workflow.foresight import METRICS_HORIZON_S, Figures
 
@@ -54,6 +55,7 @@ MOVED = {
 }
 
 _decode = msgspec.json.Decoder(Figures).decode
+_decode_roles = msgspec.json.Decoder(Shown).decode
 
 
 def include_metrics(app: FastAPI) -> None:
@@ -64,18 +66,20 @@ def include_metrics(app: FastAPI) -> None:
 async def _metrics(request: Request) -> Response:
     vllm = await run_in_threadpool(generate_latest, get_prometheus_registry())
     try:
-        answer = await cluster_of(request).questions.ask(ShowFigures, ANSWER_S)
+        questions = cluster_of(request).questions
+        answer = await questions.ask(ShowFigures, ANSWER_S)
+        roles = await questions.ask(ShowRebalance, ANSWER_S)
     except TimeoutError:
-        figures = None
+        figures = shown = None
     else:
-        figures = _decode(answer.body)
-    return Response(vllm + page(figures), media_type=CONTENT_TYPE_LATEST)
+        figures, shown = _decode(answer.body), _decode_roles(roles.body)
+    return Response(vllm + page(figures, shown), media_type=CONTENT_TYPE_LATEST)
 
 
-def page(figures: Figures | None) -> bytes:
+def page(figures: Figures | None, roles: Shown | None = None) -> bytes:
     """The core's metrics in Prometheus' text format; None if it did not answer."""
     registry = CollectorRegistry()
-    registry.register(_Collector(figures))
+    registry.register(_Collector(figures, roles))
     found: bytes = generate_latest(registry)
     return found
 
@@ -83,8 +87,9 @@ def page(figures: Figures | None) -> bytes:
 class _Collector:
     """One look at the core."""
 
-    def __init__(self, figures: Figures | None) -> None:
+    def __init__(self, figures: Figures | None, roles: Shown | None) -> None:
         self._figures = figures
+        self._roles = roles
 
     def collect(self) -> Iterator[Metric]:
         """The families of metrics."""
@@ -95,6 +100,8 @@ class _Collector:
             yield from _of_forecasts(self._figures)
             yield from _of_errors(self._figures)
             yield from _of_moved(self._figures.moved)
+        if self._roles is not None:
+            yield from _of_roles(self._roles)
 
 
 def _of_workflows(figures: Figures) -> Iterator[Metric]:
@@ -148,3 +155,27 @@ def _of_errors(figures: Figures) -> Iterator[Metric]:
         ratio.add_metric(which, one.ratio_to_last_value)
         coverage.add_metric(which, one.judgement.coverage)
     yield from (error, ratio, coverage)
+
+
+def _of_roles(shown: Shown) -> Iterator[Metric]:
+    wanted = GaugeMetricFamily(
+        "pythia_desired_workers",
+        "Workers that the expected demand needs without queues, for an autoscaler",
+        labels=("role",),
+    )
+    present = GaugeMetricFamily("pythia_workers", "Workers by their role now", labels=("role",))
+    roles = [one.role for one in shown.workers]
+    for role, count in shown.desired.items():
+        wanted.add_metric((role,), count)
+    for role in ("prefill", "decode", "mixed"):
+        present.add_metric((role,), roles.count(role))
+    pressure = GaugeMetricFamily(
+        "pythia_role_pressure", "Expected demand over capacity", labels=("side",)
+    )
+    for side in ("prefill", "decode", "memory"):
+        pressure.add_metric((side,), getattr(shown.verdict.pressure, side))
+    flips = CounterMetricFamily("pythia_role_flips", "Turns of workers that came to their end")
+    flips.add_metric((), shown.role_flips)
+    undone = CounterMetricFamily("pythia_role_flips_undone", "Turns of workers that were undone")
+    undone.add_metric((), shown.turns_undone)
+    yield from (wanted, present, pressure, flips, undone)

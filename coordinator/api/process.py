@@ -23,7 +23,7 @@ from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from coordinator.api import workflows
+from coordinator.api import explain, roles, workflows
 from coordinator.api.client import ClusterClient, ClusterEngineCore
 from coordinator.api.front import Front
 from coordinator.api.metrics import include_metrics
@@ -94,6 +94,8 @@ async def _serve(start: ApiStart) -> int:
     app = build_app(arguments, ("generate",), vllm_config.model_config)
     app.include_router(router)
     app.include_router(workflows.router)
+    app.include_router(explain.router)
+    app.include_router(roles.router)
     include_metrics(app)
     # vLLM's bootstrap has built the stack already; the front goes around all of it.
     app.middleware_stack = Front(
@@ -101,7 +103,7 @@ async def _serve(start: ApiStart) -> int:
     )
     await init_app_state(client, app.state, arguments, ("generate",))
     prompts = StaticPrompts(core, prompt_tokens(app.state.serving_tokenization))
-    app.state.static_prompts = prompts
+    app.state.static_prompts = core.errands.prompts = prompts
     telling = asyncio.create_task(prompts.keep_told(), name="static prompts")
     running = asyncio.create_task(core.run(), name="core link")
     serving = asyncio.create_task(_serve_http(app, arguments, start), name="HTTP server")

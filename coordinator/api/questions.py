@@ -10,7 +10,7 @@ import asyncio
 import itertools
 from collections.abc import Callable
 
-from coordinator.protocol import AboutWorkflows, Message, WorkflowAnswer
+from coordinator.protocol import Message, Question, WorkflowAnswer
 
 AGAIN_S = 1.0
 ANSWER_S = 10.0
@@ -25,7 +25,7 @@ class Questions:
         self._open: dict[int, asyncio.Future[WorkflowAnswer]] = {}
 
     async def ask(
-        self, question: Callable[[int], AboutWorkflows], timeout_s: float = ANSWER_S
+        self, question: Callable[[int], Question], timeout_s: float = ANSWER_S
     ) -> WorkflowAnswer:
         """The core's answer. ``question`` makes the message with its token. TimeoutError if the
         core is away."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Mapping
 from itertools import takewhile
 from typing import Protocol
 
@@ -31,6 +32,8 @@ logger = logging.getLogger("pythia.api")
 
 LOOK_S = 1.0
 """How often it is looked whether the core is a new one."""
+KNOWN_MOST = 256
+"""Static prompts whose tokens are kept, for errands."""
 CONTINUATIONS = ("a", "\n1")
 """Two ways to go on behind a static prompt. What their prompts have in common is static, the rest
 is what a template adds only at the end."""
@@ -69,11 +72,18 @@ class StaticPrompts:
     def __init__(self, cluster: Cluster, tokenize: Tokenize) -> None:
         self._cluster = cluster
         self._tokenize = tokenize
+        self._known: OrderedDict[tuple[str, str], list[int]] = OrderedDict()
+
+    @property
+    def known(self) -> Mapping[tuple[str, str], list[int]]:
+        """Tokens of static prompts by digest of their graph and agent, the latest ones."""
+        return self._known
 
     async def of(self, graph: Graph) -> list[StaticPrefix]:
         """The static prefixes of a checked graph. GraphError if the API would refuse one."""
         prefixes: list[StaticPrefix] = []
         problems: list[str] = []
+        digest = digest_of(graph)
         for name, agent in graph.agents.items():
             if not agent.static_prompt:
                 continue
@@ -82,12 +92,19 @@ class StaticPrompts:
             except ValueError as error:
                 problems.append(f"agents.{name}.static_prompt: {error}")
             else:
+                self._know((digest, name), tokens)
                 size = self._cluster.block_size
                 hashes = hash_blocks(tokens, size, salt_of()) if size else b""
                 prefixes.append(StaticPrefix(name, len(tokens), hashes))
         if problems:
             raise GraphError(problems)
         return prefixes
+
+    def _know(self, key: tuple[str, str], tokens: list[int]) -> None:
+        self._known[key] = tokens
+        self._known.move_to_end(key)
+        while len(self._known) > KNOWN_MOST:
+            self._known.popitem(last=False)
 
     async def keep_told(self) -> None:
         """Tell every core that takes us in. Runs until cancelled."""

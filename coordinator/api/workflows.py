@@ -23,12 +23,12 @@ from coordinator.api.questions import Questions
 from coordinator.api.static import StaticPrompts, static_question
 from coordinator.link import BAD_FRAME
 from coordinator.protocol import (
-    AboutWorkflows,
     CancelRun,
     DeclareWorkflow,
     DropWorkflow,
     EndRun,
     ListWorkflows,
+    Question,
     ShowForecast,
     ShowWorkflow,
     StartRun,
@@ -150,6 +150,16 @@ async def end_run(request: Request, name: str, run: str) -> Response:
     )
 
 
+def tenant_in(request: Request) -> str:
+    """The tenant that asks."""
+    return _tenant(request)
+
+
+async def ask(request: Request, question: Callable[[int], Question]) -> Response:
+    """The core's answer to a question, as a response."""
+    return await _ask(request, question)
+
+
 @cache
 def _schema() -> bytes:
     return msgspec.json.encode(graph_schema())
@@ -185,11 +195,11 @@ def _static(request: Request) -> StaticPrompts:
     return prompts
 
 
-async def _ask(request: Request, question: Callable[[int], AboutWorkflows]) -> Response:
+async def _ask(request: Request, question: Callable[[int], Question]) -> Response:
     return _response(request, await _answer(request, question))
 
 
-async def _answer(request: Request, question: Callable[[int], AboutWorkflows]) -> WorkflowAnswer:
+async def _answer(request: Request, question: Callable[[int], Question]) -> WorkflowAnswer:
     try:
         return await cluster_of(request).questions.ask(question)
     except TimeoutError:

@@ -33,16 +33,19 @@ Pure functions of views; nothing is remembered.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from typing import NamedTuple
 
+from coordinator.gauge import FADING_S
 from coordinator.limits import Placement
 from coordinator.policy.ask import Ask
 from coordinator.policy.sources import MESSAGES_S, STEPS_WAITED, Source, most_cached
 from coordinator.speeds import Speeds
 from coordinator.view import WorkerView
 
+SHOWN_MOST = 4
+"""Workers of which a choice keeps what was known."""
 PREFILLERS_TRIED = 3
 """Of the workers that can compute a prompt soonest, for each that could decode."""
 LINK_BYTES_PER_S = 10e9
@@ -64,6 +67,50 @@ class Outlook(NamedTuple):
     reuse: float
 
 
+class Glance(NamedTuple):
+    """What a worker decoded, and had room for, when it was considered."""
+
+    decoding: int
+    context_tokens: float
+    left_tokens: float
+    batch: int
+    room: int
+
+
+class Seen(NamedTuple):
+    """What a choice was made of, for whoever asks later. ``places``: the chosen one and some."""
+
+    costs: _Costs
+    ways: Sequence[_Way]
+    sources: Sequence[Source]
+    places: list[tuple[_Place, Glance]]
+
+
+class Option(NamedTuple):
+    """A worker to decode on and one that computes the prompt (empty: the same), behind what is
+    pulled from a third (empty: none), and what that costs, in seconds: ``first_s`` until the first
+    token, ``waiting_s`` of it behind other prompts and ``moving_s`` for the KV to come to whoever
+    decodes; ``decode_s`` then; ``others_s``: calls beside it; ``later_s``: calls that come
+    meanwhile; ``forgotten_s``: what is computed again one day."""
+
+    decode: str
+    prefill: str
+    cached_tokens: int
+    first_s: float
+    waiting_s: float
+    moving_s: float
+    decode_s: float
+    others_s: float
+    later_s: float
+    forgotten_s: float
+    pull: str = ""
+
+    @property
+    def seconds(self) -> float:
+        """All of it: what is compared."""
+        return self.first_s + self.decode_s + self.others_s + self.later_s + self.forgotten_s
+
+
 class Found(NamedTuple):
     """Where to decode, what it costs; ``prefill`` None: there. ``pull``: whose first
     ``pull_blocks`` of the prompt come to whoever computes it."""
@@ -73,6 +120,7 @@ class Found(NamedTuple):
     seconds: float
     pull: str = ""
     pull_blocks: int = 0
+    seen: Seen | None = None
 
 
 class _Place(NamedTuple):
@@ -96,6 +144,7 @@ class _Way(NamedTuple):
     ready_s: float
     others_s: float
     worker: WorkerView
+    place: _Place
     pull: str = ""
 
 
@@ -124,7 +173,8 @@ def cheapest(
             places[worker.name] = costs.place(worker)
     costs.set_price(places.values())
     sources = costs.sources(peers, pull_s) if peers else []
-    ways = [costs.way(places[worker.name], sources) for worker in prefillers]
+    free = [worker for worker in prefillers if not costs.breaks_promise(places[worker.name])]
+    ways = [costs.way(places[worker.name], sources) for worker in free or prefillers]
     ways = sorted(ways)[:PREFILLERS_TRIED]
     found: list[tuple[float, str, str, str]] = []
     most, width = float("inf"), 1.0 + placement.band
@@ -137,7 +187,40 @@ def cheapest(
     seconds, name, prefill, pull = _chosen(found, placement, ask.turn)
     computes = places[prefill].worker if prefill else None
     blocks = next((source.blocks for source in sources if source.name == pull), 0)
-    return Found(places[name].worker, computes, seconds + costs.alone_s, pull, blocks)
+    seen = Seen(costs, ways, sources, _glances(name, found, places, outlook.room))
+    return Found(places[name].worker, computes, seconds + costs.alone_s, pull, blocks, seen)
+
+
+def _glances(
+    chosen: str,
+    found: Sequence[tuple[float, str, str, str]],
+    places: Mapping[str, _Place],
+    room: Callable[[str], int],
+) -> list[tuple[_Place, Glance]]:
+    """Of the chosen worker, others that were nearly as good, and some more."""
+    names = dict.fromkeys([chosen, *(name for _, name, _, _ in found[:SHOWN_MOST])])
+    for name in places:
+        if len(names) >= SHOWN_MOST:
+            break
+        names[name] = None
+    glances = []
+    for name in names:
+        place = places[name]
+        worker, gauge = place.worker, place.worker.gauge
+        glance = Glance(
+            gauge.decoding,
+            gauge.context_tokens,
+            gauge.left_tokens,
+            len(worker.decodes),
+            room(name),
+        )
+        glances.append((place, glance))
+    return glances
+
+
+def options(seen: Seen) -> list[Option]:
+    """What was compared, as it was then, the cheapest first."""
+    return sorted(seen.costs.options(seen), key=lambda each: each.seconds)
 
 
 def _chosen(
@@ -243,7 +326,7 @@ class _Costs:
                 if came_s + pay_s < ready_s + others_s:
                     ready_s, others_s, pull = came_s, pay_s, source.name
         others_s += forgotten_s
-        return _Way(ready_s + others_s, worker.name, ready_s, others_s, worker, pull)
+        return _Way(ready_s + others_s, worker.name, ready_s, others_s, worker, place, pull)
 
     def of(
         self, place: _Place, ways: Sequence[_Way], sources: Sequence[Source], most: float
@@ -267,15 +350,26 @@ class _Costs:
                 if seconds < local[0]:
                     local = seconds, "", source.name
         found = [local]
+        elsewhere = self._always or self.breaks_promise(place)
         for way in ways:
-            if here_s + way.seconds > most and not self._always:
+            if here_s + way.seconds > most and not elsewhere:
                 break
             if way.worker is not decode and way.name in decode.warm_sources:
                 # What waits here to be computed slows decoding when that begins.
                 moving_s = self._moving_s(way.name, decode, self._blocks - place.cached)
                 ready_s = max(way.ready_s + moving_s, place.waiting_s)
                 found.append((here_s + ready_s + way.others_s, way.name, way.pull))
-        return min(found[1:] if self._always and len(found) > 1 else found)
+        return min(found[1:] if elsewhere and len(found) > 1 else found)
+
+    def breaks_promise(self, place: _Place) -> bool:
+        """Computing the prompt would leave a decode worker too little time for tokens."""
+        gap_s, decode = self._placement.token_gap_s, place.worker
+        if not gap_s or not (decode.ending or decode.role == "decode"):
+            return False
+        step_s = self._step_s + self._sequence_s * len(decode.decodes)
+        step_s += self._context_s * decode.gauge.context_tokens
+        share = place.share + (place.waiting_s + place.own_s) / FADING_S
+        return step_s > gap_s * (1.0 - share)
 
     def _compute_s(self, cached_tokens: int) -> float:
         """To compute what comes behind so many tokens of the prompt."""
@@ -317,3 +411,58 @@ class _Costs:
         if over_blocks > 0.0:
             seconds += OVERFLOW_WEIGHT * over_blocks * self._block_s
         return seconds
+
+    def options(self, seen: Seen) -> Iterator[Option]:
+        """Each place and way with its parts."""
+        for place, glance in seen.places:
+            decode = place.worker
+            yield self._option(place, glance, None, None)
+            for source in seen.sources:
+                if source.blocks > place.cached and source.name in decode.warm_sources:
+                    yield self._option(place, glance, None, source)
+            for way in seen.ways:
+                if way.worker is not decode and way.name in decode.warm_sources:
+                    pulled = next((one for one in seen.sources if one.name == way.pull), None)
+                    yield self._option(place, glance, way, pulled)
+
+    def _option(
+        self, place: _Place, glance: Glance, way: _Way | None, source: Source | None
+    ) -> Option:
+        output_tokens = self._output_tokens
+        step_s = self._step_s + self._sequence_s * glance.batch + self._longer_s
+        step_s += self._context_s * glance.context_tokens
+        slowed = min(BUSY_MOST, self._placement.interference * place.share)
+        others_s = min(glance.left_tokens, output_tokens * glance.batch) * self._longer_s
+        moving_s = 0.0
+        computes = place if way is None else way.place
+        compute_s = computes.own_s if source is None else source.rest_s
+        waiting_s, later_s = computes.waiting_s, compute_s * self._later
+        if way is not None:
+            moving_s = self._moving_s(way.name, place.worker, self._blocks - place.cached)
+            first_s = max(way.ready_s + moving_s, place.waiting_s)
+            others_s += way.others_s - later_s
+        elif source is not None:
+            moving_s = self._moving_s(source.name, place.worker, source.blocks - place.cached)
+            first_s = max(source.ready_s + moving_s, place.waiting_s) + compute_s
+            others_s += compute_s * glance.decoding + source.others_s
+        else:
+            first_s = place.waiting_s + compute_s
+            others_s += compute_s * glance.decoding
+        new_blocks = (self._prompt_tokens + output_tokens) / self._block_size
+        new_blocks -= self._held.get(place.worker.name, 0)
+        lost_blocks = max(0.0, new_blocks - max(0, glance.room))
+        again_s = self._outlook.reuse * self._block_s * lost_blocks
+        again_s *= self._placement.forgotten * (1.0 + glance.decoding + self._later)
+        return Option(
+            decode=place.worker.name,
+            prefill=way.name if way is not None else "",
+            cached_tokens=place.cached * self._block_size,
+            first_s=first_s,
+            waiting_s=waiting_s,
+            moving_s=moving_s,
+            decode_s=output_tokens * step_s / (1.0 - slowed),
+            others_s=others_s,
+            later_s=later_s,
+            forgotten_s=again_s,
+            pull=source.name if source is not None else "",
+        )

@@ -28,7 +28,7 @@ import msgspec
 from coordinator.limits import Limits, Placement
 from coordinator.policy.ask import Ask, cached_blocks_of
 from coordinator.policy.decode_choice import DECODE_CHOICES
-from coordinator.policy.joint import Outlook, cheapest
+from coordinator.policy.joint import Outlook, Seen, cheapest
 from coordinator.policy.prefill_choice import PREFILL_CHOICES
 from coordinator.speeds import Speeds
 from coordinator.view import WorkerView
@@ -56,6 +56,8 @@ class Choice(msgspec.Struct, frozen=True, gc=False):
     """Of the prompt, in that cache."""
     pulled_blocks: int = 0
     """Of those, what whoever prefills has not cached itself."""
+    seen: Seen | None = None
+    """What was compared."""
 
 
 class Wait(msgspec.Struct, frozen=True, gc=False):
@@ -201,7 +203,7 @@ def _jointly(
             and worker.prefilling < limits.prefills_per_worker
         ]
     peers = workers if placement.pulls and not alone and held else ()
-    decode, prefill, seconds, pull, pull_blocks = cheapest(
+    decode, prefill, seconds, pull, pull_blocks, seen = cheapest(
         ask,
         [sibling] if sibling else roomy,
         prefillers,
@@ -228,6 +230,7 @@ def _jointly(
         pull=pull,
         pull_tokens=pull_blocks * block_size,
         pulled_blocks=max(0, pull_blocks - own_blocks),
+        seen=seen,
     )
 
 

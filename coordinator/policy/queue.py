@@ -11,6 +11,7 @@ from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Callable, Iterator
 
+from coordinator.protocol import Finished
 from coordinator.state import Call
 
 COMPLETIONS_REMEMBERED = 64
@@ -28,8 +29,9 @@ def rank(call: Call) -> Rank:
 class CallQueue:
     """Waiting calls in order. ``rank``: the sort key, unique and constant while a call waits."""
 
-    def __init__(self, rank: Callable[[Call], Rank] = rank) -> None:
+    def __init__(self, queue_s: float, rank: Callable[[Call], Rank] = rank) -> None:
         self.rank = rank
+        self._queue_s = queue_s
         self._ranks: list[Rank] = []
         self._calls: dict[Rank, Call] = {}
 
@@ -39,23 +41,48 @@ class CallQueue:
     def __iter__(self) -> Iterator[Call]:
         return (self._calls[key] for key in self._ranks)
 
-    @property
-    def head(self) -> Call | None:
+    def first(self, now_s: float) -> Call | None:
         """Who is next, None if nobody waits."""
         return self._calls[self._ranks[0]] if self._ranks else None
 
-    def push(self, call: Call) -> None:
+    def push(self, call: Call, now_s: float) -> None:
         """Let a call wait; it must not be waiting already."""
         key = self.rank(call)
         assert key not in self._calls, call.key
         insort(self._ranks, key)
         self._calls[key] = call
 
+    def longest_s(self, call: Call) -> float:
+        """How long a call that begins to wait may wait."""
+        return self._queue_s
+
     def remove(self, call: Call) -> None:
         """Take a waiting call out."""
         key = self.rank(call)
         del self._calls[key]
         del self._ranks[bisect_left(self._ranks, key)]
+
+    def blocked(self, call: Call, now_s: float) -> None:
+        """Who is next finds no room: nothing follows from that."""
+
+    def planned(self, call: Call, now_s: float) -> None:
+        """A call has a plan: nothing follows from that, and nothing is known of its order."""
+
+    def ended(self, call: Call, finished: Finished | None, now_s: float) -> None:
+        """A call is over: nothing follows from that."""
+
+    def wasted(self, call: Call, finished: Finished, now_s: float) -> None:
+        """Some of a prompt was computed again: nothing follows from that."""
+
+    def preempted(self, now_s: float) -> None:
+        """An engine took room back: nothing follows from that."""
+
+    def tick(self, now_s: float) -> None:
+        """Time passed: nothing follows from that."""
+
+    def check(self) -> None:
+        """Assert that calls are in order; for tests."""
+        assert self._ranks == sorted(self._calls)
 
 
 class CompletionRate:

@@ -82,6 +82,11 @@ class Foresight:
         found = [self._forecaster.forecast(horizon_s, at_s) for horizon_s in HORIZONS_S]
         return ForecastShown([_for(tenant, one) for one in found], self._forecaster.scores())
 
+    def demand(self, horizon_s: float, now_s: float) -> tuple[Forecast, list[ForecastScore]]:
+        """All demand until ``horizon_s`` from now, and how good forecasts have been."""
+        at_s = self._learner.at_s(now_s)
+        return self._forecaster.forecast(horizon_s, at_s), self._forecaster.scores()
+
     def of_workflow(self, tenant: str, workflow: str, now_s: float) -> list[WorkflowForecast]:
         """What a tenant's workflow is expected to ask for; nothing if none is known of it."""
         if not self._learner.profiles.knows(tenant, workflow):

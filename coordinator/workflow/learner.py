@@ -48,8 +48,15 @@ _decode = msgspec.msgpack.Decoder(ProfileRecord).decode
 class Learner:
     """What is learned of workflows, and its journal. ``keeps``: whether there is a store."""
 
-    def __init__(self, limits: WorkflowLimits, keeps: bool = False, epoch_s: float = 0.0) -> None:
-        self.profiles = Profiles(limits)
+    def __init__(
+        self,
+        limits: WorkflowLimits,
+        keeps: bool = False,
+        epoch_s: float = 0.0,
+        profiles: Profiles | None = None,
+    ) -> None:
+        """``profiles``: those to fill, if not empty ones of the usual kind."""
+        self.profiles = profiles or Profiles(limits)
         self.events_lost = 0
         """Not written down because nobody took them."""
         self._limits = limits

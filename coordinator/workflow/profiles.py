@@ -121,7 +121,7 @@ class Profiles:
         new_tokens = live.prompt_tokens - shared.tokens
         if uncached_tokens is not None:
             new_tokens = uncached_tokens
-        new_tokens = max(0, new_tokens)
+        live.new_tokens = new_tokens = max(0, new_tokens)
         learn_start(profile, before, live, shared, new_tokens)
         for earlier in before:
             self._release(earlier)
@@ -392,6 +392,16 @@ class Profiles:
     def _known(self, tenant: str, workflow: str) -> Profile | None:
         found = self._tenants.get(self._short(tenant))
         return found.profiles.get(self._short(workflow)) if found is not None else None
+
+    def known(self, tenant: str, workflow: str) -> Profile | None:
+        """What was learned of a workflow, if anything."""
+        return self._known(tenant, workflow)
+
+    def new_tokens_of(self, call: str) -> int | None:
+        """What of a running call's prompt was in no earlier prompt or answer of its run, or of
+        its agent; None if the call is not known."""
+        found = self._calls.get(call)
+        return found[1].new_tokens if found is not None else None
 
     def _profile(self, tenant: _Tenant, workflow: str) -> Profile:
         found = tenant.profiles.get(workflow)

@@ -58,6 +58,8 @@ class Run:
     """Not ended early, as far as anybody said."""
     agents: dict[str, str] = field(default_factory=dict)
     """The agent of each thread; bounded."""
+    begun: bool = False
+    """A call of it has been planned."""
 
 
 @dataclass(slots=True, eq=False)

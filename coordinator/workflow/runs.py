@@ -42,6 +42,7 @@ class LiveCall:
         "bound_tokens",
         "children",
         "ended_s",
+        "new_tokens",
         "output_tokens",
         "path",
         "prompt_tokens",
@@ -56,6 +57,7 @@ class LiveCall:
         self.started_s = now_s
         self.ended_s = -1.0
         self.prompt_tokens = 0
+        self.new_tokens = 0
         self.output_tokens = 0
         self.before = 0
         self.bound_tokens = 0.0

@@ -37,7 +37,7 @@ class Tracker:
         self._state = state
         self._limits = limits
         self._registry = registry
-        self._learner = learner
+        self.learner = self._learner = learner
         self.runs = Runs(limits)
 
     # --- of calls, in this order ------------------------------------------------------

@@ -2,6 +2,8 @@
 
 Everything is in one temporary folder, ports are free ones, and all daemons run in the
 foreground as children, so they are ended by their own process ids.
+
+``python -m tests.deploy.slurm_site COMMAND...`` runs a command while there is such a Slurm.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ import secrets
 import shutil
 import socket
 import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -166,3 +170,13 @@ def _daemon(site: Site, command: list[str]) -> Iterator[None]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def main(command: Sequence[str]) -> int:
+    """Runs a command that talks to a Slurm of its own. Returns its exit code."""
+    with tempfile.TemporaryDirectory(prefix="slurm-") as folder, running_site(Path(folder)) as site:
+        return subprocess.run(command, env=site.environment, check=False).returncode
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

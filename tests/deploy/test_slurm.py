@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ pytestmark = pytest.mark.engine
 ROOT = Path(__file__).parents[2]
 READY_S = 90.0
 END_S = 45.0
+DEMO_S = 400.0
 CLUSTER = """\
 model: tiny-llama
 name: slurm
@@ -111,6 +113,36 @@ def test_a_command_runs_when_the_cluster_is_ready_and_its_code_is_the_jobs(
     assert left(file) == []
 
 
+def test_the_example_runs_through_slurm_by_the_documented_command(site: Site, file: Path) -> None:
+    """Real engines, a prefill worker on one node and two decode workers on the other."""
+    file.write_text(
+        "model: tiny-llama\nname: slurm\n"
+        "engine:\n"
+        "  {dtype: float32, enforce_eager: true, block_size: 32, max_model_len: 2048,\n"
+        "   max_num_seqs: 16, kv_cache_memory_bytes: 134217728}\n"
+        "workers:\n"
+        "  - {name: prefill-0, role: prefill, host: one}\n"
+        "  - {name: decode-0, role: decode, host: two}\n"
+        "  - {name: decode-1, role: decode, host: two}\n"
+        "coordinator: {host: one, port: 0}\n"
+        "api: {port: 0}\n"
+        "placement: {disaggregated: always}\n"
+    )
+    example = ROOT / "examples" / "research_team.py"
+    then = f"python {example} --base-url $OPENAI_BASE_URL --max-tokens 8"
+    command = [sys.executable, "-m", "cluster", "slurm", str(file), "--wait", "--then", then]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=DEMO_S, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for place, node in enumerate(NODES):
+        assert f"node {place}: {node}" in done.stdout
+    assert "completed in" in done.stdout
+    assert "prefill-0" in done.stdout
+    assert "the command ended with exit code 0" in done.stdout
+    assert left(file) == []
+
+
 def test_scancel_lets_the_workers_leave_and_leaves_nothing(site: Site, file: Path) -> None:
     job_id = submitted(file)
     site.wait_for(job_id, ("RUNNING",), END_S)
@@ -127,7 +159,7 @@ def test_scancel_lets_the_workers_leave_and_leaves_nothing(site: Site, file: Pat
 def test_the_signal_before_the_time_limit_ends_a_cluster_in_order(site: Site, file: Path) -> None:
     job_id = submitted(file)
     wait_until_ready(job_id)
-    # What "--signal=B:TERM@60" has Slurm send: to the batch script, not to the steps.
+    # What "--signal=B:TERM@..." has Slurm send: to the batch script, not to the steps.
     site.ask("scancel", "--batch", "--signal=TERM", job_id)
     assert site.wait_for(job_id, ("COMPLETED", "FAILED", "CANCELLED"), END_S) == "COMPLETED"
     assert site.job(job_id)["ExitCode"] == "0:0"

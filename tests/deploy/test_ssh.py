@@ -19,7 +19,7 @@ import psutil
 import pytest
 from rich.console import Console
 
-from cluster import fake_worker, ssh_command
+from cluster import doctor_hosts, fake_worker, ssh_command
 from cluster.config import parse
 from cluster.hosts import Action, requests
 from cluster.launch import COORDINATOR, LaunchError, PreflightError, process_command
@@ -319,6 +319,51 @@ def test_a_cluster_with_the_real_coordinator_serves_and_goes(
         assert deployment.do("down") == 0
     assert "killed" not in deployment.said
     assert deployment.left() == []
+
+
+def examined(deployment: Deployment) -> dict[str, dict[str, str]]:
+    """What ``pythia doctor`` finds wrong over ssh, before the start: by check, by whom."""
+    report = doctor_hosts.examine(deployment.config, deployment.way, is_here=lambda host: False)
+    found: dict[str, dict[str, str]] = {}
+    for each in report.findings:
+        if each.severity == "problem":
+            found.setdefault(each.check, {})[each.about] = each.message
+    return found
+
+
+def test_doctor_finds_nothing_wrong_with_two_good_hosts(deploy: Callable[..., Deployment]) -> None:
+    deployment = deploy(("one", HERE), ("two", THERE))
+    assert examined(deployment) == {}
+    assert deployment.left() == []
+
+
+def test_doctor_names_hosts_out_of_reach_and_ports_in_use(
+    deploy: Callable[..., Deployment],
+) -> None:
+    deployment = deploy(("one", HERE), ("two", THERE), ("three", NOWHERE))
+    with socket.create_server((HERE, deployment.config.api.port)):
+        found = examined(deployment)
+    assert found.keys() == {"hosts", "ports"}
+    assert set(found["hosts"]) == {NOWHERE}
+    assert "can't be reached over ssh" in found["hosts"][NOWHERE]
+    assert set(found["ports"]) == {HERE}
+    assert f"port {deployment.config.api.port} on {HERE} is in use" in found["ports"][HERE]
+    deployment.config = standins(("one", HERE), ("two", THERE))
+
+
+def test_doctor_names_a_side_channel_on_another_hosts_address_before_the_start(
+    deploy: Callable[..., Deployment],
+) -> None:
+    deployment = deploy(("one", HERE), ("two", THERE))
+    good = deployment.config
+    wrong = {"VLLM_NIXL_SIDE_CHANNEL_HOST": "10.255.255.1"}
+    workers = [msgspec.structs.replace(good.workers[0], environment=wrong), good.workers[1]]
+    deployment.config = msgspec.structs.replace(good, workers=workers)
+    found = examined(deployment)
+    deployment.config = good
+    assert found.keys() == {"ports"}
+    assert "can't listen on 10.255.255.1:0" in found["ports"][HERE]
+    assert "VLLM_NIXL_SIDE_CHANNEL_HOST" in found["ports"][HERE]
 
 
 def test_destinations_reach_hosts_by_another_name(deploy: Callable[..., Deployment]) -> None:

@@ -86,7 +86,13 @@ LIMITS = Limits(
     moves_per_worker=2,
 )
 # Of more than one worker only a few are compared, as in a large cluster.
-PLACEMENT = Placement(remote_prefill_min_tokens=8, reserve_output_tokens=8, compared_workers=1)
+PLACEMENT = Placement(
+    remote_prefill_min_tokens=8,
+    reserve_output_tokens=8,
+    compared_workers=1,
+    retention=True,
+    warm_up=True,
+)
 REACTIVE = Placement(
     policy="cache_aware",
     sticky=True,
@@ -274,15 +280,20 @@ class CoreInALossyNetwork(RuleBasedStateMachine):
 
     # --- who comes and goes ------------------------------------------------------------------
 
-    @rule(name=st.sampled_from(sorted(ROLES)), how=st.sampled_from(["restart", "crash", "leave"]))
+    @rule(
+        name=st.sampled_from(sorted(ROLES)),
+        how=st.sampled_from(["restart", "crash", "leave", "drain"]),
+    )
     def lose_worker(self, name: str, how: str) -> None:
         if how == "restart":
             self.world.start_worker(name, ROLES[name])
             return
         for worker in list(self.world.workers.values()):
-            if worker.name == name and how == "leave":
-                self.world.emit(worker.address, worker.leave())
-        self.world.crash_worker(name)
+            if worker.name == name and how in ("leave", "drain"):
+                said = worker.leave() if how == "leave" else worker.drain()
+                self.world.emit(worker.address, said)
+        if how != "drain":
+            self.world.crash_worker(name)
 
     @rule(number=index, what=st.sampled_from(["start", "start", "crash", "core"]))
     def change_front(self, number: int, what: str) -> None:

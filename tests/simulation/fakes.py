@@ -27,6 +27,7 @@ from coordinator.protocol import (
     Checked,
     CheckedPhase,
     Decode,
+    Draining,
     EngineFacts,
     Failed,
     Finished,
@@ -50,6 +51,8 @@ from coordinator.protocol import (
     Refused,
     Rejected,
     Role,
+    RoleSet,
+    SetRole,
     Started,
     Stop,
     Submit,
@@ -165,10 +168,17 @@ class FakeWorker:
         self.jobs: dict[Attempt, Job] = {}
         self.handles_read: list[tuple[bytes, Attempt]] = []
         self.probes_read: list[ProbeRead] = []
+        self.roles_set: list[SetRole] = []
+        self.stubborn = False
+        """Its engine does not take another role."""
 
     def leave(self) -> Out:
         """Say goodbye."""
         return [(CORE, Leaving(self.name, self.incarnation))]
+
+    def drain(self) -> Out:
+        """Say that it will leave."""
+        return [(CORE, Draining(self.name, self.incarnation))]
 
     def tick(self, now_s: float) -> Out:
         """What it has to say as time passes."""
@@ -213,6 +223,10 @@ class FakeWorker:
             case ProbeRead():
                 self.probes_read.append(message)
                 return [(CORE, ProbeFinished(self.name, self.incarnation, message.probe, 0.1, 8))]
+            case SetRole():
+                self.roles_set.append(message)
+                error = "it can't" if self.stubborn else ""
+                return [(CORE, RoleSet(self.name, self.incarnation, message.turn, error))]
             case _:
                 self._work(source, message, now_s)
         return []

@@ -153,11 +153,11 @@ def test_nothing_is_asked_once_there_is_a_plan(bench: Bench) -> None:
 
 
 def test_a_core_that_stays_away_ends_the_wait() -> None:
-    bench = Bench(Limits(queue_s=5.0))
+    bench = Bench(Limits(queue_s=5.0, admission_s=3.0))
     bench.submit()
-    bench.calls.tick(bench.now_s + 5.0 + subject.CORE_AWAY_S - 0.1)
+    bench.calls.tick(bench.now_s + 8.0 + subject.CORE_AWAY_S - 0.1)
     assert bench.calls.calls
-    bench.calls.tick(bench.now_s + 5.0 + subject.CORE_AWAY_S)
+    bench.calls.tick(bench.now_s + 8.0 + subject.CORE_AWAY_S)
     assert not bench.calls.calls
     assert bench.wire.failures["r"].status == 503
 

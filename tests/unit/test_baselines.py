@@ -91,7 +91,10 @@ def test_every_baseline_is_a_valid_configuration(name: str) -> None:
 def test_no_two_baselines_are_the_same() -> None:
     placed = {name: each for name, each in BASELINES.items() if not each.placers and not each.bound}
     assert len(placed) == len(BASELINES) - 2
-    configured = [(each.roles, each.placement, each.limits, each.ratio) for each in placed.values()]
+    configured = [
+        (each.roles, each.placement, each.limits, each.ratio, each.predictions, each.future)
+        for each in placed.values()
+    ]
     for name, each in zip(placed, configured, strict=True):
         assert configured.count(each) == 1, name
     assert len({each.description for each in BASELINES.values()}) == len(BASELINES)
@@ -264,16 +267,26 @@ def test_reactive_flips_after_a_sustained_backlog_and_not_before() -> None:
     assert sorted(roles) == ["decode", "decode", "prefill", "prefill"]
 
 
+BY_FORECAST = ("pythia-rebalance", "rebalance-oracle")
+
+
 @pytest.mark.parametrize("name", [n for n in BASELINES if n != "pd-reactive"])
 def test_only_the_reactive_baseline_flips(name: str) -> None:
     assert applied(BASELINES[name], setup_of(4), 1).placement.ratio.mode == "static"
 
 
 @pytest.mark.parametrize("name", BASELINES)
+def test_roles_follow_demand_where_they_are_meant_to(name: str) -> None:
+    rebalance = applied(BASELINES[name], setup_of(4), 1).placement.rebalance
+    assert rebalance.mode == ("auto" if name in BY_FORECAST else "off")
+
+
+@pytest.mark.parametrize("name", BASELINES)
 def test_a_file_that_asks_for_reactive_turns_ours_and_no_static_baseline(name: str) -> None:
     asked = Placement(ratio=Ratio(mode="reactive", dwell_s=7.0))
     made = applied(BASELINES[name], msgspec.structs.replace(setup_of(4), placement=asked), 1)
-    turns = name == "pd-reactive" or name.startswith("pythia")
+    ours = name.startswith("pythia") and name not in BY_FORECAST
+    turns = name == "pd-reactive" or ours
     assert made.placement.ratio.mode == ("reactive" if turns else "static")
     assert made.placement.ratio.dwell_s == 7.0
 

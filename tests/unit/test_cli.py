@@ -18,6 +18,8 @@ from typer.testing import CliRunner
 
 from cluster.cli import app
 from cluster.simulator.baselines import BASELINES
+from cluster.simulator.scenario import load
+from cluster.simulator.versus import SYSTEMS, TARGETS
 from cluster.status import Unreachable, inspect, render
 from coordinator.protocol import (
     CallContext,
@@ -277,6 +279,17 @@ class TestOthers:
         assert min(spent_s) < 2.0, "0.4 s of processor time on a quiet machine"
 
 
+BUSY = """\
+# busy
+model: llama-3.1-8b-h200-tp1
+workers: {count: 2, ratio: [1, 1]}
+slo: {ttft_s: 1.0, itl_s: 0.0055}
+compare: [pythia, pythia-no-band]
+seeds: 2
+workloads:
+  - name: teams
+    source: generator:chain?runs=30&rate=0.3&prompt_max=60000&pause_max=2
+"""
 SIMULATED = """\
 model: {model}
 workers: {{count: {workers}}}
@@ -300,7 +313,7 @@ class TestSimulate:
     def test_something_has_to_be_simulated(self) -> None:
         result = runner.invoke(app, ["simulate"])
         assert result.exit_code == 2
-        assert "give a FILE, or one of --list" in " ".join(result.stderr.split())
+        assert "give a FILE, or one of --compare, --list" in " ".join(result.stderr.split())
 
     def test_an_impossible_cluster_is_refused_before_anything_starts(self, tmp_path: Path) -> None:
         path = self.written(tmp_path, "llama-3.1-70b-h200-tp4")
@@ -320,18 +333,22 @@ class TestSimulate:
         ],
     )
     def test_configurations_that_are_not(self, tmp_path: Path, compare: str, message: str) -> None:
-        result = runner.invoke(app, ["simulate", self.written(tmp_path), "--compare", compare])
+        result = runner.invoke(
+            app, ["simulate", self.written(tmp_path), "--configurations", compare]
+        )
         assert result.exit_code == 2
         assert message in result.stderr
 
     def test_one_worker_can_not_be_split(self, tmp_path: Path) -> None:
         path = self.written(tmp_path, workers=1)
-        result = runner.invoke(app, ["simulate", path, "--compare", "aggregated-sticky,pythia"])
+        result = runner.invoke(
+            app, ["simulate", path, "--configurations", "aggregated-sticky,pythia"]
+        )
         assert result.exit_code == 2
         assert "pythia: of 1 workers 0 prefill" in result.stderr
 
     def test_a_comparison_from_the_file_to_the_figures(self, tmp_path: Path) -> None:
-        arguments = ["--compare", "infinite,pythia", "--seeds", "2", "--processes", "1"]
+        arguments = ["--configurations", "infinite,pythia", "--seeds", "2", "--processes", "1"]
         for option, name in (("--resume", "r.jsonl"), ("--json", "f.json"), ("--plots", "plots")):
             arguments += [option, str(tmp_path / name)]
         result = runner.invoke(app, ["simulate", self.written(tmp_path), *arguments])
@@ -343,6 +360,46 @@ class TestSimulate:
         assert len(report["rows"]) == 4
         assert report["figures"]["a.pythia.completion_s_mean.against"] > 0
         assert len(list((tmp_path / "plots").iterdir())) == 4
+
+    def test_pythia_against_others_from_the_load_to_the_figures(self, tmp_path: Path) -> None:
+        path = tmp_path / "busy.yaml"
+        path.write_text(BUSY)
+        busy = ["simulate", str(path), "--compare", "--processes", "1"]
+        result = runner.invoke(app, [*busy, "--seeds", "1"])
+        assert result.exit_code == 2
+        assert "workload 'teams' has no 'capacity'; --find-load" in result.stderr
+        result = runner.invoke(app, [*busy, "--find-load"])
+        assert result.exit_code == 0, result.output
+        text = path.read_text()
+        assert text.startswith("# busy\n")
+        assert "aggregated-sticky: " in text.partition("capacity:")[2]
+        found = load(path)
+        strongest = max(found.workloads[0].capacity.values())
+        assert strongest == pytest.approx(1 / 0.9, rel=0.01)
+        files = [str(tmp_path / name) for name in ("r.jsonl", "f.json", "plots")]
+        options = ["--seeds", "2", "--no-ablations", "--resume", files[0], "--json", files[1]]
+        result = runner.invoke(app, [*busy, *options, "--plots", files[2]])
+        assert result.exit_code == 0, result.output
+        assert "at 90% of its capacity" in result.output
+        report = json.loads(Path(files[1]).read_text())
+        assert report["command"] == "pythia simulate --compare"
+        figures = report["figures"]
+        for name in TARGETS:
+            # So few runs fit all caches: nobody computes anything again.
+            if name != "recomputed_tokens_vs_sticky":
+                assert figures[name] == pytest.approx(figures[f"teams.{name}"])
+        assert figures["teams.load"] == pytest.approx(0.9, rel=0.01)
+        assert figures["hit_ratio_of_infinite_cache"] <= 1.0
+        systems = {row["system"] for row in report["rows"] if not row["variant"]}
+        assert systems == {*SYSTEMS, "pythia-random"}
+        assert {row["variant"] for row in report["rows"]} == {"", "low load", "anonymous"}
+        assert all(row["completion_p95_s"] > 0 for row in report["rows"])
+        assert (tmp_path / "plots" / "compare.png").is_file()
+
+    def test_load_is_looked_for_only_in_comparisons(self, tmp_path: Path) -> None:
+        result = runner.invoke(app, ["simulate", self.written(tmp_path), "--find-load"])
+        assert result.exit_code == 2
+        assert "--find-load is of --compare" in " ".join(result.stderr.split())
 
     def test_seeds_of_faults(self, tmp_path: Path) -> None:
         path = tmp_path / "f.json"

@@ -308,6 +308,7 @@ class TestWorkerConfig:
     def test_engine_arguments_are_complete_and_every_engine_is_another(self) -> None:
         worker = worker_config(self.config("network: {lease_s: 12}\n"), "one", "/models/m")
         first, second = worker.engine_arguments(), worker.engine_arguments()
+        assert first["scheduling_policy"] == "priority"
         assert first["model"] == "/models/m"
         assert first["served_model_name"] == ["served"]
         transfer = first["kv_transfer_config"]

@@ -35,6 +35,7 @@ from transfer.connector import PythiaConnector, PythiaScheduler, PythiaWorker
 from transfer.handshake import QUESTION_BYTES_MAX, serve_handshakes
 from transfer.measured import ReadStats
 from transfer.pages import PAGE_BYTES, use_huge_pages
+from transfer.profile import CHUNK, Chunks, chunk_params
 from transfer.progress import progress_pause
 from transfer.renewal import Renewals
 from transfer.settings import CACHED_ONLY, kv_transfer_config
@@ -60,7 +61,11 @@ def scheduler() -> PythiaScheduler:
             data_parallel_index=0,
         ),
         cache_config=SimpleNamespace(block_size=BLOCK),
-        scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=True),
+        scheduler_config=SimpleNamespace(
+            disable_hybrid_kv_cache_manager=True,
+            long_prefill_token_threshold=0,
+            enable_chunked_prefill=True,
+        ),
         kv_transfer_config=KVTransferConfig(**kv_transfer_config(ENGINE)),
         num_prefill_lookahead_tokens=0,
     )
@@ -481,3 +486,27 @@ def test_the_advice_against_both_roles_is_left_out(caplog: pytest.LogCaptureFixt
         record = logging.LogRecord("n", 30, "p", 1, "Using kv_role='kv_both' with", (), None)
         assert not all(keep(record) for keep in filters if callable(keep))
     assert len(log.filters) == len(filters) - 1
+
+
+def test_chunks_change_while_the_engine_runs_and_go_back_to_its_own() -> None:
+    config = SimpleNamespace(long_prefill_token_threshold=100, enable_chunked_prefill=True)
+    chunks = Chunks(config)
+    for said, expected in ((64, 64), (0, 100), (32, 32), (-1, 32), ("x", 32), (None, 32)):
+        params = chunk_params(64) | {CHUNK: said}
+        chunks.take(params)
+        assert config.long_prefill_token_threshold == expected
+        assert params == {"do_remote_decode": False, "do_remote_prefill": False}
+
+
+def test_without_chunked_prefill_there_are_no_chunks_to_change() -> None:
+    config = SimpleNamespace(long_prefill_token_threshold=0, enable_chunked_prefill=False)
+    Chunks(config).take(chunk_params(64))
+    assert config.long_prefill_token_threshold == 0
+
+
+def test_a_request_that_sets_chunks_asks_for_nothing_else(scheduler: PythiaScheduler) -> None:
+    request = a_request(chunk_params(64), tokens=1)
+    scheduler.on_new_request(request)
+    assert scheduler.get_num_new_matched_tokens(request, 0) == (0, False)
+    assert CHUNK not in request.kv_transfer_params
+    assert scheduler.request_finished(request, ([0],)) == (False, None)

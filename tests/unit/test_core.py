@@ -19,6 +19,7 @@ from coordinator.protocol import (
     Check,
     Checked,
     CheckedPhase,
+    Draining,
     EngineFacts,
     Failed,
     Finished,
@@ -267,6 +268,31 @@ def test_a_worker_that_leaves_is_gone_at_once() -> None:
     assert bed.only(WorkerGone).reason == "stopped"
     bed.worker("w")
     assert "leaving" in bed.only(Refused).reason
+
+
+def test_a_worker_that_drains_keeps_its_calls_gets_no_new_ones_and_leaves() -> None:
+    bed = Bed()
+    bed.cluster("decode", "decode")
+    first = bed.plan("first").decode.worker
+    other = next(name for name in ("decode-0", "decode-1") if name != first)
+    assert bed.say(first, Draining(first, "1")) == []
+    assert bed.status(first).state == "draining"
+    assert {bed.plan(f"r{number}").decode.worker for number in range(4)} == {other}
+    bed.say(first, Draining(first, "1"))
+    assert bed.wait(20.0, "api", "decode-0", "decode-1") == [], "nobody asks after its calls"
+    assert bed.status(first).state == "draining", "beats do not bring it back"
+    bed.say("api", Started("api", "first", 1))
+    bed.say("api", Finished("api", "first", 1, "stop", 3))
+    bed.say(first, Leaving(first, "1", "stopped"))
+    assert bed.only(WorkerGone).worker == first
+
+
+def test_a_worker_that_falls_silent_while_it_drains_is_lost() -> None:
+    bed = Bed()
+    bed.cluster("decode", "decode")
+    bed.say("decode-0", Draining("decode-0", "1"))
+    bed.wait(20.0, "api", "decode-1")
+    assert [row.worker for row in bed.snapshot().workers] == ["decode-1"]
 
 
 # --- API processes ----------------------------------------------------------------------------

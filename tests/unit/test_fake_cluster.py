@@ -157,6 +157,25 @@ async def test_every_process_tells_the_forecast_and_the_same_metrics_of_the_core
         assert any(each.startswith(line + "1.99") for each in one.text.splitlines())
 
 
+async def test_every_process_explains_a_call_by_its_responses_id(cluster: LocalCluster) -> None:
+    chat = {"model": MODEL, "messages": [{"role": "user", "content": "word"}], "max_tokens": 3}
+    text = {"model": MODEL, "prompt": ["word", "other"], "max_tokens": 3, "n": 2}
+    async with client_of(cluster) as client:
+        for path, call in (("/v1/chat/completions", chat), ("/v1/completions", text)):
+            answer = (await client.post(path, json=call)).json()
+            found, apis = await answers(cluster, f"/v1/calls/{answer['id']}/explain")
+            assert len(apis) == API_SERVERS
+            for each in found:
+                assert each.status_code == 200, each.text
+                explained = each.json()
+                assert answer["id"] in explained["request"]
+                assert explained["happened"]["output_tokens"] == 3
+                assert "because that costs" in "".join(explained["words"])
+        other = {"X-Cache-Salt": "somebody else's"}
+        hidden = await client.get(f"/v1/calls/{answer['id']}/explain", headers=other)
+        assert (hidden.status_code, hidden.json()["error"]["code"]) == (404, 404)
+
+
 async def test_all_answers_are_right_and_every_process_gives_some(cluster: LocalCluster) -> None:
     (before, *_), _ = await answers(cluster, "/metrics")
     seats = asyncio.Semaphore(CONCURRENCY)

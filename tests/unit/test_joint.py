@@ -10,7 +10,7 @@ import pytest
 
 from coordinator.gauge import Gauge, Prompt
 from coordinator.limits import Limits, Placement
-from coordinator.policy.joint import Outlook
+from coordinator.policy.joint import Outlook, options
 from coordinator.policy.placement import Ask, Choice, place
 from coordinator.protocol import LinkLoad
 from coordinator.speeds import Speeds
@@ -325,6 +325,27 @@ def test_of_peers_with_as_much_the_one_with_less_to_do_is_asked() -> None:
     waits.gauge.queue("other", Prompt(0.2, 0.0, 1000, 0))
     held = {"a": 400, "b": 400, "c": 200}
     assert chosen(waits, crowd("b"), crowd("c"), free, held=held).pull == "b"
+
+
+@pytest.mark.parametrize(
+    "workers",
+    [
+        (crowd("a"), worker("b", warm_sources={"a"})),
+        (crowd("a"), worker("b", warm_sources={"a", "p"}), worker("p", "prefill")),
+        (
+            crowd("a", warm_sources={"p"}),
+            worker("b", warm_sources={"p"}),
+            worker("p", "prefill", warm_sources={"a"}),
+        ),
+    ],
+)
+def test_what_is_told_of_a_pull_is_what_was_reckoned(workers: tuple[Seen, ...]) -> None:
+    choice = chosen(*workers, held={"a": 400, "b": 10})
+    assert choice.seen is not None
+    told = {(one.decode, one.prefill, one.pull): one.seconds for one in options(choice.seen)}
+    seconds = float(choice.reason.split(" s")[0].split()[-1])
+    assert told[choice.decode, choice.prefill, choice.pull] == pytest.approx(seconds, abs=0.002)
+    assert any(pull == "a" for _, _, pull in told)
 
 
 def test_a_few_blocks_are_computed_rather_than_pulled() -> None:

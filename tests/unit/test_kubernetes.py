@@ -196,6 +196,15 @@ def test_probes_volumes_and_ports_lead_to_what_is_there(tmp_path: Path) -> None:
     assert one(objects, "Service", "gpu-core")["spec"]["publishNotReadyAddresses"] is True
 
 
+def test_pods_get_the_time_that_their_workers_drain(tmp_path: Path) -> None:
+    def grace_s(text: str) -> int:
+        workload = one(objects_of(file_of(tmp_path, text)), "StatefulSet", "team-decode")
+        seconds: int = workload["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
+        return seconds
+
+    assert grace_s(CPU + "stop: {drain_s: 90.5}\n") - grace_s(CPU + "stop: {drain_s: 0}\n") == 91
+
+
 def test_only_the_api_and_the_probes_are_open_to_others(tmp_path: Path) -> None:
     objects = objects_of(file_of(tmp_path, CPU))
     open_ports = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
@@ -411,3 +412,113 @@ async def test_only_what_is_offered_can_be_called() -> None:
         await api.say(Utility(9, "list_loras"), [1, 2, 3])
         reply, _ = await api.hear(UtilityReply)
         assert "TypeError" in reply.error
+
+
+@asynccontextmanager
+async def draining(drain_s: float) -> AsyncIterator[tuple[Worker, PlayedEngine, Api, Any]]:
+    """A worker with a call that its engine works on, and its ``run``."""
+    context = zmq.Context()
+    core = make_socket(context, zmq.ROUTER)
+    address = core.bind("tcp://127.0.0.1:*")
+    engine: Any = PlayedEngine()
+    config = WorkerConfig(
+        name="decode-0",
+        role="mixed",
+        coordinator=address,
+        model="m",
+        served_model_name="m",
+        drain_s=drain_s,
+    )
+    worker = Worker(config, engine, context)
+    running = asyncio.create_task(worker.run())
+    try:
+        api = Api(context, worker)
+        await api.decode("r")
+        await until(lambda: "r~1" in engine.given)
+        yield worker, engine, api, (running, core)
+    finally:
+        worker.stopping.set()
+        await asyncio.wait({running}, timeout=WAIT_S)
+        core.close()
+        worker.close()
+        context.destroy(linger=0)
+
+
+async def told_core(core: Any, kind: type[msgspec.Struct]) -> Any:
+    """The next message of a kind that the worker says to its core."""
+    async with asyncio.timeout(WAIT_S):
+        while True:
+            frames = await core.receive()
+            message = protocol.decode_to_core(frames[-1].buffer)
+            if isinstance(message, kind):
+                return message
+
+
+async def test_a_worker_told_to_end_says_so_and_ends_its_calls_first() -> None:
+    async with draining(WAIT_S) as (worker, engine, api, (running, core)):
+        worker.end()
+        await told_core(core, protocol.Draining)
+        engine.on_step([output("r", 1, [1])], 0.0)
+        await api.hear(Deltas)
+        assert not running.done()
+        engine.on_step([output("r", 1, [2], FinishReason.LENGTH)], 0.0)
+        await api.hear(Deltas)
+        assert (await told_core(core, protocol.Leaving)).worker == "decode-0"
+        assert await asyncio.wait_for(running, WAIT_S) == 0
+
+
+async def test_a_drain_has_an_end() -> None:
+    async with draining(0.3) as (worker, _, _, (running, core)):
+        worker.end()
+        await told_core(core, protocol.Leaving)
+        assert await asyncio.wait_for(running, WAIT_S) == 0
+        assert worker.jobs, "what is left goes on elsewhere"
+
+
+async def test_a_worker_that_is_told_twice_goes_at_once() -> None:
+    async with draining(600.0) as (worker, _, _, (running, _core)):
+        worker.end()
+        await asyncio.sleep(0.1)
+        assert not running.done()
+        worker.end()
+        assert await asyncio.wait_for(running, WAIT_S) == 0
+
+
+async def test_whoever_examines_a_worker_gets_answers() -> None:
+    async with serving() as (worker, engine, api):
+        await api.say(protocol.AskTime(3))
+        frames = await asyncio.wait_for(api.socket.receive(), WAIT_S)
+        told = protocol.decode_worker_to_examiner(frames[0].buffer)
+        assert isinstance(told, protocol.TimeIs)
+        assert told.call == 3
+        assert abs(told.unix_time_s - time.time()) < WAIT_S
+        nobody = protocol.Peer("p", "tcp://127.0.0.1:9", "127.0.0.1:9")
+        await api.say(protocol.Look(4, [nobody]))
+        frames = await asyncio.wait_for(api.socket.receive(), WAIT_S)
+        looked = protocol.decode_worker_to_examiner(frames[0].buffer)
+        assert isinstance(looked, protocol.Looked)
+        assert looked.engine == "own-engine"
+        assert looked.reaches == [protocol.Reach("p", "Connection refused", "Connection refused")]
+        assert "tcp" in {each.name for each in looked.host.transports}
+        await api.say(protocol.Sample(5, 1, 40))
+        await until(lambda: any(name.endswith("-5~0") for name in engine.given))
+        (name,) = (name for name in engine.given if name.endswith("-5~0"))
+        assert len(engine.given[name].prompt_token_ids or ()) == 40
+        done = output(name.removesuffix("~0"), 0, [1], FinishReason.LENGTH)
+        done.kv_transfer_params = PARAMS
+        engine.on_step([done], 0.0)
+        frames = await asyncio.wait_for(api.socket.receive(), WAIT_S)
+        sampled = protocol.decode_worker_to_examiner(frames[0].buffer)
+        assert isinstance(sampled, protocol.Sampled)
+        assert handles.decode(sampled.handle) == HANDLE
+        assert worker.jobs == {}
+
+
+async def test_nobody_has_a_worker_read_from_an_engine_that_it_never_met() -> None:
+    async with serving() as (_, engine, api):
+        await api.say(protocol.SampleRead(6, 1, 40, handles.encode(HANDLE)))
+        frames = await asyncio.wait_for(api.socket.receive(), WAIT_S)
+        sampled = protocol.decode_worker_to_examiner(frames[0].buffer)
+        assert isinstance(sampled, protocol.Sampled)
+        assert "never met" in sampled.error
+        assert engine.given == {}

@@ -124,7 +124,7 @@ def test_the_script_asks_for_what_the_cluster_needs() -> None:
         "--gpus-per-node=2",
         "--partition=gpu",
         "--time=1-00:30:00",
-        "--signal=B:TERM@60",
+        "--signal=B:TERM@68",
         '--output="/logs/of a team/%j.log"',
         "--account=me",
         "--no-requeue",

@@ -1,0 +1,170 @@
+"""What the core tells workers to keep of finished calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from hashlib import blake2b
+from typing import Any
+
+from coordinator.core import Core
+from coordinator.limits import Limits, Placement
+from coordinator.protocol import (
+    ApiBeat,
+    Beat,
+    CallContext,
+    CancelRun,
+    EngineFacts,
+    Finished,
+    Hello,
+    Load,
+    Plan,
+    Ready,
+    Retain,
+    Started,
+    Submit,
+    ToCore,
+)
+
+FACTS = EngineFacts("0.32", "model", "fingerprint", 16, 1000, 16000, 64, 2048)
+TOKENS = 160
+
+
+def chain(text: str, blocks: int, before: bytes = b"") -> bytes:
+    """Block hashes of a text, behind others."""
+    for number in range(blocks):
+        before += blake2b(f"{text}{number}".encode() + before[-8:], digest_size=8).digest()
+    return before
+
+
+class Bed:
+    """A core with one worker and an API process; what the worker was told to keep."""
+
+    def __init__(self, retention: bool = True) -> None:
+        placement = Placement(retention=retention, kv_headroom_fraction=0.0)
+        self.core = Core(Limits(), placement, "core")
+        self.now_s = 100.0
+        self.pinned: dict[str, float] = {}
+        self.unneeded: list[str] = []
+        self.say("api", Hello("api"))
+        self.say("w", Ready("w", "1", "mixed", "tcp://w", FACTS))
+
+    def say(self, peer: str, message: ToCore) -> list[Any]:
+        return self._sent(self.core.handle(peer.encode(), message, self.now_s))
+
+    def _sent(self, sends: Sequence[Any]) -> list[Any]:
+        self.core.check()
+        for send in sends:
+            if isinstance(send.message, Retain):
+                assert send.peer == b"w"
+                self.pinned |= {pin.name: pin.hold_s for pin in send.message.pins}
+                for name in [*send.message.released, *send.message.unneeded]:
+                    self.pinned.pop(name, None)
+                self.unneeded += send.message.unneeded
+        return [send.message for send in sends]
+
+    def wait(self, seconds: float) -> None:
+        """Time passes; everybody beats."""
+        ends_s = self.now_s + seconds
+        while self.now_s < ends_s:
+            self.now_s = min(ends_s, self.now_s + 0.25)
+            self.say("api", ApiBeat("api"))
+            self.say("w", Beat("w", "1", Load()))
+            self._sent(self.core.tick(self.now_s))
+
+    def begin(self, request: str, hashes: bytes, run: str, **context: Any) -> None:
+        told = CallContext("team", run, context.pop("agent", "a"), **context)
+        tokens = len(hashes) // 8 * 16 + 1
+        submit = Submit("api", request, 1, tokens, 100, hashes, context=told)
+        (plan,) = [each for each in self.say("api", submit) if isinstance(each, Plan)]
+        assert plan.decode.worker == "w"
+
+    def end(self, request: str, outcome: str = "stop") -> None:
+        self.say("api", Started("api", request, 1))
+        self.say("api", Finished("api", request, 1, outcome, output_tokens=20))
+
+    def rounds(self, run: str, count: int, gap_s: float = 2.0, agent: str = "a") -> bytes:
+        """An agent that goes on with what it said, so many times."""
+        hashes = chain(run, 8)
+        for number in range(count):
+            hashes = chain(f"{run}/{number}", 2, hashes)
+            self.begin(f"{run}-{number}", hashes, run, agent=agent)
+            self.end(f"{run}-{number}")
+            self.wait(gap_s)
+        return hashes
+
+
+def test_what_is_likely_to_be_used_again_is_pinned_until_it_is_superseded() -> None:
+    bed = Bed()
+    hashes = bed.rounds("r", 6)
+    assert list(bed.pinned) == ["r-5~1"]
+    assert 2.0 <= bed.pinned["r-5~1"] <= 60.0
+    bed.begin("next", chain("next", 1, hashes), "r")
+    assert "r-5~1" in bed.pinned
+    bed.say("api", Started("api", "next", 1))
+    assert "r-5~1" not in bed.pinned
+    assert bed.unneeded[-1] == "r-5~1"
+
+
+def test_a_run_that_is_over_keeps_nothing() -> None:
+    bed = Bed()
+    bed.rounds("r", 6)
+    assert bed.pinned
+    bed.begin("last", chain("last", 3), "r", agent="other", final=True)
+    bed.end("last")
+    assert not bed.pinned
+    assert {"r-5~1"} <= set(bed.unneeded)
+
+
+def test_a_cancelled_run_keeps_nothing() -> None:
+    bed = Bed()
+    bed.rounds("r", 6)
+    assert bed.pinned
+    bed.say("client", CancelRun(1, "team", "r"))
+    bed.wait(2.0)
+    assert not bed.pinned
+
+
+def test_what_a_queued_call_needs_is_pinned_whatever_was_expected() -> None:
+    bed = Bed()
+    hashes = bed.rounds("r", 1)
+    bed.wait(100.0)
+    assert not bed.pinned
+    bed.begin("late", chain("late", 1, hashes), "r")
+    bed.wait(0.5)
+    assert "r-0~1" in bed.pinned
+
+
+def test_pins_end_when_uses_stay_away() -> None:
+    bed = Bed()
+    bed.rounds("r", 8)
+    assert bed.pinned
+    bed.wait(300.0)
+    assert not bed.pinned
+
+
+def test_calls_without_a_run_and_failed_ones_keep_nothing() -> None:
+    bed = Bed()
+    for number in range(6):
+        bed.begin(f"single-{number}", chain("single", 8 + number), "")
+        bed.end(f"single-{number}")
+        bed.begin(f"failed-{number}", chain("failed", 8 + number), "r")
+        bed.end(f"failed-{number}", "error")
+        bed.wait(1.0)
+    assert not bed.pinned
+    assert not bed.unneeded
+
+
+def test_pins_leave_room_for_what_is_reserved() -> None:
+    bed = Bed()
+    bed.rounds("r", 6)
+    assert bed.pinned
+    bed.begin("large", chain("large", 990), "other")
+    bed.wait(2.0)
+    assert not bed.pinned
+
+
+def test_off_nothing_is_kept() -> None:
+    bed = Bed(retention=False)
+    bed.rounds("r", 6)
+    assert not bed.pinned
+    assert not bed.unneeded
