@@ -583,7 +583,9 @@ class Calls:
             pull_tokens=call.pull_tokens,
         )
         call.overdue = 0
-        entry = self.queue.planned(call, now_s)
+        # What is moved has not waited, nor does anything begin.
+        moved = call.moved_attempt == call.attempt - 1
+        entry = None if moved else self.queue.planned(call, now_s)
         self.explanations.planned(call, choice, entry, len(self.queue), now_s)
         if call.submit.group:
             group = self.groups[call.api.name, call.submit.group]

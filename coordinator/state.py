@@ -452,7 +452,7 @@ class Call:
     """Workers (name, incarnation) that failed this call."""
     relocation: Relocation | None = None
     """Where it is to go on, while its KV is brought there."""
-    moved_attempt: int = 0
+    moved_attempt: int = -1
     """The attempt that went on as the next one, elsewhere."""
     movable_from_s: float = float("-inf")
     """From when on it may be moved; never, if it can't go on elsewhere."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import msgspec
 import pytest
 
+from coordinator.explaining import PLANS_MOST
 from coordinator.limits import Limits
 from coordinator.moves import AGAIN_S
 from coordinator.protocol import (
     Check,
     Checked,
+    DrainWorker,
     Failed,
     Finished,
     Leaving,
@@ -21,6 +23,7 @@ from coordinator.protocol import (
     Plan,
     Rejected,
     Role,
+    ShowCall,
     Started,
     Stop,
     ToCore,
@@ -306,3 +309,35 @@ def test_engines_whose_kv_can_not_be_read_in_part_exchange_no_calls() -> None:
             return self.say(name, ready(name, role, incarnation, partial_reads=False))
 
     assert WholeBed().move() == {"moving": 0, "staying": 1}
+
+
+def test_a_call_that_is_moved_has_not_waited_again(bed: MoveBed) -> None:
+    bed.wait(3.0, "api", bed.source, bed.target)
+    for attempt in range(1, 3 * PLANS_MOST):
+        order = bed.ordered()
+        bed.say("api", ready_for(order))
+        bed.say("api", Started("api", "r", attempt + 1))
+        bed.source, bed.target = bed.target, bed.source
+    bed.say("operator", ShowCall(1, "r"))
+    plans = msgspec.json.decode(bed.only(WorkflowAnswer).body)["plans"]
+    assert len(plans) == PLANS_MOST
+    assert plans[0]["attempt"] == 1
+    assert plans[-1]["attempt"] == 3 * PLANS_MOST
+    assert all(plan["turn"] is None for plan in plans[1:])
+
+
+def test_a_drain_moves_what_it_can(bed: MoveBed) -> None:
+    bed.say("operator", DrainWorker(1, bed.source))
+    order = bed.only(Move)
+    assert order.target.worker == bed.target
+    bed.say("api", ready_for(order))
+    assert bed.status(bed.source).turning == "drained"
+    assert bed.row("r").phase == "loading"
+
+
+def test_nothing_comes_to_a_worker_that_is_drained_meanwhile(bed: MoveBed) -> None:
+    order = bed.ordered()
+    bed.say("operator", DrainWorker(1, bed.target))
+    bed.say("api", ready_for(order))
+    assert bed.heard(Plan) == []
+    assert bed.is_at_rest()
