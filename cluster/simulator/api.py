@@ -225,11 +225,11 @@ class Api:
             case Stop():
                 self._on_stop(message)
             case WorkerUp():
+                self._block_size = message.facts.block_size
                 self._worker_up(Placed(message.worker, message.incarnation))
             case WorkerGone():
                 self._lose(Placed(message.worker, message.incarnation))
             case Welcome():
-                self._block_size = message.block_size
                 self._welcomed(message.core)
             case _:
                 pass
