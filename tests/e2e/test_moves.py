@@ -21,7 +21,7 @@ import pytest
 
 from coordinator import protocol
 from coordinator.protocol import MoveCalls, WorkflowAnswer
-from tests.e2e.harness import BLOCK_TOKENS, Control, Server
+from tests.e2e.harness import BLOCK_TOKENS, Control, Server, wait_for
 from tests.e2e.test_pulls import (
     ask,
     completion,
@@ -39,7 +39,8 @@ MOVES_LEAST = 3
 BETWEEN_TOKENS = 90
 """Of the answer, between a move and the wish for the next one."""
 GAP_MS_MOST = 100.0
-"""In the middle of several, beyond the transfer; other processes share these cores."""
+"""In the middle of several, beyond the transfer and what other steps take now and then: other
+processes share these cores."""
 MARK = ": pythia continued on "
 
 OTHER = {"decode-0": "decode-1", "decode-1": "decode-0"}
@@ -89,8 +90,8 @@ class Told(NamedTuple):
     gaps_ms: list[float]
     """Between the last token of one worker and the first one of the next."""
     usual_ms: float
-    longest_ms: float
-    """Of all other steps."""
+    slow_ms: float
+    """What one in twenty of all other steps takes."""
     workers: list[str]
 
 
@@ -119,7 +120,8 @@ def listen_while_moving(server: Server, control: Control, body: dict[str, Any]) 
     steps_ms = [1000.0 * (one - other) for other, one in itertools.pairwise(came_s)]
     gaps_ms = [steps_ms[tokens - 1] for tokens in after]
     others_ms = [step for at, step in enumerate(steps_ms, 1) if at not in after]
-    return Told(token_ids, gaps_ms, statistics.median(others_ms), max(others_ms), workers)
+    slow_ms = statistics.quantiles(others_ms, n=20)[-1]
+    return Told(token_ids, gaps_ms, statistics.median(others_ms), slow_ms, workers)
 
 
 def test_a_stream_goes_on_elsewhere_with_its_kv(
@@ -158,11 +160,11 @@ def test_a_stream_goes_on_elsewhere_with_its_kv(
         record_property("gap_ms_p50", gap_ms)
         gaps = ", ".join(f"{gap:.0f}" for gap in told.gaps_ms)
         print(
-            f"\n{moves} moves, gaps of {gaps} ms; other steps {told.usual_ms:.1f} ms, at most "
-            f"{told.longest_ms:.0f} ms; a transfer {transfer_ms:.1f} ms; {moved} tokens moved, "
+            f"\n{moves} moves, gaps of {gaps} ms; other steps {told.usual_ms:.1f} ms, one in "
+            f"twenty {told.slow_ms:.0f} ms; a transfer {transfer_ms:.1f} ms; {moved} tokens moved, "
             f"{counters['moves_undone']} moves undone"
         )
-        assert gap_ms <= transfer_ms + GAP_MS_MOST
+        assert gap_ms <= transfer_ms + told.slow_ms + GAP_MS_MOST
 
 
 def test_what_can_not_go_on_elsewhere_stays(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -177,7 +179,8 @@ def test_what_can_not_go_on_elsewhere_stays(tmp_path_factory: pytest.TempPathFac
                 worker = response.headers["X-Pythia-Decode"]
                 found = pieces(response)
                 next(found)
-                assert move(control, worker) == {"moving": 1, "staying": 0}
+                # Until the core has heard that it has begun.
+                wait_for(lambda: move(control, worker)["moving"], 10.0, "a running call")
                 rest = [piece for piece in found]
             assert not any(piece.mark for piece in rest)
             assert sum(len(piece.token_ids) for piece in rest) >= 190
