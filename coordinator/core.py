@@ -453,6 +453,7 @@ class Core:
                 self._lose(worker, WorkerPhase.LEFT, reason, now_s)
             case Draining():
                 self._drain(worker, now_s)
+                self._calls.move_away(worker, now_s, "it will leave")
             case Probed() | ProbeFinished() | RoleSet():
                 asked = not isinstance(message, RoleSet) and self._pairs.answered(
                     worker, message, now_s

@@ -11,6 +11,7 @@ from coordinator.moves import AGAIN_S
 from coordinator.protocol import (
     Check,
     Checked,
+    Draining,
     DrainWorker,
     Failed,
     Finished,
@@ -333,6 +334,17 @@ def test_a_drain_moves_what_it_can(bed: MoveBed) -> None:
     bed.say("api", ready_for(order))
     assert bed.status(bed.source).turning == "drained"
     assert bed.row("r").phase == "loading"
+
+
+def test_a_worker_that_will_leave_ends_sooner(bed: MoveBed) -> None:
+    bed.say(bed.source, Draining(bed.source, "1"))
+    order = bed.only(Move)
+    # It says so again, until it leaves.
+    bed.say(bed.source, Draining(bed.source, "1"))
+    assert bed.heard(Move) == []
+    bed.say("api", ready_for(order))
+    assert bed.only(Plan).decode.worker == bed.target
+    assert bed.held()[bed.source] == 0
 
 
 def test_nothing_comes_to_a_worker_that_is_drained_meanwhile(bed: MoveBed) -> None:
