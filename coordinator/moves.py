@@ -104,7 +104,7 @@ class Moves:
         tokens = max(0, min(message.tokens, call.prompt_tokens - 1))
         self._free(call, relocation)
         self._state.counters["moves_made"] += 1
-        self._state.counters["move_tokens"] += tokens
+        self._state.counters["move_tokens"] += max(0, min(message.moved_tokens, tokens))
         return Choice(
             decode=target.name,
             prefill="",

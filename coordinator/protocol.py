@@ -383,7 +383,7 @@ class Pulled(Message, frozen=True, gc=False, tag=True):
 class MoveReady(Message, frozen=True, gc=False, tag=True):
     """The target of ``Move`` has cached ``tokens`` of prompt and answer that the source had: the
     plan for the next attempt, there, may come. Sent again until it does. ``generated_tokens``:
-    as in ``Failed``."""
+    as in ``Failed``; ``moved_tokens``: those that had to be brought."""
 
     api: str
     request: str
@@ -391,6 +391,7 @@ class MoveReady(Message, frozen=True, gc=False, tag=True):
     number: int
     tokens: int = 0
     generated_tokens: int = 0
+    moved_tokens: int = 0
 
 
 class MoveDeclined(Message, frozen=True, gc=False, tag=True):

@@ -109,7 +109,7 @@ class Moves:
         elif going.step == "warming" and worker == going.order.target:
             self._discard(done, worker)
             going.step = "ready"
-            self._ready(call, going, done.cached_tokens)
+            self._ready(call, going, done.cached_tokens, done.moved_tokens)
         else:
             return False
         return True
@@ -169,15 +169,21 @@ class Moves:
         else:
             going.step, going.held = "warming", done
 
-    def _ready(self, call: Call, going: Going, tokens: int) -> None:
+    def _ready(self, call: Call, going: Going, tokens: int, moved: int) -> None:
         order = going.order
         generated = call.said(self._events.now_s) - call.submitted_tokens
         self._to_core(
             MoveReady(
-                self._name, call.request, order.attempt, order.number, tokens, max(0, generated)
+                self._name,
+                call.request,
+                order.attempt,
+                order.number,
+                tokens,
+                max(0, generated),
+                moved,
             )
         )
-        going.again = self._events.after(self._repeat_s, self._ready, call, going, tokens)
+        going.again = self._events.after(self._repeat_s, self._ready, call, going, tokens, moved)
 
     def _late(self, call: Call) -> None:
         order = self._going[call.request].order

@@ -223,7 +223,13 @@ class Moves:
         order = move.order
         generated = len(call.tokens) - call.submitted_tokens
         move.ready = protocol.MoveReady(
-            self.api, order.request, order.attempt, order.number, done.cached_tokens, generated
+            self.api,
+            order.request,
+            order.attempt,
+            order.number,
+            done.cached_tokens,
+            generated,
+            done.moved_tokens,
         )
         move.told_s = now_s
         logger.info("%s may go on on %s", order.request, order.target.worker)

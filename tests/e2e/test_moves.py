@@ -148,6 +148,7 @@ def test_a_stream_goes_on_elsewhere_with_its_kv(
         assert counters["replans"] == 0
         # The first one brings the prompt, each of them what was said since the target had it.
         moved = sum(external(config, worker) - before[worker] for worker in OTHER)
+        assert moved == counters["move_tokens"]
         assert moved >= PROMPT_TOKENS
         assert moved <= PROMPT_TOKENS + len(told.token_ids)
         transfer_s, transfers = 0.0, 0

@@ -54,7 +54,8 @@ def test_it_may_go_to_and_fro() -> None:
     (record,) = result.calls
     assert (record.decode, record.outcome, record.output_tokens) == ("w1", "stop", 400)
     assert counters["moves_made"] == 3
-    assert counters["move_tokens"] >= 3 * PROMPT_TOKENS
+    # What is cached there by then need not be brought again.
+    assert PROMPT_TOKENS <= counters["move_tokens"] < PROMPT_TOKENS + 400
 
 
 def test_many_calls_are_moved_a_few_at_a_time() -> None:

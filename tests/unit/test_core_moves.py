@@ -76,7 +76,9 @@ def bed() -> MoveBed:
 
 
 def ready_for(order: Move, tokens: int = LONG, generated: int = 4, **more: int) -> MoveReady:
-    message = MoveReady("api", order.request, order.attempt, order.number, tokens, generated)
+    message = MoveReady(
+        "api", order.request, order.attempt, order.number, tokens, generated, tokens // 2
+    )
     return msgspec.structs.replace(message, **more)
 
 
@@ -96,7 +98,7 @@ def test_a_running_call_goes_on_where_its_kv_was_brought(bed: MoveBed) -> None:
     assert set(bed.held().values()) == {0}
     counters = bed.core.counters
     assert (counters["moves_begun"], counters["moves_made"], counters["moves_undone"]) == (1, 1, 0)
-    assert counters["move_tokens"] == LONG
+    assert counters["move_tokens"] == LONG // 2
     assert counters["replans"] == 0
 
 
