@@ -75,7 +75,7 @@ HAPPENINGS = [
     *["a_worker_receives", "a_worker_steps", "the_api_process_receives"],
     *["client_goes_away", "a_worker_fails_a_call", "a_connection_breaks", "a_worker_dies"],
     *["a_worker_is_full_or_not", "the_core_restarts"],
-    *["calls_are_moved"] * 3,
+    *["calls_are_moved"] * 4,
     *["time_passes"] * 3,
 ]
 COPIES = st.sampled_from([1, 1, 1, 1, 2, 0])
@@ -498,14 +498,13 @@ class Network(RuleBasedStateMachine):
             self.talk()
 
     def calls_are_moved(self, draw: Draw) -> None:
-        name = draw(st.sampled_from(["decode-0", "decode-1"]))
-        self.core_says(self.core.handle(b"client", protocol.MoveCalls(1, name), self.now_s))
-        for _ in range(draw(st.integers(0, 4))):
-            self.talk()
-            for worker in self.workers.values():
-                self.step(worker, 1)
-                while worker.to_api and self.listens(worker):
-                    self.api_receives(worker)
+        """Asked for when what has begun is known, and left anywhere on the way."""
+        self.talk()
+        for name in ("decode-0", "decode-1"):
+            message = protocol.MoveCalls(1, name)
+            self.core_says(self.core.handle(b"client", message, self.now_s))
+        for _ in range(draw(st.integers(0, 6))):
+            self.round()
 
     def client_goes_away(self, draw: Draw) -> None:
         if self.calls.calls:
@@ -717,5 +716,5 @@ def test_calls_over_a_bad_network() -> None:
             suppress_health_check=list(HealthCheck),
         ),
     )
-    assert Network.moves["made"] > 20
+    assert Network.moves["made"] > 10
     assert Network.moves["begun"] > Network.moves["made"]
