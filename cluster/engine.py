@@ -233,7 +233,20 @@ def engine_facts(config: VllmConfig, model: str, kv_lease_s: float) -> EngineFac
         max_num_batched_tokens=scheduler.max_num_batched_tokens,
         kv_bytes_per_block=_kv_bytes_per_block(config, block_size),
         kv_lease_s=kv_lease_s,
+        partial_reads=_reads_in_part(config),
     )
+
+
+def _reads_in_part(config: VllmConfig) -> bool:
+    """Whether every layer keeps KV of every token, so that a prompt's beginning can be read alone.
+
+    As the connector has it: full attention in all layers, in one group. Windows and states have
+    no block per token.
+    """
+    model = config.model_config
+    chunks = getattr(model.hf_text_config, "attention_chunk_size", None)
+    windows = model.get_sliding_window() or chunks
+    return not (model.is_hybrid or model.is_attention_free or windows)
 
 
 def model_fingerprint(config: VllmConfig) -> str:

@@ -10,6 +10,9 @@
              +-----Plan----> PULLING --Pulled (local)----+              RESUMING-+
              |              (from a peer's cache)        |
              +-------------------Plan (local)------------+
+                                                         ^
+                 a running call that is moved: DECODING -+ (attempt + 1, see ``moves``)
+
     any of them --> FINISHED, CANCELLED, FAILED (by the API process), STOPPED (by us),
                     GONE (the API process is lost or does not know it); QUEUED --> REJECTED
 
@@ -32,6 +35,7 @@ from coordinator.errands import Errands
 from coordinator.explaining import Explanations
 from coordinator.kv_index import KvIndex
 from coordinator.limits import Placement
+from coordinator.moves import Incarnation, Moves, begin_some
 from coordinator.ordering import Ordering
 from coordinator.pace import Pace
 from coordinator.placing import Placing
@@ -46,6 +50,8 @@ from coordinator.protocol import (
     Checked,
     Failed,
     Finished,
+    MoveDeclined,
+    MoveReady,
     Placed,
     Plan,
     Prefilled,
@@ -134,6 +140,7 @@ class Calls:
         self._pace = pace
         self._placing = Placing(state, index, standing, placement, placer, pace)
         self._pulls = Pulls(state, index, standing, pace)
+        self._moves = Moves(state, standing, self._place_again)
         self.placement = placement
         self._tracker = tracker
         self._placer = placer
@@ -209,12 +216,18 @@ class Calls:
         know the current attempt at all: it is asked.
         """
         call = self._current(api, message, now_s)
+        phase = OUTCOME_PHASES.get(message.outcome, CallPhase.FINISHED)
         if call is None:
             doubtful = api.calls.get(message.request)
-            if doubtful is not None and message.attempt < doubtful.attempt:
+            if doubtful is None or message.attempt >= doubtful.attempt:
+                return
+            if doubtful.phase is CallPhase.LOADING and message.attempt == doubtful.moved_attempt:
+                # It was over where it was before it could go on elsewhere.
+                self._learn(doubtful, message)
+                self._end(doubtful, phase, now_s, message.outcome, finished=message)
+            else:
                 self._ask(doubtful)
             return
-        phase = OUTCOME_PHASES.get(message.outcome, CallPhase.FINISHED)
         if phase is CallPhase.FINISHED:
             if call.planned:
                 if call.phase is CallPhase.PULLING:
@@ -264,7 +277,44 @@ class Calls:
         elif call.phase is not CallPhase.QUEUED:
             self._catch_up(call, CHECKED_PHASES[message.phase], now_s)
 
+    def move_answered(self, api: Api, message: MoveReady | MoveDeclined, now_s: float) -> None:
+        """A running call's KV is where it is to go on, or it stays where it is."""
+        call = self._current(api, message, now_s)
+        if call is None:
+            return
+        if not self._moves.is_current(call, message.number):
+            self._state.counters["messages_stale"] += 1
+        elif isinstance(message, MoveDeclined):
+            self._moves.declined(call, message, now_s)
+        elif (choice := self._moves.arrived(call, message, now_s)) is not None:
+            self._moved(call, choice, now_s)
+
+    def _moved(self, call: Call, choice: Choice, now_s: float) -> None:
+        """It is planned where its KV is."""
+        self._release(call, now_s)
+        call.moved_attempt = call.attempt
+        call.attempt += 1
+        # It is no other try: nothing went wrong.
+        call.plans -= 1
+        self._plan(call, choice, now_s)
+
     # --- what else happens ----------------------------------------------------------
+
+    def move_away(
+        self, worker: Worker, now_s: float, reason: str, request: str = "", target: str = ""
+    ) -> tuple[int, int]:
+        """Have running calls of a worker, or one of them, go on elsewhere: as many as can now.
+
+        How many are being moved, and how many are not. To be asked again for those: calls that
+        have no token yet, that can't go on elsewhere or find no room, and more than
+        ``moves_per_worker``.
+        """
+        calls = [call for call in worker.decodes.values() if request in ("", call.request)]
+        return begin_some(self._moves, calls, now_s, reason, target)
+
+    def move_due(self, key: CallKey, now_s: float) -> None:
+        """A move has taken too long."""
+        self._moves.due(key, now_s)
 
     def worker_lost(self, worker: Worker, now_s: float) -> None:
         """A worker is not registered any more: its calls go elsewhere."""
@@ -284,6 +334,7 @@ class Calls:
         for call in list(worker.pulls.values()):
             # The call goes on without; so says its API process.
             self._pulls.release(call)
+        self._moves.target_lost(worker)
 
     def api_lost(self, api: Api, now_s: float) -> None:
         """An API process is lost: nobody waits for its calls."""
@@ -333,7 +384,10 @@ class Calls:
     # --- asking, answering ------------------------------------------------------------
 
     def _current(
-        self, api: Api, message: Pulled | Prefilled | Started | Finished | Checked, now_s: float
+        self,
+        api: Api,
+        message: Pulled | Prefilled | Started | Finished | Checked | MoveReady | MoveDeclined,
+        now_s: float,
     ) -> Call | None:
         """The live call that a message is about, if it is about the current attempt."""
         call = api.calls.get(message.request)
@@ -477,6 +531,19 @@ class Calls:
         )
         return self._placing.decide(call, ask, now_s)
 
+    def _place_again(self, call: Call, now_s: float, avoid: set[Incarnation]) -> Decision:
+        """Where a running call could go on."""
+        ask = Ask(
+            prompt_tokens=call.prompt_tokens,
+            output_tokens=call.output_tokens,
+            aggregated=True,
+            avoid=avoid,
+            sibling="",
+            turn=call.arrival + call.attempt,
+            expected_tokens=self._pace.expected_tokens(call),
+        )
+        return self._placing.decide(call, ask, now_s)
+
     def _plan(self, call: Call, choice: Choice, now_s: float) -> None:
         """Reserve, move, tell. The call is out of the queue."""
         state = self._state
@@ -516,7 +583,9 @@ class Calls:
             pull_tokens=call.pull_tokens,
         )
         call.overdue = 0
-        entry = self.queue.planned(call, now_s)
+        # What is moved has not waited, nor does anything begin.
+        moved = call.moved_attempt == call.attempt - 1
+        entry = None if moved else self.queue.planned(call, now_s)
         self.explanations.planned(call, choice, entry, len(self.queue), now_s)
         if call.submit.group:
             group = self.groups[call.api.name, call.submit.group]
@@ -777,6 +846,7 @@ class Calls:
         self._break_promise(call)
         self._release_prefill(call)
         self._pulls.forgotten(call)
+        self._moves.forgotten(call)
         if call.decode is not None:
             del call.decode.decodes[call.key]
             self._pace.released(call, call.decode, now_s)

@@ -54,6 +54,9 @@ from coordinator.protocol import (
     KvChanges,
     Leaving,
     ListWorkflows,
+    MoveCalls,
+    MoveDeclined,
+    MoveReady,
     Prefilled,
     Probed,
     ProbeFinished,
@@ -160,6 +163,7 @@ class Core:
             self._standing,
             first_probe + (1 << (PROBE_BITS - 1)),
             self._turn_ended,
+            lambda worker, now_s, why: self._calls.move_away(worker, now_s, why),
         )
         workflow_limits = workflow_limits or WorkflowLimits()
         self._learner = Learner(workflow_limits, keeps, epoch_s, profiles)
@@ -241,6 +245,8 @@ class Core:
                 self._from_worker(peer, message, now_s)
             case Inspect():
                 self._state.send(peer, self.snapshot(message.token, now_s))
+            case MoveCalls():
+                self._state.send(peer, self._move_calls(message, now_s))
             case ShowCall():
                 self._explain(peer, message)
             case (
@@ -290,8 +296,9 @@ class Core:
 
     def _due(self, kind: str, *names: str, now_s: float) -> None:
         match kind:
-            case "call":
-                self._calls.due((names[0], names[1]), now_s)
+            case "call" | "move":
+                due = self._calls.due if kind == "call" else self._calls.move_due
+                due((names[0], names[1]), now_s)
             case "worker":
                 self._worker_due(self._state.workers[names[0]], now_s)
             case "api":
@@ -413,6 +420,17 @@ class Core:
 
     # --- workers ------------------------------------------------------------------------
 
+    def _move_calls(self, message: MoveCalls, now_s: float) -> WorkflowAnswer:
+        worker = self._state.workers.get(message.worker)
+        if worker is None:
+            problem = f"no worker {message.worker[:64]!r} is known"
+            return WorkflowAnswer(message.token, 404, problems=[problem])
+        moving, staying = self._calls.move_away(
+            worker, now_s, "asked for", message.request, message.target
+        )
+        body = msgspec.json.encode({"moving": moving, "staying": staying})
+        return WorkflowAnswer(message.token, 200, body)
+
     def _from_worker(self, peer: Peer, message: WorkerToCore, now_s: float) -> None:
         if isinstance(message, Ready):
             self._ready(peer, message, now_s)
@@ -435,6 +453,7 @@ class Core:
                 self._lose(worker, WorkerPhase.LEFT, reason, now_s)
             case Draining():
                 self._drain(worker, now_s)
+                self._calls.move_away(worker, now_s, "it will leave")
             case Probed() | ProbeFinished() | RoleSet():
                 asked = not isinstance(message, RoleSet) and self._pairs.answered(
                     worker, message, now_s
@@ -622,7 +641,9 @@ class Core:
         | Finished
         | Failed
         | Checked
-        | ErrandDone,
+        | ErrandDone
+        | MoveReady
+        | MoveDeclined,
         now_s: float,
     ) -> None:
         match message:
@@ -640,10 +661,19 @@ class Core:
                 self._calls.failed(api, message, now_s)
             case Checked():
                 self._calls.checked(api, message, now_s)
-            case ErrandDone():
-                self._errands.done(api, message, now_s)
+            case MoveReady() | MoveDeclined() | ErrandDone():
+                self._done_beside(api, message, now_s)
             case ApiBeat():
                 self._state.send(api.peer, Alive(self.core_id))
+
+    def _done_beside(
+        self, api: Api, message: MoveReady | MoveDeclined | ErrandDone, now_s: float
+    ) -> None:
+        """What was asked of an API process beside its calls' ways."""
+        if isinstance(message, ErrandDone):
+            self._errands.done(api, message, now_s)
+        else:
+            self._calls.move_answered(api, message, now_s)
 
     def _hello(self, peer: Peer, message: Hello, now_s: float) -> None:
         """An API process registers, or comes back over another connection."""

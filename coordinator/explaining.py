@@ -19,6 +19,8 @@ from coordinator.state import Call, CallKey
 
 SUFFIX_MARKS = "-_"
 """What an API process puts between a response's id and what makes a request's of it."""
+PLANS_MOST = 32
+"""Of one call, that are kept."""
 
 
 class Way(msgspec.Struct, frozen=True, gc=False):
@@ -159,6 +161,9 @@ class Explanations:
             )
         since_s = now_s - call.submitted_s
         kept.plans.append(_Plan(call.attempt, since_s, choice, call.expected_tokens, turn))
+        if len(kept.plans) > PLANS_MOST:
+            # The first one stays: it is the one that was chosen among all workers.
+            del kept.plans[1]
 
     def ended(self, call: Call, row: CallStatus) -> None:
         """A call is over."""

@@ -85,6 +85,7 @@ def _check_call(call: Call, state: State) -> None:
         assert call.computing in (call.prefill, call.decode), key
         assert call.phase in planned, key
     _check_pull(call, state)
+    _check_relocation(call, state)
 
 
 def _check_pull(call: Call, state: State) -> None:
@@ -97,6 +98,16 @@ def _check_pull(call: Call, state: State) -> None:
     assert call.plan.pull_worker is not None, call.key
     assert call.plan.pull_worker.incarnation == call.pull.incarnation, call.key
     assert 0 <= call.pulled_blocks * state.block_size <= call.pull_tokens, call.key
+
+
+def _check_relocation(call: Call, state: State) -> None:
+    relocation = call.relocation
+    assert (state.deadlines.get(call.move_key) is not None) == (relocation is not None), call.key
+    if relocation is None:
+        return
+    assert call.phase is CallPhase.DECODING, call.key
+    assert relocation.target is not call.decode, call.key
+    assert state.workers.get(relocation.target.name) is relocation.target, call.key
 
 
 def _check_queue(state: State, calls: Calls) -> None:
@@ -131,6 +142,10 @@ def _check_worker(worker: Worker, state: State, placement: Placement) -> None:
     assert worker.pulls == {call.key: call for call in everyone if call.pull is worker}
     reserved += sum(call.prefill_blocks for call in worker.prefills.values())
     reserved += sum(call.pull_blocks for call in worker.pulls.values())
+    moving = {call.key: call.relocation for call in everyone if call.relocation is not None}
+    arriving = {key: each for key, each in moving.items() if each.target is worker}
+    assert worker.arriving.keys() == arriving.keys(), worker.name
+    reserved += sum(each.blocks for each in arriving.values())
     assert worker.kv_blocks_reserved == reserved, worker.name
     assert reserved <= worker.usable_blocks or not placement.reserve, worker.name
     before = (CallPhase.PULLING, CallPhase.PREFILLING)

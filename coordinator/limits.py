@@ -67,9 +67,14 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     admission_s: Seconds = 120.0
     """Longest wait of a new run's calls for runs that have begun, where ``Placement.admission``
     asks for it; then they wait ``queue_s`` for a plan as others do."""
-
     explained_calls: NotNegative = 256
     """Calls whose decisions are kept for people to ask about."""
+    late_peer_s: Seconds = 60.0
+    """How long nothing is pulled from a peer that was late."""
+    move_s: Seconds = 10.0
+    """Longest time until a running call's KV is where it is to go on; then it stays where it is."""
+    moves_per_worker: Positive = 8
+    """Running calls that are moved away from one worker at a time."""
 
     @property
     def wait_s(self) -> float:
@@ -144,6 +149,9 @@ class Rebalance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     requests; 0: as its own arguments say."""
     decisions: Positive = 64
     """Decisions kept for people to look at."""
+    move_decodes: bool = False
+    """A worker that turns to prefill has its decodes go on elsewhere, with their KV, as one that is
+    drained does."""
 
 
 Policy = Literal["pythia", "least_kv", "round_robin", "least_loaded", "cache_aware", "cost"]

@@ -22,6 +22,12 @@ Control (core <-> API processes and workers), one msgpack frame each::
       |                        |<-----------------------|
       |                        |  Check, Stop, WorkerGone
       |                        |----------------------->|
+      |                        |  Move                  |
+      |                        |----------------------->|
+      |                        |  MoveReady | MoveDeclined
+      |                        |<-----------------------|
+      |                        |  Plan (the next attempt: it goes on there)
+      |                        |----------------------->|
       |                        |  DeclareWorkflow, StartRun, ...
       |                        |<-----------------------|
       |                        |  WorkflowAnswer        |
@@ -38,6 +44,8 @@ frames of vLLM's own encoder behind it::
       |<--------------------------------------|
       | Prefill, cached only + request        |   to a peer whose cache is pulled from; its handle
       |-------------------------------------->|   goes with the call's own Prefill or Decode
+      | Prefill, cached only + request        |   to a worker whose running call is moved; its
+      |-------------------------------------->|   handle goes with a Prefill to where it is to go on
       | Decode (handle or none) + request     |
       |-------------------------------------->|
       | Deltas + EngineCoreOutputs ...        |   one per engine step and API process
@@ -72,6 +80,7 @@ Role = Literal["prefill", "decode", "mixed"]
 BLOCK_HASH_BYTES = 8
 LINKS_MAX = 256
 """Most links that one beat tells of."""
+MOVE_ATTEMPTS = 1 << 30
 KV_CHAINS_MAX = 4096
 """Most chains of blocks, of each kind, that one message tells of."""
 
@@ -116,6 +125,8 @@ class EngineFacts(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     max_num_batched_tokens: int
     kv_bytes_per_block: int = 0
     kv_lease_s: float = 30.0
+    partial_reads: bool = True
+    """What it has cached of how a prompt begins can be read by others, and that of others by it."""
 
 
 class Load(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
@@ -365,6 +376,33 @@ class Pulled(Message, frozen=True, gc=False, tag=True):
     attempt: int
     tokens: int = 0
     missing: bool = False
+    late: bool = False
+    """The peer did not say in time."""
+
+
+class MoveReady(Message, frozen=True, gc=False, tag=True):
+    """The target of ``Move`` has cached ``tokens`` of prompt and answer that the source had: the
+    plan for the next attempt, there, may come. Sent again until it does. ``generated_tokens``:
+    as in ``Failed``; ``moved_tokens``: those that had to be brought."""
+
+    api: str
+    request: str
+    attempt: int
+    number: int
+    tokens: int = 0
+    generated_tokens: int = 0
+    moved_tokens: int = 0
+
+
+class MoveDeclined(Message, frozen=True, gc=False, tag=True):
+    """The call goes on where it is, and why. ``for_good``: it can go on nowhere else."""
+
+    api: str
+    request: str
+    attempt: int
+    number: int
+    reason: str
+    for_good: bool = False
 
 
 ErrandOutcome = Literal["done", "failed", "unknown"]
@@ -384,6 +422,17 @@ class Inspect(Message, frozen=True, gc=False, tag=True):
     """Anyone allowed to connect asks for a ``Snapshot``."""
 
     token: int = 0
+
+
+class MoveCalls(Message, frozen=True, gc=False, tag=True):
+    """Running calls of a worker are to go on elsewhere: of ``request`` only, if that is not empty;
+    on ``target`` only, likewise. Answered with ``WorkflowAnswer``: how many are being moved and
+    how many stay for now."""
+
+    token: int
+    worker: str
+    request: str = ""
+    target: str = ""
 
 
 class DeclareWorkflow(Message, frozen=True, gc=False, tag=True):
@@ -697,6 +746,18 @@ class Check(Message, frozen=True, gc=False, tag=True):
 
     request: str
     attempt: int
+
+
+class Move(Message, frozen=True, gc=False, tag=True):
+    """A running call is to go on on ``target``, where room is reserved: bring its KV there from the
+    worker that decodes it, which goes on meanwhile. Nothing changes before the plan for the next
+    attempt. ``number`` counts up within one core."""
+
+    request: str
+    attempt: int
+    number: int
+    target: Placed
+    reason: str = ""
 
 
 class Stop(Message, frozen=True, gc=False, tag=True):
@@ -1053,6 +1114,8 @@ ApiToCore = (
     | Failed
     | Checked
     | ErrandDone
+    | MoveReady
+    | MoveDeclined
 )
 AboutWorkflows = (
     DeclareWorkflow
@@ -1068,7 +1131,7 @@ AboutWorkflows = (
     | EndRun
 )
 Question = AboutWorkflows | ShowCall | AboutRoles
-ToCore = WorkerToCore | ApiToCore | Inspect | Question
+ToCore = WorkerToCore | ApiToCore | Inspect | Question | MoveCalls
 CoreToWorker = Welcome | Refused | Unknown | Probe | ProbeRead | KvResync | SetRole | Leave | Retain
 CoreToApi = (
     Welcome
@@ -1082,6 +1145,7 @@ CoreToApi = (
     | Check
     | Stop
     | Snapshot
+    | Move
     | WorkflowAnswer
     | Errand
     | DropErrand
@@ -1112,6 +1176,12 @@ def pull_attempt(attempt: int) -> int:
     """What the peer that an attempt pulls from knows as the attempt: attempts count from 1, so
     none of its own is called that."""
     return -attempt
+
+
+def move_attempt(number: int) -> int:
+    """What both workers know as the attempt when a call is moved, for the ``number``-th time: no
+    attempt of its own nor of a pull is called that."""
+    return -(MOVE_ATTEMPTS + number)
 
 
 def split_engine_request_id(engine_id: str) -> tuple[str, int]:

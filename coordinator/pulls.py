@@ -51,6 +51,8 @@ class Pulls:
             self._index.removed(call.pull.name, call.submit.block_hashes, kept_blocks)
         if tokens == 0:
             counters["pulls_unread"] += 1
+            if message.late and call.pull is not None:
+                call.pull.readable_from_s = now_s + state.limits.late_peer_s
             self.release(call)
         own_tokens = call.pull_tokens - call.pulled_blocks * state.block_size
         lost_tokens = call.pull_tokens - max(tokens, own_tokens)

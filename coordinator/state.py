@@ -83,7 +83,8 @@ CALL_MOVES: Mapping[CallPhase, frozenset[CallPhase]] = {
     CallPhase.PULLING: _ENDED | {CallPhase.PREFILLING, CallPhase.LOADING, CallPhase.QUEUED},
     CallPhase.PREFILLING: _ENDED | {CallPhase.LOADING, CallPhase.QUEUED},
     CallPhase.LOADING: _ENDED | {CallPhase.DECODING, CallPhase.QUEUED},
-    CallPhase.DECODING: _ENDED | {CallPhase.RESUMING, CallPhase.QUEUED},
+    # A call that is moved is loaded anew, on the worker where its KV is by then.
+    CallPhase.DECODING: _ENDED | {CallPhase.RESUMING, CallPhase.QUEUED, CallPhase.LOADING},
     CallPhase.RESUMING: _ENDED | {CallPhase.QUEUED},
     CallPhase.FINISHED: frozenset(),
     CallPhase.CANCELLED: frozenset(),
@@ -213,6 +214,8 @@ class Worker:
     """The one that it registered with."""
     kv_bytes_per_block: int = field(init=False)
     """What a block weighs on a link; 0 if its engine did not say."""
+    partial_reads: bool = field(init=False)
+    """Of a prompt's KV it can read, and others can read from it, the beginning alone."""
     turned_s: float = float("-inf")
     """When its role last changed since it registered."""
     phase: WorkerPhase = WorkerPhase.UP
@@ -236,6 +239,10 @@ class Worker:
     """Calls whose prompt it computes or holds for a decode worker, from plan to first token."""
     pulls: dict[CallKey, Call] = field(default_factory=dict)
     """Calls that are to read what it has cached, from plan until it is where it is needed."""
+    arriving: dict[CallKey, Call] = field(default_factory=dict)
+    """Calls that are decoded elsewhere and are to go on here."""
+    readable_from_s: float = float("-inf")
+    """From when on its cache may be pulled from: it was late before."""
     prefilling: int = 0
     """Those of ``prefills`` that are not computed yet."""
     prefill_tokens: int = 0
@@ -258,6 +265,7 @@ class Worker:
         self.tokens_max = min(facts.max_model_len, facts.kv_blocks * facts.block_size)
         self.batch_slots = facts.max_num_seqs
         self.kv_bytes_per_block = facts.kv_bytes_per_block
+        self.partial_reads = facts.partial_reads
 
     @property
     def facts(self) -> EngineFacts:
@@ -330,6 +338,8 @@ class Turn:
     """Who reads the canary's KV; None if there is nobody but the worker."""
     writer: Worker | None = None
     """Who computes it."""
+    move_from_s: float = float("-inf")
+    """From when on its decodes may be asked to go on elsewhere again."""
 
     def move(self, phase: TurnPhase, now_s: float, why: str) -> None:
         """The only writer of ``phase``; InvalidTransition for a move not in the table."""
@@ -378,6 +388,15 @@ class Api:
     registered_s: float
     last_heard_s: float
     calls: dict[str, Call] = field(default_factory=dict)
+
+
+@dataclass(slots=True, eq=False)
+class Relocation:
+    """A running call's way to another worker. ``blocks`` are reserved there."""
+
+    target: Worker
+    blocks: int
+    number: int
 
 
 @dataclass(slots=True, eq=False)
@@ -431,6 +450,12 @@ class Call:
     """The run of a workflow that it belongs to, if that is tracked."""
     avoid: set[tuple[str, str]] = field(default_factory=set)
     """Workers (name, incarnation) that failed this call."""
+    relocation: Relocation | None = None
+    """Where it is to go on, while its KV is brought there."""
+    moved_attempt: int = -1
+    """The attempt that went on as the next one, elsewhere."""
+    movable_from_s: float = float("-inf")
+    """From when on it may be moved; never, if it can't go on elsewhere."""
 
     @property
     def request(self) -> str:
@@ -446,6 +471,11 @@ class Call:
     def deadline_key(self) -> Key:
         """What its deadline is filed under."""
         return "call", self.api.name, self.submit.request
+
+    @property
+    def move_key(self) -> Key:
+        """What the bound of its move is filed under."""
+        return "move", self.api.name, self.submit.request
 
     @property
     def prompt_tokens(self) -> int:
@@ -507,6 +537,10 @@ COUNTERS = (
     "messages_stale",
     "messages_unknown_call",
     "messages_unknown_sender",
+    "move_tokens",
+    "moves_begun",
+    "moves_made",
+    "moves_undone",
     "pairs_failed",
     "pairs_warmed",
     "peers_refused",
@@ -536,7 +570,17 @@ COUNTERS = (
 )
 
 
-MOVED_COUNTERS = ("plans_pull", "pulls_missing", "pulls_unread", "tokens_moved", "tokens_pulled")
+MOVED_COUNTERS = (
+    "move_tokens",
+    "moves_begun",
+    "moves_made",
+    "moves_undone",
+    "plans_pull",
+    "pulls_missing",
+    "pulls_unread",
+    "tokens_moved",
+    "tokens_pulled",
+)
 """Those that metrics show."""
 
 

@@ -8,14 +8,15 @@
 
 A worker that turns gets no more work of its old role at once and ends what it has begun: decodes
 of one that is to prefill, prompts and the handles on them of one that is to decode. Meanwhile it
-works in its new role already, as far as it does not slow down what it still owes. (Moving its
-decodes to a peer instead of waiting for their ends would happen here, in ``_drained``.) Then it
-is cordoned, its engine is told to work as the new role does (``SetRole``), and a canary goes
+works in its new role already, as far as it does not slow down what it still owes. Then it is
+cordoned, its engine is told to work as the new role does (``SetRole``), and a canary goes
 through it: a prompt that it computes and a peer reads, or the other way round, as in ``pairs``.
 What takes too long is tried again some times and then undone. A drain is the same without an
-end: the worker is cordoned and stays so until that is undone.
+end: the worker is cordoned and stays so until that is undone. Its decodes are moved to peers as far
+as they can go on there (``moves``), and so are those of a worker that turns, if that is wanted; the
+others are waited for.
 
-No call is touched by any of it. It is soft state: after a restart of the core workers have the
+No call fails for any of it. It is soft state: after a restart of the core workers have the
 roles that they were started with, which they see to themselves (``Welcome`` of another core), and
 one that registers anew has nothing to end.
 """
@@ -32,6 +33,8 @@ from coordinator.standing import Standing
 from coordinator.state import ROLE_TURNS, State, Turn, TurnPhase, Worker, WorkerPhase
 
 ENDED = frozenset({TurnPhase.DONE, TurnPhase.UNDONE, TurnPhase.LOST})
+MOVES_S = 0.5
+"""Between two looks at which decodes can be moved."""
 PAUSED = frozenset({TurnPhase.SWITCHING, TurnPhase.VERIFYING, TurnPhase.DRAINED})
 """Phases in which a worker gets no work."""
 
@@ -49,7 +52,8 @@ class Refusal(Exception):
 
 
 class Turns:
-    """All turns under way. ``ended`` is told of each that is over."""
+    """All turns under way. ``ended`` is told of each that is over; ``move_away`` is told a worker
+    and why: as many of its decodes as can are to go on elsewhere."""
 
     def __init__(
         self,
@@ -58,12 +62,14 @@ class Turns:
         standing: Standing,
         first_probe: int,
         ended: Callable[[Turn, float], None],
+        move_away: Callable[[Worker, float, str], object],
     ) -> None:
         self._state = state
         self._pairs = pairs
         self._standing = standing
         self._numbers = first_probe
         self._ended = ended
+        self._move_away = move_away
         self.live: dict[str, Turn] = {}
         """By worker."""
         self.settings = Rebalance()
@@ -164,13 +170,23 @@ class Turns:
         if not self.live:
             return
         for turn in list(self.live.values()):
-            if turn.phase is TurnPhase.DRAINING and self._drained(turn):
-                if turn.role is None:
-                    self._move(turn, TurnPhase.DRAINED, now_s, "nothing is left")
-                    self._state.deadlines.drop(_key(turn))
-                    self._state.counters["workers_drained"] += 1
-                else:
-                    self._switch(turn, now_s, "nothing is left of its old role")
+            if turn.phase is not TurnPhase.DRAINING:
+                continue
+            if not self._drained(turn):
+                self._hurry(turn, now_s)
+            elif turn.role is None:
+                self._move(turn, TurnPhase.DRAINED, now_s, "nothing is left")
+                self._state.deadlines.drop(_key(turn))
+                self._state.counters["workers_drained"] += 1
+            else:
+                self._switch(turn, now_s, "nothing is left of its old role")
+
+    def _hurry(self, turn: Turn, now_s: float) -> None:
+        """Have what it decodes go on elsewhere, every now and then: room comes, tokens begin."""
+        moves = turn.role is None or (turn.role == "prefill" and self.settings.move_decodes)
+        if moves and now_s >= turn.move_from_s:
+            turn.move_from_s = now_s + MOVES_S
+            self._move_away(turn.worker, now_s, turn.why)
 
     def _drained(self, turn: Turn) -> bool:
         """Whether a worker has ended what it had begun; the first that it has not is looked at."""

@@ -9,7 +9,8 @@ the other: each time an idle one is wanted the load pauses until it has nothing 
 * ``flip_busy_extra_ms_max``, ``_p50``: of a busy one, beyond the end of what it had begun;
 * ``flips_done``, and ``flips_undone``, which are none where engines answer within seconds;
   ``flip_failed_requests``: calls that failed, stalled (no token for ``STALL_S``)
-  or were answered otherwise than before, and of how many (``requests``).
+  or were answered otherwise than before, and of how many (``requests``);
+* those of ``moves_real``, which come first.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import httpx
 import msgspec
 from rich.console import Console
 
+from cluster.bench.moves_real import measure_moves, move_figures
 from cluster.bench.report import table, write
 from cluster.config import parse
 from cluster.failure import CommandFailure
@@ -57,6 +59,7 @@ STALL_S = 30.0
 LOOK_S = 0.01
 TURN_S = 60.0
 WARM_S = 60.0
+MOVES = 12
 
 
 class Text(msgspec.Struct, frozen=True):
@@ -242,16 +245,23 @@ def main(json_path: Path | None, model: str | None, flips: int, console: Console
         LocalCluster(config, log_dir=Path(folder)) as running,
     ):
         _wait_warm(running)
+        status.update("moves of running decodes")
+        moving = measure_moves(
+            running.base_url, config.served_name, MOVES, lambda: running.snapshot().links
+        )
+        moved = asyncio.run(moving)
         measured = measure(running.base_url, config.served_name, flips, status.update)
         done, load = asyncio.run(measured)
-    found = figures_of(done, load)
+    found = figures_of(done, load) | move_figures(moved)
     rows = [msgspec.structs.asdict(one) for one in done]
-    write(json_path, "pythia bench rebalance --real", found, rows)
+    rows_moved = [msgspec.structs.asdict(one) for one in moved]
+    write(json_path, "pythia bench rebalance --real", found, rows + rows_moved)
+    table(console, "moves of running decodes", rows_moved)
     table(console, "turns of live workers", rows)
     table(console, "figures", [{"figure": key, "value": value} for key, value in found.items()])
     for reason in load.failed[:10]:
         console.print(f"failed: {reason}", style="red")
-    return 1 if load.failed else 0
+    return 1 if load.failed or found["move_failed_streams"] else 0
 
 
 def _wait_warm(running: LocalCluster) -> None:

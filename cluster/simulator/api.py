@@ -18,6 +18,7 @@ from cluster.simulator.call import Call
 from cluster.simulator.control import Control
 from cluster.simulator.events import Events
 from cluster.simulator.frames import Body, ToApi, Tokens, Work
+from cluster.simulator.moving import Moves
 from cluster.simulator.network import Connection, Network
 from cluster.simulator.oracle import Oracle
 from cluster.simulator.records import CallRecord
@@ -36,6 +37,7 @@ from coordinator.protocol import (
     Finished,
     Hello,
     Message,
+    Move,
     Placed,
     Plan,
     Prefill,
@@ -113,6 +115,18 @@ class Api:
             hello=lambda: Hello(name),
             beat=lambda: ApiBeat(name, len(self.calls)),
             on_message=self._on_core,
+        )
+        self._block_size = 0
+        self._moves = Moves(
+            name,
+            events,
+            limits,
+            self._repeat_s,
+            self._send,
+            self._control.send,
+            self._bury,
+            self._discard,
+            self._held_s,
         )
 
     def crash(self) -> None:
@@ -204,13 +218,14 @@ class Api:
         match message:
             case Plan():
                 self._on_plan(message)
-            case Check():
-                self._on_check(message)
+            case Check() | Move():
+                self._on_running(message)
             case Rejected():
                 self._on_rejected(message)
             case Stop():
                 self._on_stop(message)
             case WorkerUp():
+                self._block_size = message.facts.block_size
                 self._worker_up(Placed(message.worker, message.incarnation))
             case WorkerGone():
                 self._lose(Placed(message.worker, message.incarnation))
@@ -225,6 +240,7 @@ class Api:
         self.core, self.welcomed_s = core, self._events.now_s
         if restarted:
             for call in self.calls.values():
+                self._moves.restarted(call)
                 if call.phase == "waiting" and call.failed is not None:
                     call.attempt += 1
                     call.failed = None
@@ -260,7 +276,9 @@ class Api:
             if lost in (busy, plan.decode):
                 self._retry(call, lost.worker, f"{lost.worker} is lost")
             elif call.phase == "pulling" and lost == plan.pull_worker:
-                self._pulled(call, None)
+                self._pulled(call, None, late=True)
+            else:
+                self._moves.on_worker_gone(call, lost)
 
     def _live(self) -> Iterator[Call]:
         """The calls one by one; whatever happens to one may end others."""
@@ -312,6 +330,14 @@ class Api:
             return
         self._fail(call, message.status, 0.0)
 
+    def _on_running(self, message: Check | Move) -> None:
+        if isinstance(message, Check):
+            self._on_check(message)
+        elif (call := self.calls.get(message.request)) is not None:
+            self._moves.on_move(call, message, self._block_size)
+        else:
+            self.stale += 1
+
     def _on_check(self, message: Check) -> None:
         """Tell the core where a call stands."""
         call = self.calls.get(message.request)
@@ -346,7 +372,8 @@ class Api:
         """Give the client its token and send the handle on at once, or hand it back."""
         call = self.calls.get(done.request)
         if done.attempt < 0:
-            self._pull_done(call, done, worker)
+            if not self._moves.on_done(call, done, worker):
+                self._pull_done(call, done, worker)
             return
         if call is None or call.attempt != done.attempt or call.phase != "prefilling":
             self._hand_back(done, worker)
@@ -387,6 +414,7 @@ class Api:
             assert tokens.first is not None, request
             self._started(call, tokens)
         if tokens.ended:
+            self._moves.forget(call)
             came = call.base_tokens + tokens.stream.tokens(self._events.now_s)
             self._deliver(call, came - call.tokens)
             self._finish(call, call.outcome)
@@ -414,7 +442,9 @@ class Api:
         """A worker could not: ask for another plan, or tell the client if none can help."""
         call = self.calls.get(failed.request)
         if call is not None and self._waits_for_pull(call, failed.attempt, worker):
-            self._pulled(call, None)
+            self._pulled(call, None, late=True)
+        elif self._moves.on_failed(call, failed, worker):
+            pass
         elif call is None or call.attempt != failed.attempt or call.phase == "waiting":
             self.stale += 1
         elif failed.handle_refused and self._without_pull(call, worker):
@@ -482,14 +512,14 @@ class Api:
         late = self._held_s(done, call.pull_sent_s) > done.lease_s - done.margin_s
         if late or not done.cached_tokens:
             self._discard(done, worker)
-            self._pulled(call, None, missing=not late)
+            self._pulled(call, None, missing=not late, late=late)
         else:
             self._pulled(call, done)
 
     def _leave_pull(self, call: Call) -> None:
         """The peer takes too long."""
         self._abort_pull(call)
-        self._pulled(call, None)
+        self._pulled(call, None, late=True)
 
     def _abort_pull(self, call: Call) -> None:
         assert call.plan is not None
@@ -499,7 +529,13 @@ class Api:
         self._send(call.plan.pull_worker, Abort([(call.request, side)]))
         self._bury(call.request, side)
 
-    def _pulled(self, call: Call, done: PrefillDone | None, missing: bool = False) -> None:
+    def _pulled(
+        self,
+        call: Call,
+        done: PrefillDone | None,
+        missing: bool = False,
+        late: bool = False,
+    ) -> None:
         """Go on, with what a peer holds or without."""
         plan = call.plan
         assert plan is not None
@@ -511,7 +547,7 @@ class Api:
             missing = tokens < done.prompt_tokens - 1
         sent = self._compute(call, done.handle if done is not None else b"")
         if sent:
-            self._control.send(Pulled(self.name, call.request, attempt, tokens, missing))
+            self._control.send(Pulled(self.name, call.request, attempt, tokens, missing, late))
         elif done is not None:
             self._discard(done, plan.pull_worker)
 
@@ -596,6 +632,7 @@ class Api:
         if call.phase == "pulling":
             self._abort_pull(call)
             return
+        self._moves.forget(call)
         abort = Abort([(call.request, call.attempt)])
         if call.phase == "prefilling" and plan.prefill is not None:
             self._send(plan.prefill, abort)
@@ -662,6 +699,7 @@ class Api:
     def _forget(self, call: Call, outcome: str) -> None:
         """Nothing more comes of a call."""
         record = call.record
+        self._moves.drop(call)
         del self.calls[call.request]
         self._events.cancel(call.repeat)
         self._events.cancel(call.overdue)

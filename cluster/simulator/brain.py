@@ -60,6 +60,12 @@ class Brain:
         self._events.cancel(self._wake)
         self._wake, self._wake_s = None, float("inf")
 
+    def hear(self, source: str, message: ToCore) -> None:
+        """Somebody who is not simulated says something; nobody gets the answer."""
+        if self.running:
+            sends = self.core.handle(source.encode(), message, self._events.now_s)
+            self._send([send for send in sends if send.peer in self._addresses])
+
     def totals(self) -> dict[str, int]:
         """The counters of all cores together."""
         totals = dict(self._counters)

@@ -43,6 +43,8 @@ class Call:
         "chain",
         "failed",
         "last_token_s",
+        "move_number",
+        "moves",
         "outcome",
         "output_tokens",
         "overdue",
@@ -94,6 +96,8 @@ class Call:
         self.pull_done: PrefillDone | None = None
         self.pull_bound: Event | None = None
         """When a peer's answer is not waited for any more."""
+        self.moves = self.move_number = 0
+        """How often it was to be moved, and the number of the core's last order."""
         self.failed: Failed | None = None
         self.repeat: Event | None = None
         """When it asks again for the plan that it waits for."""
@@ -109,6 +113,12 @@ class Call:
     def prompt_tokens(self) -> int:
         """What there must be KV of before the next token: what the client has got included."""
         return self.submit.prompt_tokens + self.tokens
+
+    def said(self, now_s: float) -> int:
+        """What the client has got by now, of its stream too; the last token comes with the end."""
+        if self.stream is None:
+            return self.tokens
+        return min(self.base_tokens + self.stream.tokens(now_s), self.output_tokens - 1)
 
     def move(self, phase: Phase) -> None:
         """The only writer of ``phase``."""

@@ -202,13 +202,14 @@ def run_fault_seed(
     api_crashes: bool = True,
     turns: bool = True,
     core_factory: Callable[[Limits, Placement, str], Core] = Core,
+    moves: bool = True,
 ) -> FaultReport:
     """Simulate what a seed says, with a placement policy. OracleError if anything happens that
     must not, or breaks.
 
     ``api_crashes``: API processes crash, too, if the seed says so; ``turns``: workers turn, and
-    are asked to by operators at random moments. ``core_factory``: makes the cores, from limits,
-    placement and id.
+    are asked to by operators at random moments; ``moves``: running calls are moved, likewise.
+    ``core_factory``: makes the cores, from limits, placement and id.
     """
     began_s = time.perf_counter()
     rng = random.Random(f"{seed}/faults")
@@ -219,6 +220,9 @@ def run_fault_seed(
         # By chance of its own: all else is as it would be without.
         every_s = random.Random(f"{seed}/api crashes").choice((0.0, 0.0, 10.0, 30.0))
         faults = msgspec.structs.replace(faults, api_crash_every_s=every_s)
+    if moves:
+        every_s = random.Random(f"{seed}/moves").choice((0.0, 0.1, 0.5))
+        faults = msgspec.structs.replace(faults, move_every_s=every_s)
     workload = random_workload(rng, seed, engine_facts(setup).max_model_len)
     turning = random.Random(f"{seed}/turns")
     if turns:

@@ -89,6 +89,8 @@ class Faults(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     api_crash_every_s: Amount = 0.0
     partition_every_s: Amount = 0.0
     partition_s: Amount = 8.0
+    move_every_s: Amount = 0.0
+    """Running calls of a worker are to go on elsewhere."""
     abort: Share = 0.0
     """Share of calls that their clients give up at a random moment."""
     until_s: Seconds = 60.0

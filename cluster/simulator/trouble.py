@@ -13,6 +13,7 @@ from collections.abc import Callable
 from cluster.simulator.host import Host
 from cluster.simulator.network import CORE, process_at
 from cluster.simulator.world import World
+from coordinator.protocol import MoveCalls
 
 CORE_AWAY_S_MAX = 2.0
 """Longest time from a core's end to the next one's start."""
@@ -41,6 +42,7 @@ class Trouble:
             (faults.core_restart_every_s, self._restart_core),
             (faults.partition_every_s, self._partition),
             (faults.api_crash_every_s, self._crash_api),
+            (faults.move_every_s, self._move),
         ):
             if every_s:
                 self._again(every_s, happen)
@@ -94,6 +96,13 @@ class Trouble:
             self.happened["API crash"] += 1
             away_s = self._rng.random() * API_AWAY_S_MAX
             self._world.crash_api(self._rng.choice(apis), away_s)
+
+    def _move(self) -> None:
+        """Running calls of a worker are to go on elsewhere."""
+        host = self._victim()
+        if host is not None:
+            self.happened["move"] += 1
+            self._world.brain.hear("operator", MoveCalls(1, host.name))
 
     def _partition(self) -> None:
         if self._partitioned:

@@ -10,6 +10,8 @@
 ``pulling`` ends with the handle for what the peer has cached, with less, with none, or after a
 bound: the call goes on in any case, and whatever did not come is computed.
 
+A call that is decoding may be moved meanwhile (``moving``); the next attempt's plan ends that.
+
 Where it may, the prefill worker samples the first token; the client has it while its KV is
 still on the way. The decode worker goes on behind it, as it would behind a lost worker's.
 
@@ -37,6 +39,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from coordinator import protocol
 from coordinator.api.continuing import may_begin_elsewhere, needs_one_worker, resume_request
 from coordinator.api.exchange import CallRecord, Continuation, Failure
+from coordinator.api.moving import Moves, Moving
 from coordinator.api.pulling import pull_request, tokens_held
 from coordinator.blocks import hash_blocks, salt_of
 from coordinator.limits import Limits
@@ -115,6 +118,7 @@ class Call:
     begun_elsewhere: bool = False
     """The first token of this attempt came from its prefill worker."""
     failed: protocol.Failed | None = None
+    moving: Moving = field(default_factory=Moving)
 
     def move(self, phase: Phase) -> None:
         """The only writer of ``phase``."""
@@ -134,6 +138,7 @@ class Calls:
         self.calls: dict[str, Call] = {}
         self.tombstones: OrderedDict[tuple[str, int], float] = OrderedDict()
         self.stale = 0
+        self.moves = Moves(api, wire, limits, self.tombstones, self._discard, _held_s)
 
     # --- from the client ---------------------------------------------------------
 
@@ -190,6 +195,7 @@ class Calls:
                 self._ask(call)
             elif call.phase == "pulling" and now_s - call.pull_sent_s >= self.limits.pull_s:
                 self._leave_pull(call, now_s)
+        self.moves.tick(now_s)
         while self.tombstones:
             key, made_s = next(iter(self.tombstones.items()))
             if now_s - made_s < TOMBSTONE_S and len(self.tombstones) <= TOMBSTONES_MAX:
@@ -220,9 +226,18 @@ class Calls:
         if not restarted:
             return
         for call in self.calls.values():
+            call.moving.restarted()
             if call.phase == "waiting" and call.failed is not None:
                 call.attempt += 1
                 call.failed = None
+
+    def on_move(self, order: protocol.Move, now_s: float) -> None:
+        """A running call is to go on elsewhere."""
+        call = self.calls.get(order.request)
+        if call is None:
+            self.stale += 1
+        else:
+            self.moves.on_move(call, order, self.block_size, now_s)
 
     def on_plan(self, plan: protocol.Plan, now_s: float) -> None:
         """Carry out a plan; a second copy of one is ignored."""
@@ -298,7 +313,9 @@ class Calls:
             if lost in (busy, plan.decode):
                 self._retry(call, lost.worker, f"{lost.worker} is lost: {reason}", now_s)
             elif call.phase == "pulling" and lost == plan.pull_worker:
-                self._pulled(call, None, now_s)
+                self._pulled(call, None, now_s, late=True)
+            else:
+                self.moves.on_worker_gone(call, lost, now_s)
 
     # --- from the workers ------------------------------------------------------------
 
@@ -316,7 +333,8 @@ class Calls:
         """
         call = self.calls.get(done.request)
         if done.attempt < 0:
-            self._pull_done(call, done, worker, now_s, unix_s)
+            if not self.moves.on_done(call, done, worker, now_s, unix_s):
+                self._pull_done(call, done, worker, now_s, unix_s)
             return
         if call is None or call.attempt != done.attempt or call.phase != "prefilling":
             self._hand_back(done, worker)
@@ -368,7 +386,9 @@ class Calls:
         call = self.calls.get(failed.request)
         if call is not None and self._waits_for_pull(call, failed.attempt, worker):
             logger.warning("%s: not pulled: %s", failed.request, failed.reason)
-            self._pulled(call, None, now_s)
+            self._pulled(call, None, now_s, late=True)
+        elif self.moves.on_failed(call, failed, worker):
+            pass
         elif call is None or call.attempt != failed.attempt or call.phase == "waiting":
             self.stale += 1
         elif failed.handle_refused and self._without_pull(call, worker, now_s):
@@ -414,14 +434,14 @@ class Calls:
         late = _held_s(done, call.pull_sent_s, now_s, unix_s) > done.lease_s - done.margin_s
         if late or not tokens_held(done, self.block_size):
             self._discard(done, worker)
-            self._pulled(call, None, now_s, missing=not late)
+            self._pulled(call, None, now_s, missing=not late, late=late)
         else:
             self._pulled(call, done, now_s)
 
     def _leave_pull(self, call: Call, now_s: float) -> None:
         """The peer takes too long."""
         self._abort_pull(call, now_s)
-        self._pulled(call, None, now_s)
+        self._pulled(call, None, now_s, late=True)
 
     def _abort_pull(self, call: Call, now_s: float) -> None:
         assert call.plan is not None
@@ -436,6 +456,7 @@ class Calls:
         done: protocol.PrefillDone | None,
         now_s: float,
         missing: bool = False,
+        late: bool = False,
     ) -> None:
         """Go on, with what a peer holds or without."""
         plan = call.plan
@@ -449,7 +470,7 @@ class Calls:
             call.record.pull = plan.pull_worker.worker
         sent = self._compute(call, done.handle if done is not None else b"", now_s)
         if sent:
-            self.wire.to_core(protocol.Pulled(self.api, request, attempt, tokens, missing))
+            self.wire.to_core(protocol.Pulled(self.api, request, attempt, tokens, missing, late))
         elif done is not None:
             self._discard(done, plan.pull_worker)
 
@@ -565,6 +586,7 @@ class Calls:
             news.append(protocol.Started(self.api, call.submit.request, call.attempt))
         call.tokens.extend(output.new_token_ids)
         if reason is not None:
+            self.moves.forget(call, now_s)
             del self.calls[call.submit.request]
             news.append(self._summary(call, str(reason), now_s))
         return True
@@ -641,6 +663,7 @@ class Calls:
         if call.phase == "pulling":
             self._abort_pull(call, now_s)
             return
+        self.moves.forget(call, now_s)
         abort = protocol.Abort([(call.submit.request, call.attempt)])
         if call.phase == "prefilling" and plan.prefill is not None:
             self.wire.to_worker(plan.prefill, abort, ())

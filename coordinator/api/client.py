@@ -336,7 +336,7 @@ class ClusterEngineCore(EngineCoreClient):
                 self.calls.on_plan(message, now_s)
             case protocol.Rejected():
                 self.calls.on_rejected(message, now_s)
-            case protocol.Stop() | protocol.Check():
+            case protocol.Stop() | protocol.Check() | protocol.Move():
                 self._on_doubt(message, now_s)
             case protocol.WorkerUp():
                 self._worker_up(message)
@@ -351,9 +351,13 @@ class ClusterEngineCore(EngineCoreClient):
             case protocol.Alive() | protocol.Refused() | protocol.Unknown():
                 raise AssertionError("the link keeps these to itself")
 
-    def _on_doubt(self, message: protocol.Stop | protocol.Check, now_s: float) -> None:
+    def _on_doubt(
+        self, message: protocol.Stop | protocol.Check | protocol.Move, now_s: float
+    ) -> None:
         if isinstance(message, protocol.Stop):
             self.calls.on_stop(message, now_s)
+        elif isinstance(message, protocol.Move):
+            self.calls.on_move(message, now_s)
         else:
             self.calls.on_check(message)
 

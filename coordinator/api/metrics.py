@@ -48,6 +48,10 @@ MOVED = {
     "pulls_unread": ("pulls_unread", "Of them, nothing came of it and all was computed"),
     "tokens_pulled": ("pulled_tokens", "Prompt tokens that were read from a peer's cache"),
     "tokens_moved": ("moved_tokens", "Prompt tokens that were read by decode workers"),
+    "moves_begun": ("moves", "Running calls that were to go on on another worker"),
+    "moves_made": ("moves_made", "Of them, those that did"),
+    "moves_undone": ("moves_undone", "Of them, those that stayed where they were"),
+    "move_tokens": ("move_tokens", "Tokens whose KV was brought there"),
 }
 
 _decode = msgspec.json.Decoder(Figures).decode

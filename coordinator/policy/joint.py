@@ -294,7 +294,9 @@ class _Costs:
     def sources(self, peers: Collection[WorkerView], pull_s: float) -> list[Source]:
         """The best peers to read from, those that hold the most first."""
         found = []
-        for blocks, worker in most_cached(peers, self._held, self._useful_blocks):
+        for blocks, worker in most_cached(
+            peers, self._held, self._useful_blocks, self._outlook.now_s
+        ):
             gauge = worker.gauge
             waiting_s = gauge.reading(self._outlook.now_s)[0]
             step_s = self._step_s + self._sequence_s * len(worker.decodes)

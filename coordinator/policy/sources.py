@@ -30,14 +30,14 @@ class Source(NamedTuple):
 
 
 def most_cached(
-    peers: Collection[WorkerView], held: Mapping[str, int], useful_blocks: int
+    peers: Collection[WorkerView], held: Mapping[str, int], useful_blocks: int, now_s: float
 ) -> list[tuple[int, WorkerView]]:
-    """The best few that hold anything and are up, the most first, ties by what they have to do
-    and name."""
+    """The best few that hold anything that can be read now, the most first, ties by what they have
+    to do and name."""
     found = []
     for worker in peers:
         blocks = held.get(worker.name, 0)
-        if blocks and worker.up:
+        if blocks and worker.up and worker.partial_reads and worker.readable_from_s <= now_s:
             blocks = -min(blocks, useful_blocks)
             found.append((blocks, worker.gauge.backlog_s, worker.name, worker))
     # Names differ: workers are never compared.

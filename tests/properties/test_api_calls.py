@@ -75,6 +75,7 @@ HAPPENINGS = [
     *["a_worker_receives", "a_worker_steps", "the_api_process_receives"],
     *["client_goes_away", "a_worker_fails_a_call", "a_connection_breaks", "a_worker_dies"],
     *["a_worker_is_full_or_not", "the_core_restarts"],
+    *["calls_are_moved"] * 4,
     *["time_passes"] * 3,
 ]
 COPIES = st.sampled_from([1, 1, 1, 1, 2, 0])
@@ -137,6 +138,8 @@ class Network(RuleBasedStateMachine):
     pulling = False
     pulls: ClassVar[int] = 0
     """How often a peer was asked for what it has cached."""
+    moves: ClassVar[Counter[str]] = Counter()
+    """How often a move was begun, and how often a running call went on elsewhere."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -219,7 +222,13 @@ class Network(RuleBasedStateMachine):
         """What must be true of all that workers are asked, whether it can be sent or not."""
         assert message.request not in self.ends
         prompt = [*PROMPT, *self.got[message.request]]
-        if isinstance(message, protocol.Prefill) and message.cached_only:
+        if message.attempt < -protocol.MOVE_ATTEMPTS:
+            assert isinstance(message, protocol.Prefill)
+            assert message.cached_only == (not message.handle)
+            asked = request.prompt_token_ids or []
+            assert asked == prompt[: len(asked)]
+            assert len(asked) % 4 == 1, "whole blocks and a token"
+        elif isinstance(message, protocol.Prefill) and message.cached_only:
             assert message.attempt < 0
             assert not message.handle
             asked = request.prompt_token_ids or []
@@ -233,7 +242,8 @@ class Network(RuleBasedStateMachine):
         assert not self.dispatched[message.handle], "a handle is sent on once"
         assert not self.given_back[message.handle], "what was given back is not read"
         made_for, attempt, held_s = self.handles_held_s[message.handle]
-        assert (made_for, abs(attempt)) == (message.request, message.attempt)
+        assert made_for == message.request
+        assert message.attempt in (attempt, -attempt)
         assert attempt < 0 or isinstance(message, protocol.Decode)
         assert self.now_s - held_s <= LEASE_S - MARGIN_S + CLOCK_SKEW_S
 
@@ -297,7 +307,13 @@ class Network(RuleBasedStateMachine):
             case protocol.WorkerGone():
                 self.lose(Placed(message.worker, message.incarnation), message.reason)
             case protocol.Plan():
+                call = self.calls.calls.get(message.request)
+                decoding = call is not None and call.phase == "decoding"
+                self.moves["made"] += decoding and message.reason.startswith("moved")
                 self.calls.on_plan(message, self.now_s)
+            case protocol.Move():
+                self.moves["begun"] += 1
+                self.calls.on_move(message, self.now_s)
             case protocol.Rejected():
                 self.calls.on_rejected(message, self.now_s)
             case protocol.Stop():
@@ -365,7 +381,7 @@ class Network(RuleBasedStateMachine):
             list(request.prompt_token_ids),
             request.sampling_params.max_tokens,
         )
-        if isinstance(message, protocol.Prefill) and not message.cached_only:
+        if isinstance(message, protocol.Prefill) and message.attempt > 0:
             job.first_token = message.first_token
             penalty = request.sampling_params.presence_penalty
             assert message.first_token == (not penalty), "penalties can't go on elsewhere"
@@ -373,6 +389,8 @@ class Network(RuleBasedStateMachine):
     def cached(self, job: Job) -> int:
         """What a peer still has of what is asked for."""
         found = zlib.crc32(f"{job.request}{job.attempt}".encode()) % 4
+        if job.attempt < -protocol.MOVE_ATTEMPTS and found:
+            return len(job.tokens) - 1
         return min(len(job.tokens) - 1, (0, 4, 8, 8)[found])
 
     def refuses(self, handle: bytes) -> bool:
@@ -478,6 +496,15 @@ class Network(RuleBasedStateMachine):
             self.calls.submit(request, CallRecord(name), CallContext(), group, self.now_s)
         if draw(st.booleans()):
             self.talk()
+
+    def calls_are_moved(self, draw: Draw) -> None:
+        """Asked for when what has begun is known, and left anywhere on the way."""
+        self.talk()
+        for name in ("decode-0", "decode-1"):
+            message = protocol.MoveCalls(1, name)
+            self.core_says(self.core.handle(b"client", message, self.now_s))
+        for _ in range(draw(st.integers(0, 6))):
+            self.round()
 
     def client_goes_away(self, draw: Draw) -> None:
         if self.calls.calls:
@@ -689,3 +716,5 @@ def test_calls_over_a_bad_network() -> None:
             suppress_health_check=list(HealthCheck),
         ),
     )
+    assert Network.moves["made"] > 10
+    assert Network.moves["begun"] > Network.moves["made"]

@@ -43,6 +43,9 @@ from coordinator.protocol import (
     Leaving,
     ListWorkflows,
     Load,
+    MoveCalls,
+    MoveDeclined,
+    MoveReady,
     Prefilled,
     Probed,
     ProbeFinished,
@@ -79,6 +82,8 @@ LIMITS = Limits(
     recent_calls=4,
     sessions=2,
     story_lines=6,
+    move_s=2.0,
+    moves_per_worker=2,
 )
 # Of more than one worker only a few are compared, as in a large cluster.
 PLACEMENT = Placement(
@@ -209,6 +214,11 @@ class CoreInALossyNetwork(RuleBasedStateMachine):
         api, request = pick(self.calls(), number)
         self.world.emit(api.address, api.abort(request))
 
+    @rule(name=st.sampled_from(sorted(ROLES)), one=st.booleans(), number=index)
+    def move_away(self, name: str, one: bool, number: int) -> None:
+        request = pick(self.calls(), number)[1] if one and self.calls() else ""
+        self.forge(b"client", MoveCalls(1, name, request))
+
     @precondition(lambda self: self.calls())
     @rule(number=index)
     def give_up(self, number: int) -> None:
@@ -297,7 +307,7 @@ class CoreInALossyNetwork(RuleBasedStateMachine):
     # --- what others pretend -----------------------------------------------------------------
 
     @precondition(lambda self: self.calls())
-    @rule(number=index, what=st.integers(0, 8))
+    @rule(number=index, what=st.integers(0, 10))
     def speak_for_another_api(self, number: int, what: int) -> None:
         api, request = pick(self.calls(), number)
         attempt = api.calls[request].attempt
@@ -311,6 +321,8 @@ class CoreInALossyNetwork(RuleBasedStateMachine):
             Checked(api.name, request, attempt, "gone"),
             Checked(api.name, request, attempt, "pulling"),
             Pulled(api.name, request, attempt, 8),
+            MoveReady(api.name, request, attempt, 1, 8, 1),
+            MoveDeclined(api.name, request, attempt, 1, "no"),
         )
         self.forge(IMPOSTOR, forged[what])
 
@@ -380,6 +392,41 @@ def test_nothing_breaks_where_everything_is_pulled() -> None:
     assert PullingCoreInALossyNetwork.planned["local"] > 20
 
 
+class MovingCoreInALossyNetwork(CoreInALossyNetwork):
+    """The same with several decode workers, from which running calls are moved away again and
+    again."""
+
+    rounds_before = 40
+    workers = ("d", "e", "m")
+    made: ClassVar[Counter[str]] = Counter()
+    """Moves of all examples."""
+
+    @precondition(lambda self: self.world.apis)
+    @rule(number=index, rounds=st.integers(4, 16), output_tokens=st.integers(10, 40))
+    def say_much_and_move(self, number: int, rounds: int, output_tokens: int) -> None:
+        """Long enough for tokens to come and for KV to be where it is to go."""
+        api = pick(list(self.world.apis.values()), number)
+        self.world.submit(api, 9, output_tokens)
+        for _ in range(rounds):
+            for name in sorted(ROLES):
+                self.forge(b"client", MoveCalls(1, name))
+            self.world.deliver_all()
+            self.world.check()
+            self.world.advance(0.2)
+
+    def teardown(self) -> None:
+        super().teardown()
+        for name, count in self.world.core.counters.items():
+            self.made[name] += count
+
+
+def test_nothing_breaks_where_running_calls_are_moved() -> None:
+    profile = settings(PROFILE, max_examples=150)
+    run_state_machine_as_test(MovingCoreInALossyNetwork, settings=profile)
+    assert MovingCoreInALossyNetwork.made["moves_made"] > 20
+    assert MovingCoreInALossyNetwork.made["moves_undone"] > 20
+
+
 class ReactiveCoreInALossyNetwork(CoreInALossyNetwork):
     """The same with a core that changes the roles of its workers."""
 
@@ -446,6 +493,9 @@ sayings: st.SearchStrategy[ToCore] = st.one_of(
     st.builds(Failed, names, names, numbers, names, names, numbers),
     st.builds(Checked, names, names, numbers, st.sampled_from(["prefilling", "loading", "gone"])),
     st.builds(Pulled, names, names, numbers, numbers, st.booleans()),
+    st.builds(MoveReady, names, names, numbers, numbers, numbers, numbers),
+    st.builds(MoveDeclined, names, names, numbers, numbers, names, st.booleans()),
+    st.builds(MoveCalls, numbers, names, names, names),
     st.builds(Inspect, numbers),
     st.builds(DeclareWorkflow, numbers, names, st.binary(max_size=3) | st.sampled_from(GRAPHS)),
     st.builds(DropWorkflow, numbers, names, names),

@@ -34,6 +34,7 @@ questions = st.one_of(
     st.builds(TurnWorker, st.just(1), st.sampled_from(["p", "d", "e"]), st.just("prefill")),
     st.builds(TurnWorker, st.just(1), st.sampled_from(["p", "d", "e"]), st.just("decode")),
     st.builds(DrainWorker, st.just(1), names, st.booleans()),
+    st.builds(DrainWorker, st.just(1), st.sampled_from(["d", "e"])),
     st.builds(ShowRebalance, st.just(1)),
     st.builds(
         SetRebalance,

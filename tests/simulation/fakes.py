@@ -34,6 +34,9 @@ from coordinator.protocol import (
     Hello,
     Leaving,
     Load,
+    Move,
+    MoveDeclined,
+    MoveReady,
     Placed,
     Plan,
     Prefill,
@@ -69,11 +72,23 @@ TOKEN_TIME_S = 0.3
 REPEAT_S = 1.0
 HISTORY_LETTERS = 32
 PULL_TIME_S = 1.0
+MOVE_TIME_S = 0.5
+MOVE_BOUND_S = 3.0
 FOUND = (0, 4, 40)
 """How many tokens a peer has of what it is asked for, by the length of the request's id."""
 NOBODY = CallContext()
 MakeCore = Callable[[Limits, Placement, str], Core]
 
+ABOUT_ATTEMPTS = (
+    Pulled,
+    Prefilled,
+    Started,
+    Finished,
+    Failed,
+    Checked,
+    MoveReady,
+    MoveDeclined,
+)
 Attempt = tuple[str, int]
 """Request and attempt."""
 
@@ -251,6 +266,10 @@ class FakeCall:
     generated: int = 0
     failed: Failed | None = None
     pull_due_s: float = 0.0
+    move: Move | None = None
+    move_due_s: float = 0.0
+    move_end_s: float = 0.0
+    move_number: int = 0
 
     @property
     def asking(self) -> Submit | Failed:
@@ -302,6 +321,9 @@ class FakeApi:
             if call.state == "waiting" and now_s >= call.asked_s + REPEAT_S:
                 call.asked_s = now_s
                 out.append((CORE, call.asking))
+        for call in self.calls.values():
+            if call.move is not None and now_s >= call.move_due_s:
+                out.append((CORE, self._move_over(call, call.move, now_s)))
         for call in list(self.calls.values()):
             if call.state == "pulling" and now_s >= call.pull_due_s:
                 out += [*self._abort_attempt(call), *self._pulled(call, b"", 0)]
@@ -333,11 +355,39 @@ class FakeApi:
             case Check():
                 out = self._where(message)
             case _:
-                out = self._worked(message)
+                out = self._worked(message, now_s)
         return out
 
-    def _worked(self, message: object) -> Out:
+    def _move(self, order: Move, now_s: float) -> Out:
+        """Begin to bring a running call's KV elsewhere; one call in three can't be moved."""
+        call = self.calls.get(order.request)
+        if call is None or order.attempt != call.attempt or order.number <= call.move_number:
+            return []
+        call.move_number, call.move = order.number, None
+        if call.state != "decoding" or len(order.request) % 3 == 0:
+            return [(CORE, self._declined(order, for_good=call.state == "decoding"))]
+        call.move = order
+        call.move_due_s, call.move_end_s = now_s + MOVE_TIME_S, now_s + MOVE_BOUND_S
+        return []
+
+    def _declined(self, order: Move, for_good: bool = False) -> MoveDeclined:
+        request, attempt, number = order.request, order.attempt, order.number
+        return MoveDeclined(self.name, request, attempt, number, "no", for_good)
+
+    def _move_over(self, call: FakeCall, order: Move, now_s: float) -> MoveReady | MoveDeclined:
+        """Its KV is there: the plan may come; some time later it is not waited for any more."""
+        if now_s >= call.move_end_s:
+            call.move = None
+            return self._declined(order)
+        call.move_due_s = now_s + REPEAT_S
+        tokens = call.submit.prompt_tokens + call.generated
+        request, attempt, number = order.request, order.attempt, order.number
+        return MoveReady(self.name, request, attempt, number, tokens, call.generated)
+
+    def _worked(self, message: object, now_s: float) -> Out:
         match message:
+            case Move():
+                return self._move(message, now_s)
             case PrefillDone():
                 return self._prefill_done(message)
             case Token():
@@ -350,6 +400,8 @@ class FakeApi:
         restarted = bool(self.core) and core != self.core
         self.welcome, self.core = True, core
         for call in self.calls.values():
+            if restarted:
+                call.move, call.move_number = None, 0
             if restarted and call.failed is not None:
                 call.attempt += 1
                 call.failed = None
@@ -362,6 +414,10 @@ class FakeApi:
                 out += self._pulled(call, b"", 0)
         if self.workers.get(gone.worker) == gone.incarnation:
             del self.workers[gone.worker]
+        for call in self.calls.values():
+            if call.move is not None and call.move.target == gone:
+                out.append((CORE, self._declined(call.move)))
+                call.move = None
         for call in self.calls.values():
             if call.plan is None or call.state == "waiting":
                 continue
@@ -447,6 +503,7 @@ class FakeApi:
         return [*out, (CORE, call.failed)]
 
     def _abort_attempt(self, call: FakeCall) -> Out:
+        call.move = None
         if call.plan is None or call.state == "waiting":
             return []
         abort = Abort([(call.submit.request, call.attempt)])
@@ -491,6 +548,8 @@ class Oracle:
     ended: set[str] = field(default_factory=set)
     asked: set[tuple[str, int, str]] = field(default_factory=set)
     """(worker's address, probe, ``Probe`` or ``ProbeRead``): what the core asked whom."""
+    moves: int = 0
+    """Running calls that the core wanted elsewhere."""
     gone: set[tuple[str, str, str]] = field(default_factory=set)
     """(API process, worker, incarnation): the core told the one that the other is gone."""
 
@@ -521,6 +580,10 @@ class Oracle:
                 self.gone.add((peer, message.worker, message.incarnation))
             case WorkerUp():
                 self.gone.discard((peer, message.worker, message.incarnation))
+            case Move():
+                lost = (peer, message.target.worker, message.target.incarnation) in self.gone
+                assert not lost, f"{message} names a worker that is gone"
+                self.moves += 1
             case Plan():
                 for placed in (message.decode, message.prefill, message.pull_worker):
                     if placed is not None:
@@ -653,7 +716,7 @@ class World:
             letter = Letter(source, target, message)
             if source in self.apis:
                 self.oracle.said(message)
-                if isinstance(message, Pulled | Prefilled | Started | Finished | Failed | Checked):
+                if isinstance(message, ABOUT_ATTEMPTS):
                     self.history.append(letter)
             self.letters.append(letter)
 

@@ -31,6 +31,8 @@ class Seen:
     warm_sources: set[str] = field(default_factory=set)
     gauge: Gauge = field(default_factory=Gauge)
     kv_bytes_per_block: int = 1 << 20
+    partial_reads: bool = True
+    readable_from_s: float = float("-inf")
     links: dict[str, LinkLoad] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -124,7 +124,7 @@ def test_a_late_peer_is_not_waited_for_and_gets_its_handle_back(bench: Bench) ->
     bench.now_s += 0.2
     bench.calls.tick(bench.now_s)
     assert sent(bench) == [(OTHER_DECODER, Abort([("r", -1)])), COMPUTED]
-    assert bench.wire.take_core() == [Pulled("api", "r", 1)]
+    assert bench.wire.take_core() == [Pulled("api", "r", 1, late=True)]
     answer(bench, held())
     assert sent(bench) == [GIVEN_BACK]
     answer(bench, held())
@@ -135,7 +135,7 @@ def test_a_lost_peer_costs_nothing(bench: Bench) -> None:
     asked(bench)
     bench.lose(OTHER_DECODER)
     assert sent(bench) == [COMPUTED]
-    assert bench.wire.take_core() == [Pulled("api", "r", 1)]
+    assert bench.wire.take_core() == [Pulled("api", "r", 1, late=True)]
 
 
 def test_a_peer_that_can_not_costs_nothing(bench: Bench) -> None:
@@ -143,7 +143,7 @@ def test_a_peer_that_can_not_costs_nothing(bench: Bench) -> None:
     failed = CallFailed("r", -1, OTHER_DECODER.incarnation, "no", retryable=False)
     bench.calls.on_call_failed(failed, OTHER_DECODER, bench.now_s)
     assert sent(bench) == [COMPUTED]
-    assert bench.wire.take_core() == [Pulled("api", "r", 1)]
+    assert bench.wire.take_core() == [Pulled("api", "r", 1, late=True)]
     bench.calls.on_call_failed(failed, OTHER_DECODER, bench.now_s)
     assert sent(bench) == []
     assert bench.calls.stale == 1
@@ -176,7 +176,7 @@ def test_a_handle_whose_lease_may_end_is_not_sent_on(bench: Bench) -> None:
     done = held(lease_s=4.0, held_at_unix_s=UNIX_S - 2.0)
     answer(bench, done)
     assert sent(bench) == [GIVEN_BACK, COMPUTED]
-    assert bench.wire.take_core() == [Pulled("api", "r", 1)]
+    assert bench.wire.take_core() == [Pulled("api", "r", 1, late=True)]
 
 
 @pytest.mark.parametrize("plan", [PULL, REMOTE], ids=["decode", "prefill"])

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from cluster.bench import api_rate, hop, idle, overhead, simulator
+from cluster.bench import api_rate, hop, idle, moves_real, overhead, simulator
 from cluster.bench.command import known_options
 from cluster.bench.load import Load, LoadError, Outcome, generate
 from cluster.bench.sides import command_line, command_of, process_cpu_s
@@ -268,3 +268,25 @@ def test_the_simulators_figures(tmp_path: Path) -> None:
     assert "seconds_100k_calls_64_workers" not in simulator.figures_of(smaller, rows)
     simulator.draw(tmp_path / "plots" / "decisions.png", rows)
     assert (tmp_path / "plots" / "decisions.png").stat().st_size > 5000
+
+
+def test_the_gap_of_a_move_is_the_one_that_its_stream_tells_of() -> None:
+    stream = moves_real._Stream(source="w-1")
+    for token in (1, 2, 3):
+        moves_real._heard(stream, f'data: {{"choices": [{{"token_ids": [{token}]}}]}}')
+    moves_real._heard(stream, ": pythia continued on w-2 after 4 tokens, sampling restarted")
+    moves_real._heard(stream, 'data: {"choices": []}')
+    moves_real._heard(stream, "data: [DONE]")
+    assert (stream.token_ids, stream.target, stream.after) == ([1, 2, 3], "w-2", 4)
+    moved = [
+        moves_real.Moved("w-1", "w-2", gap_ms, 4.0, 3.0, same)
+        for gap_ms, same in ((30.0, True), (0.0, True), (54.0, False), (40.0, True))
+    ]
+    assert moves_real.move_figures(moved) == {
+        "moves_done": 3.0,
+        "move_failed_streams": 1.0,
+        "move_gap_ms_p50": 40.0,
+        "move_gap_extra_ms_p50": 36.0,
+        "move_transfer_ms_p50": 3.0,
+    }
+    assert moves_real.move_figures(moved[1:2]) == {"moves_done": 0.0, "move_failed_streams": 0.0}

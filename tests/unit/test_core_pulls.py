@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
+from coordinator.core import Core
 from coordinator.protocol import (
     Check,
     Checked,
@@ -107,6 +108,36 @@ def test_what_is_not_pulled_is_computed(bed: PullBed) -> None:
     bed.say("api", Finished("api", "b", 1, "abort"))
     # It was late, not gone: the next call tries again.
     assert bed.plan_on(decode).pull_tokens == BLOCKS * 16
+
+
+class BusyBed(Bed):
+    """Pythia's own placement; workers take one call each."""
+
+    def __init__(self) -> None:
+        limits = msgspec.structs.replace(LIMITS, calls_per_worker=1, late_peer_s=9.0)
+        super().__init__(limits)
+        placement = msgspec.structs.replace(PLACEMENT, policy="pythia", band=0.0)
+        self.core = Core(limits, placement, "core")
+
+    def pulls(self, request: str, late: bool = False) -> str:
+        """From whom a call would read that finds its prompt on the other worker; then it ends."""
+        plan = self.plan(request, 1400)
+        if plan.pull_worker is not None:
+            self.say("api", Pulled("api", request, 1, late=late))
+        self.say("api", Finished("api", request, 1, "abort"))
+        return plan.pull_worker.worker if plan.pull_worker is not None else ""
+
+
+def test_a_late_peer_is_left_alone_for_a_while() -> None:
+    bed = BusyBed()
+    bed.cluster("decode", "decode")
+    source = bed.plan("a", 1400).decode.worker
+    bed.say("api", Started("api", "a", 1))
+    assert bed.pulls("b") == source
+    assert bed.pulls("c", late=True) == source
+    assert bed.pulls("d") == ""
+    bed.wait(9.5, "api", *NAMES)
+    assert bed.pulls("e") == source
 
 
 def test_what_a_peer_has_lost_is_not_looked_for_again(bed: PullBed) -> None:

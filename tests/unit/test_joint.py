@@ -305,9 +305,18 @@ def test_a_slow_link_or_a_peer_that_is_long_busy_is_no_way_either() -> None:
         assert chosen(peer, free, held={"a": 400}).pull == pull
 
 
-def test_a_peer_that_is_not_up_is_not_asked() -> None:
+@pytest.mark.parametrize(
+    ("terms", "pull"),
+    [
+        ({"up": False}, ""),
+        ({"partial_reads": False}, ""),
+        ({"readable_from_s": 1e-3}, ""),
+        ({"readable_from_s": 0.0}, "a"),
+    ],
+)
+def test_a_peer_that_can_not_answer_now_is_not_asked(terms: dict[str, object], pull: str) -> None:
     free = worker("b", warm_sources={"a"})
-    assert chosen(crowd("a", up=False), free, held={"a": 400}).pull == ""
+    assert chosen(crowd("a", **terms), free, held={"a": 400}).pull == pull
 
 
 def test_of_peers_with_as_much_the_one_with_less_to_do_is_asked() -> None:
