@@ -247,6 +247,12 @@ class Placement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How many workers prefill and how many decode, by demand that is expected."""
 
     @property
+    def gap_s(self) -> float:
+        """``token_gap_s``; roles that follow demand need one: what has been promised."""
+        promised_s = self.rebalance.itl_s if self.rebalance.mode == "auto" else 0.0
+        return self.token_gap_s or promised_s
+
+    @property
     def roles_shared(self) -> bool:
         """Whether workers with the role prefill may decode beside others."""
         return (

@@ -257,6 +257,7 @@ class _Costs:
         self._blocks = -(-ask.prompt_tokens // block_size)
         self._output_tokens = ask.expected_tokens or float(ask.output_tokens)
         self._always = placement.disaggregated == "always"
+        self._gap_s = placement.gap_s
         self._preferred = placement.roles_shared
         """A role is what a worker does rather, not all that it does."""
         self._coefficients = outlook.speeds.prefill.coefficients
@@ -365,10 +366,12 @@ class _Costs:
     def breaks_promise(self, place: _Place) -> bool:
         """Computing the prompt would leave a worker too little time for the tokens that it owes.
         One without roles owes none."""
-        gap_s, decode = self._placement.token_gap_s, place.worker
+        gap_s, decode = self._gap_s, place.worker
+        if not gap_s:
+            return False
         owes = decode.ending or decode.role == "decode"
         owes = owes or (self._preferred and decode.role == "prefill" and len(decode.decodes) > 0)
-        if not gap_s or not owes:
+        if not owes:
             return False
         step_s = self._step_s + self._sequence_s * len(decode.decodes)
         step_s += self._context_s * decode.gauge.context_tokens
@@ -377,7 +380,7 @@ class _Costs:
 
     def held_up(self, place: _Place) -> bool:
         """Prompts leave a prefill worker too little time for the tokens of one call more."""
-        gap_s, decode = self._placement.token_gap_s, place.worker
+        gap_s, decode = self._gap_s, place.worker
         if not gap_s or not self._preferred or decode.role != "prefill":
             return False
         step_s = self._step_s + self._sequence_s * len(decode.decodes) + self._longer_s
