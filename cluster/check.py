@@ -41,6 +41,7 @@ def cluster(document: Document, config: ClusterConfig) -> None:
     """Everything that concerns more than one value."""
     _worker_names(document, config)
     _roles(document, config)
+    _rebalance(document, config)
     _devices(document, config)
     _ports(document, config)
     _engines(document, config)
@@ -89,6 +90,22 @@ def _worker_names(document: Document, config: ClusterConfig) -> None:
 def _roles(document: Document, config: ClusterConfig) -> None:
     if not any(entry.role in ("decode", "mixed") for entry in config.workers):
         document.problem(("workers",), "at least one worker must have the role decode or mixed")
+
+
+def _rebalance(document: Document, config: ClusterConfig) -> None:
+    """Roles that follow demand need workers that may turn, and nobody else that turns them."""
+    path: Path = ("placement", "rebalance", "mode")
+    if config.placement.rebalance.mode != "auto":
+        return
+    if config.placement.ratio.mode == "reactive":
+        document.problem(path, "placement.ratio turns workers already (reactive): one of them can")
+    able = [entry for entry in config.workers if entry.role != "mixed" and not entry.fixed]
+    if len(able) < 2 or len(config.workers) < 3:
+        document.problem(
+            path,
+            "auto needs three workers, and two of them that may turn: with the role prefill or "
+            f"decode, not fixed (there are {len(config.workers)}, {len(able)} may turn)",
+        )
 
 
 def _devices(document: Document, config: ClusterConfig) -> None:

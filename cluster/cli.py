@@ -180,6 +180,9 @@ def coordinator(
     api_keys: Annotated[
         Path | None, typer.Option(metavar="PATH", help="More API keys, one a line.")
     ] = None,
+    admin_keys: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="More admin keys, one a line.")
+    ] = None,
 ) -> None:
     """Run the coordinator of a cluster: the core and its API processes."""
     from cluster import reaper
@@ -198,6 +201,8 @@ def coordinator(
         )
     if api_keys is not None:
         config = with_keys(config, api_keys)
+    if admin_keys is not None:
+        config = with_keys(config, admin_keys, admin=True)
     config = with_store(with_free_ports(config), run_directory(config.name))
     reaper.protect_group()  # API processes would outlive a coordinator that is killed
     starting = coordinator_config(config, resolve(config.model))

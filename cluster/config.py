@@ -227,8 +227,9 @@ def joined(
     return msgspec.structs.replace(changed, coordinator=place)
 
 
-def with_keys(cluster: ClusterConfig, path: Path) -> ClusterConfig:
-    """The cluster with the API keys of a file, too: one a line, empty lines left out.
+def with_keys(cluster: ClusterConfig, path: Path, admin: bool = False) -> ClusterConfig:
+    """The cluster with the API keys of a file, too: one a line, empty lines left out. ``admin``:
+    they are those of administrators.
 
     ConfigError when the file can't be read or has none: an API that was to be closed would
     be open.
@@ -241,7 +242,10 @@ def with_keys(cluster: ClusterConfig, path: Path) -> ClusterConfig:
     keys = [line.strip() for line in lines if line.strip()]
     if not keys:
         raise ConfigError([f"{path}: there is no API key in it"])
-    api = msgspec.structs.replace(cluster.api, keys=[*cluster.api.keys, *keys])
+    if admin:
+        api = msgspec.structs.replace(cluster.api, admin_keys=[*cluster.api.admin_keys, *keys])
+    else:
+        api = msgspec.structs.replace(cluster.api, keys=[*cluster.api.keys, *keys])
     return msgspec.structs.replace(cluster, api=api)
 
 
@@ -306,6 +310,7 @@ def coordinator_config(cluster: ClusterConfig, model: str) -> CoordinatorConfig:
         workflows=read_workflows(cluster.workflows, cluster.workflow_limits),
         workflow_limits=cluster.workflow_limits,
         store=cluster.coordinator.store or "",
+        admin_keys=cluster.api.admin_keys,
     )
 
 

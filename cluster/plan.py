@@ -3,7 +3,7 @@
 Of a model on so many GPUs every tensor parallel size that the devices allow and every number of
 prefill workers is simulated with the workload, as well as workers without roles; best is what
 serves most calls within the limits, among equals what takes least time. Then the best one with
-roles that follow demand, to see what that would add.
+roles that follow demand, kept apart and as mere preferences, to see what that would add.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from coordinator.limits import Limits, Placement, Rebalance
 
 TENSOR_PARALLEL = (1, 2, 4, 8)
 MIXED, STATIC, FOLLOWING = "pythia-mixed", "pythia-no-shared-roles", "pythia-rebalance"
+PREFERRED = "pythia-rebalance-shared"
 PREFILLS_PER_WORKER = 64
 PLACES = re.compile(r"-tp[0-9]+$")
 
@@ -141,7 +142,7 @@ def tried(wanted: Wanted, subject: Subject, split: Split) -> Outcome | None:
 
 
 def planned(wanted: Wanted, tell: Callable[[str], None]) -> tuple[list[Outcome], Outcome | None]:
-    """All static ways, and the best one with roles that follow demand, if it has roles.
+    """All static ways, and the best one with roles that follow demand, if there can be roles.
 
     CommandFailure if none fits.
     """
@@ -159,9 +160,14 @@ def planned(wanted: Wanted, tell: Callable[[str], None]) -> tuple[list[Outcome],
     if best.workers < 2:
         return outcomes, None
     count = best.prefill or max(1, best.workers // 2)
-    following = best._replace(prefill=count, kind=FOLLOWING)
-    tell(f"TP {best.tp}: {said(following)}")
-    return outcomes, tried(wanted, known[best.tp], following)
+    following: list[Outcome] = []
+    for kind in (FOLLOWING, PREFERRED):
+        split = best._replace(prefill=count, kind=kind)
+        tell(f"TP {best.tp}: {said(split)}")
+        outcome = tried(wanted, known[best.tp], split)
+        if outcome is not None:
+            following.append(outcome)
+    return outcomes, max(following, key=lambda one: one.rank, default=None)
 
 
 def said(split: Split) -> str:
@@ -169,6 +175,8 @@ def said(split: Split) -> str:
     if split.kind == MIXED:
         return f"{split.workers} without roles"
     roles = f"{split.prefill} prefill, {split.workers - split.prefill} decode"
+    if split.kind == PREFERRED:
+        return f"{roles}, following demand, prefill workers decode, too"
     return f"{roles}, following demand" if split.kind == FOLLOWING else roles
 
 
@@ -190,6 +198,8 @@ def main(wanted: Wanted, json_path: Path | None, console: Console) -> int:
     console.print(f"best static: TP {best.split.tp}, {said(best.split)}")
     if following is not None:
         gain = following.good - best.good
+        apart = following.split.kind == FOLLOWING
+        console.print(f"placement.prefill_workers_decode: {'false' if apart else 'true'}")
         console.print(
             f"roles that follow demand: {gain:+.1%} of all calls, {following.turns} turns"
         )

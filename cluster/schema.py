@@ -82,7 +82,8 @@ class CoordinatorEntry(Section, frozen=True, kw_only=True):
 
 
 class ApiEntry(Section, frozen=True, kw_only=True):
-    """The HTTP front. ``arguments``: options of vLLM's own API server."""
+    """The HTTP front. ``arguments``: options of vLLM's own API server; ``admin_keys``: if there are
+    any, only who has one of them changes roles of workers and drains them."""
 
     host: Host = "127.0.0.1"
     port: Port = 8000
@@ -90,6 +91,7 @@ class ApiEntry(Section, frozen=True, kw_only=True):
     keys: list[Annotated[str, msgspec.Meta(min_length=1)]] = []
     arguments: dict[str, Any] = {}
     body_bytes_max: BodyBytes = 32 * 1024 * 1024
+    admin_keys: list[Annotated[str, msgspec.Meta(min_length=1)]] = []
 
 
 class Network(Section, frozen=True, kw_only=True):

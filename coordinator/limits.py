@@ -248,9 +248,17 @@ class Placement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a tenant's share is worth, by the digest that it is known by; 1 for all others."""
     token_gap_s: Factor = 0.0
     """``pythia``: a worker with the role decode computes prompts itself only as far as the mean
-    time between tokens of what it decodes stays below this, if another one can; 0: as it costs."""
+    time between tokens of what it decodes stays below this, if another one can; 0: as it costs.
+    With ``prefill_workers_decode`` one with the role prefill, too, and it decodes only what it can
+    within this."""
     rebalance: Rebalance = Rebalance()
     """How many workers prefill and how many decode, by demand that is expected."""
+
+    @property
+    def gap_s(self) -> float:
+        """``token_gap_s``; roles that follow demand need one: what has been promised."""
+        promised_s = self.rebalance.itl_s if self.rebalance.mode == "auto" else 0.0
+        return self.token_gap_s or promised_s
 
     @property
     def roles_shared(self) -> bool:

@@ -78,6 +78,8 @@ class CoordinatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     workflows: dict[str, Graph] = msgspec.field(default_factory=dict)
     workflow_limits: WorkflowLimits = WorkflowLimits()
     store: str = ""
+    admin_keys: list[str] = msgspec.field(default_factory=list)
+    """If there are any, changing roles of workers needs one of them; they are API keys, too."""
 
 
 class ApiStart(msgspec.Struct, frozen=True):

@@ -10,7 +10,8 @@ of a calibrated model, of
 
 each with every static ratio, kept apart (``static-N``: N workers prefill) and with the routing of
 other systems (``static-sticky-N``), without roles (``mixed``), with reactive control
-(``pd-reactive``), with ours, and with an oracle that knows the mix to come (``rebalance-oracle``).
+(``pd-reactive``), with ours, with ours where prefill workers may decode, too
+(``pythia-rebalance-shared``), and with an oracle that knows the mix to come (``rebalance-oracle``).
 Goodput is calls that are served within ``--ttft-s`` and ``--itl-s``, out of the same calls for all.
 
 * ``goodput_vs_best_static``, ``goodput_vs_reactive``, ``goodput_vs_oracle``: ours over the best
@@ -55,6 +56,7 @@ PREFILLS_PER_WORKER = 64
 WINDOW_S = 30.0
 LATE_S = 120.0
 OURS, REACTIVE, ORACLE, MIXED = "pythia-rebalance", "pd-reactive", "rebalance-oracle", "mixed"
+SHARED = "pythia-rebalance-shared"
 STATIC, ROUTED = "static", "static-sticky"
 KINDS = {STATIC: "pythia-no-shared-roles", ROUTED: "pd-sticky-conditional", MIXED: "pythia-mixed"}
 
@@ -182,7 +184,7 @@ def _named(kinds: list[str], numbers: list[int]) -> list[str]:
 def _all(
     bench: Bench, workload: Workload, numbers: list[int], kinds: list[str]
 ) -> dict[str, Replayed]:
-    names = [OURS, ORACLE, REACTIVE, MIXED, *_named(kinds, numbers)]
+    names = [OURS, SHARED, ORACLE, REACTIVE, MIXED, *_named(kinds, numbers)]
     return {name: bench.replay(name, workload) for name in names}
 
 
@@ -204,6 +206,7 @@ def _compared(replays: dict[str, Replayed]) -> dict[str, float]:
         "goodput_vs_reactive": ours / replays[REACTIVE].good,
         "goodput_vs_oracle": ours / replays[ORACLE].good,
         "goodput_share": ours,
+        "goodput_share_shared_roles": replays[SHARED].good,
     }
 
 

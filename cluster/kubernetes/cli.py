@@ -42,12 +42,6 @@ def kubernetes(
     prometheus: Annotated[
         str | None, typer.Option(metavar="URL", help="KEDA asks there how many workers to run.")
     ] = None,
-    prefill_rate: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Prompt tokens/s of one worker.")
-    ] = None,
-    decode_rate: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Output tokens/s of one worker.")
-    ] = None,
     replicas_max: Annotated[int | None, typer.Option(min=1, metavar="N", help="Else 16.")] = None,
 ) -> None:
     """Write the Kubernetes manifests of a cluster file."""
@@ -68,8 +62,6 @@ def kubernetes(
         "memory": memory,
         "monitors": monitors,
         "prometheus": prometheus,
-        "prefill_rate": prefill_rate,
-        "decode_rate": decode_rate,
         "replicas_max": replicas_max,
     }
     objects = command.render(file, command.options_of(given))

@@ -37,9 +37,6 @@ def options_of(given: dict[str, Any]) -> Options:
         except msgspec.ValidationError as error:
             what = str(error).partition(" - at ")[0]
             problems.append(f"--{name.replace('_', '-')}: {what} (got {value!r})")
-    rates = wanted.get("prefill_rate") or wanted.get("decode_rate")
-    if bool(rates) != bool(wanted.get("prometheus")):
-        problems.append("--prometheus: goes with --prefill-rate or --decode-rate, and they with it")
     if problems:
         raise ConfigError(problems)
     return msgspec.convert(wanted, Options)
@@ -48,6 +45,9 @@ def options_of(given: dict[str, Any]) -> Options:
 def render(path: Path, options: Options) -> dict[str, list[Object]]:
     """The manifests of a cluster file, by the file to write. ConfigError for what can't be."""
     config = load(path)
+    if options.prometheus and config.placement.rebalance.mode == "off":
+        reason = "nobody reckons desired workers while placement.rebalance.mode is off"
+        raise ConfigError([f"--prometheus: {reason}; advisory is enough"])
     document = Document(path.read_text("utf-8"), str(path))
     files = {
         f"workflow-{index}{Path(name).suffix}": Path(name).read_text("utf-8")

@@ -16,8 +16,6 @@ from cluster.kubernetes.pods import (
     worker_template,
 )
 
-FORECAST_HORIZON_S = 60
-"""How far ahead the demand is looked up by which workers are added."""
 SCALE_DOWN_S = 600
 """How long fewer workers must do before one is taken away."""
 
@@ -61,6 +59,8 @@ def _secret(plan: Plan) -> Object | None:
     }
     if plan.keys:
         data["api-keys"] = "".join(f"{key}\n" for key in plan.keys)
+    if plan.admin_keys:
+        data["admin-keys"] = "".join(f"{key}\n" for key in plan.admin_keys)
     if not data:
         return None
     head = _object(plan, "v1", "Secret", f"{plan.name}-keys", "coordinator")
@@ -116,7 +116,7 @@ def _headless(plan: Plan, name: str, component: str, ports: list[Object]) -> Obj
 def _worker_set(plan: Plan, each: WorkerSet) -> Object:
     name = set_name(plan.name, each.stem)
     # Applied anew, a number would undo what the autoscaler has done.
-    replicas = {} if _rate(plan, each) else {"replicas": each.count}
+    replicas = {} if _is_scaled(plan, each) else {"replicas": each.count}
     if each.nodes > 1:
         api_version = "leaderworkerset.x-k8s.io/v1"
         head = _object(plan, api_version, "LeaderWorkerSet", name, "worker")
@@ -193,24 +193,19 @@ def _monitor(plan: Plan, component: str, port: str) -> Object:
     }
 
 
-def _rate(plan: Plan, each: WorkerSet) -> int:
-    """Tokens per second that one worker of a set is good for; 0 if the set is not scaled."""
-    options = plan.options
-    if not options.prometheus:
-        return 0
-    return options.prefill_rate if each.entry.role == "prefill" else options.decode_rate
+def _is_scaled(plan: Plan, each: WorkerSet) -> bool:
+    """Whether somebody else says how many workers a set has; not of those without roles."""
+    return bool(plan.options.prometheus) and each.entry.role != "mixed"
 
 
 def _scaler(plan: Plan, each: WorkerSet) -> Object | None:
-    """For KEDA: as many workers as the forecast demand of their role needs."""
+    """For KEDA: as many workers as the core says that their role needs."""
     options = plan.options
-    phase = "prefill" if each.entry.role == "prefill" else "decode"
-    rate = _rate(plan, each)
-    if not rate:
+    if not _is_scaled(plan, each):
         return None
-    horizon = f'horizon_seconds="{FORECAST_HORIZON_S}",bound="high"'
+    phase = "prefill" if each.entry.role == "prefill" else "decode"
     where = f',namespace="{options.namespace}"' if options.namespace else ""
-    query = f"max(pythia_forecast_{phase}_tokens_per_second{{{horizon}{where}}})"
+    query = f'max(pythia_desired_workers{{role="{phase}"{where}}})'
     spans = each.nodes > 1
     name = set_name(plan.name, each.stem)
     slowly = {"stabilizationWindowSeconds": SCALE_DOWN_S}
@@ -231,7 +226,8 @@ def _scaler(plan: Plan, each: WorkerSet) -> Object | None:
                     "metadata": {
                         "serverAddress": options.prometheus,
                         "query": query,
-                        "threshold": str(rate),
+                        # As many workers as the number says.
+                        "threshold": "1",
                     },
                 }
             ],

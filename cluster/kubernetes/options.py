@@ -6,7 +6,7 @@ from typing import Annotated
 
 import msgspec
 
-from coordinator.limits import NotNegative, Positive
+from coordinator.limits import Positive
 
 CONTROL_PORT = 5570
 """Where nothing else is said, ports of a pod; each pod has an address of its own."""
@@ -32,8 +32,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     node; an engine of more needs ``span_nodes``. ``rdma``: the device plugin's resource, one
     of which each worker with GPUs gets. ``model_claim``: a volume claim that is mounted at
     ``/models``. ``storage``: size of the store's volume.
-    ``prometheus``: where KEDA asks, if workers are to be scaled; ``prefill_rate`` and
-    ``decode_rate``: tokens per second that one worker is good for, 0 to leave that role alone.
+    ``prometheus``: where KEDA asks, if workers are to be scaled, at most to ``replicas_max``.
     ``cpu`` and ``memory``: what each worker asks for.
     """
 
@@ -51,6 +50,4 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     memory: Quantity = "8Gi"
     monitors: bool = False
     prometheus: str = ""
-    prefill_rate: NotNegative = 0
-    decode_rate: NotNegative = 0
     replicas_max: Positive = 16

@@ -60,7 +60,7 @@ class WorkerSet(msgspec.Struct, frozen=True, kw_only=True):
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """All that manifests are made of.
 
-    ``config``: the cluster as its pods are to read it; ``keys``: API keys and
+    ``config``: the cluster as its pods are to read it; ``keys``, ``admin_keys``: API keys, and
     ``secrets``: variables that are taken out of it, those of one set under its stem, those
     of all under ""; ``files``: what the configuration names besides, by file name.
     """
@@ -69,6 +69,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     config: ClusterConfig
     sets: list[WorkerSet]
     keys: list[str]
+    admin_keys: list[str]
     secrets: dict[str, dict[str, str]]
     files: dict[str, str]
 
@@ -114,7 +115,7 @@ def plan(
         "coordinator": msgspec.structs.replace(
             config.coordinator, host="0.0.0.0", store=_store_in_pod(config)
         ),
-        "api": msgspec.structs.replace(config.api, host="0.0.0.0", keys=[]),
+        "api": msgspec.structs.replace(config.api, host="0.0.0.0", keys=[], admin_keys=[]),
         "network": msgspec.structs.replace(
             config.network,
             side_channel_port_base=config.network.side_channel_port_base or SIDE_CHANNEL_PORT,
@@ -125,6 +126,7 @@ def plan(
         config=msgspec.structs.replace(config, **changes),
         sets=sets,
         keys=config.api.keys,
+        admin_keys=config.api.admin_keys,
         secrets=taken,
         files=files,
     )

@@ -60,10 +60,14 @@ def coordinator_template(plan: Plan) -> Object:
     arguments = ["coordinator", f"{CONFIG_FOLDER}/cluster.yaml"]
     mounts = [_mount("config", CONFIG_FOLDER)]
     volumes = [_config_volume(plan)]
-    if plan.keys:
-        arguments += ["--api-keys", f"{KEYS_FOLDER}/api-keys"]
+    files = [
+        name for name, keys in (("api-keys", plan.keys), ("admin-keys", plan.admin_keys)) if keys
+    ]
+    for name in files:
+        arguments += [f"--{name}", f"{KEYS_FOLDER}/{name}"]
+    if files:
         mounts.append(_mount("keys", KEYS_FOLDER))
-        items = [{"key": "api-keys", "path": "api-keys"}]
+        items = [{"key": name, "path": name} for name in files]
         volumes.append(
             {"name": "keys", "secret": {"secretName": f"{plan.name}-keys", "items": items}}
         )

@@ -185,6 +185,11 @@ BASELINES: Mapping[str, Baseline] = {
         {"prefill_workers_decode": False},
         ratio="forecast",
     ),
+    "pythia-rebalance-shared": Baseline(
+        "the same, but a role is only what a worker does rather: prefill workers may decode",
+        "split",
+        ratio="forecast",
+    ),
     "pythia-mixed": Baseline("the same, all workers may do everything", "mixed"),
     "pythia-random": Baseline(
         "the same, everything that is predicted is wrong at random", "split", predictions="random"

@@ -60,7 +60,8 @@ def server_arguments(config: CoordinatorConfig) -> Namespace:
         "served_model_name": list(config.served_model_name) or [config.model],
         "host": config.api_host,
         "port": config.api_port,
-        "api_key": list(config.api_keys) or None,
+        # Who may do more may do this, too; without API keys everybody may.
+        "api_key": [*config.api_keys, *config.admin_keys] if config.api_keys else None,
     }
     for name, value in given.items():
         if not hasattr(arguments, name):
@@ -102,6 +103,7 @@ async def _serve(start: ApiStart) -> int:
         app.middleware_stack or app.build_middleware_stack(), config.body_bytes_max
     )
     await init_app_state(client, app.state, arguments, ("generate",))
+    app.state.admin_keys = tuple(config.admin_keys)
     prompts = StaticPrompts(core, prompt_tokens(app.state.serving_tokenization))
     app.state.static_prompts = core.errands.prompts = prompts
     telling = asyncio.create_task(prompts.keep_told(), name="static prompts")

@@ -5,6 +5,7 @@ Answers come from the core, which also checks what is asked; errors have OpenAI'
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 
 import msgspec
@@ -26,6 +27,7 @@ from coordinator.protocol import (
 
 BODY_MAX = 64 * 1024
 NAME_CHARACTERS_MAX = 1024
+NOT_ADMIN = "changing roles of workers needs one of the keys in api.admin_keys"
 
 router = APIRouter(prefix="/v1")
 
@@ -47,6 +49,8 @@ async def change(request: Request) -> Response:
     """Change settings, ``{"mode": "auto"}``; those that are left out stay. They last until the
     coordinator stops."""
     body = await request.body()
+    if not _may_change(request):
+        return _refusal(request, 403, [NOT_ADMIN])
     if len(body) > BODY_MAX:
         return _refusal(request, 422, [f"it is longer than {BODY_MAX} bytes"])
     return await _ask(request, lambda token: SetRebalance(token, body))
@@ -56,6 +60,8 @@ async def change(request: Request) -> Response:
 async def turn(request: Request, name: str) -> Response:
     """Turn a worker, ``{"role": "decode"}``: it gets that work from now on, and has the role when
     it has ended its old work. Asked again this says how far it is."""
+    if not _may_change(request):
+        return _refusal(request, 403, [NOT_ADMIN])
     try:
         wanted = msgspec.json.decode((await request.body())[:BODY_MAX], type=Wanted)
     except BAD_FRAME as error:
@@ -67,6 +73,8 @@ async def turn(request: Request, name: str) -> Response:
 @router.post("/workers/{name}/drain")
 async def drain(request: Request, name: str) -> Response:
     """Give a worker no more work; what it has begun it ends. Asked again it says how far it is."""
+    if not _may_change(request):
+        return _refusal(request, 403, [NOT_ADMIN])
     worker = name[:NAME_CHARACTERS_MAX]
     return await _ask(request, lambda token: DrainWorker(token, worker))
 
@@ -74,8 +82,21 @@ async def drain(request: Request, name: str) -> Response:
 @router.delete("/workers/{name}/drain")
 async def undrain(request: Request, name: str) -> Response:
     """Give a drained worker work again."""
+    if not _may_change(request):
+        return _refusal(request, 403, [NOT_ADMIN])
     worker = name[:NAME_CHARACTERS_MAX]
     return await _ask(request, lambda token: DrainWorker(token, worker, undo=True))
+
+
+def _may_change(request: Request) -> bool:
+    """Whether a request has an administrator's key, or the cluster has no such keys."""
+    keys: tuple[str, ...] = request.app.state.admin_keys
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer":
+        given = ""
+    # All are compared, each in constant time, so that time tells nothing of them.
+    found = [secrets.compare_digest(given.strip().encode(), key.encode()) for key in keys]
+    return any(found) or not keys
 
 
 async def _ask(request: Request, question: Callable[[int], AboutRoles]) -> Response:

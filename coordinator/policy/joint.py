@@ -178,7 +178,8 @@ def cheapest(
     ways = sorted(ways)[:PREFILLERS_TRIED]
     found: list[tuple[float, str, str, str]] = []
     most, width = float("inf"), 1.0 + placement.band
-    for decode in roomy:
+    able = [worker for worker in roomy if not costs.held_up(places[worker.name])]
+    for decode in able or roomy:
         # What cannot be among the best any more is not looked into.
         seconds, prefill, pull = costs.of(places[decode.name], ways, sources, most)
         if seconds <= most:
@@ -256,6 +257,9 @@ class _Costs:
         self._blocks = -(-ask.prompt_tokens // block_size)
         self._output_tokens = ask.expected_tokens or float(ask.output_tokens)
         self._always = placement.disaggregated == "always"
+        self._gap_s = placement.gap_s
+        self._preferred = placement.roles_shared
+        """A role is what a worker does rather, not all that it does."""
         self._coefficients = outlook.speeds.prefill.coefficients
         _, token_s, pair_s = self._coefficients
         self._block_s = (token_s + pair_s * 0.5 * ask.prompt_tokens) * block_size
@@ -362,14 +366,28 @@ class _Costs:
         return min(found[1:] if elsewhere and len(found) > 1 else found)
 
     def breaks_promise(self, place: _Place) -> bool:
-        """Computing the prompt would leave a decode worker too little time for tokens."""
-        gap_s, decode = self._placement.token_gap_s, place.worker
-        if not gap_s or not (decode.ending or decode.role == "decode"):
+        """Computing the prompt would leave a worker too little time for the tokens that it owes.
+        One without roles owes none."""
+        gap_s, decode = self._gap_s, place.worker
+        if not gap_s:
+            return False
+        owes = decode.ending or decode.role == "decode"
+        owes = owes or (self._preferred and decode.role == "prefill" and len(decode.decodes) > 0)
+        if not owes:
             return False
         step_s = self._step_s + self._sequence_s * len(decode.decodes)
         step_s += self._context_s * decode.gauge.context_tokens
         share = place.share + (place.waiting_s + place.own_s) / FADING_S
         return step_s > gap_s * (1.0 - share)
+
+    def held_up(self, place: _Place) -> bool:
+        """Prompts leave a prefill worker too little time for the tokens of one call more."""
+        gap_s, decode = self._gap_s, place.worker
+        if not gap_s or not self._preferred or decode.role != "prefill":
+            return False
+        step_s = self._step_s + self._sequence_s * len(decode.decodes) + self._longer_s
+        step_s += self._context_s * decode.gauge.context_tokens
+        return step_s > gap_s * (1.0 - place.share - place.waiting_s / FADING_S)
 
     def _compute_s(self, cached_tokens: int) -> float:
         """To compute what comes behind so many tokens of the prompt."""

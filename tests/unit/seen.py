@@ -17,6 +17,7 @@ class Seen:
     started_role: Role = ""  # type: ignore[assignment]
     incarnation: str = "1"
     up: bool = True
+    ending: bool = False
     turned_s: float = float("-inf")
     tokens_max: int = 1600
     batch_slots: int = 8

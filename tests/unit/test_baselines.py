@@ -267,7 +267,7 @@ def test_reactive_flips_after_a_sustained_backlog_and_not_before() -> None:
     assert sorted(roles) == ["decode", "decode", "prefill", "prefill"]
 
 
-BY_FORECAST = ("pythia-rebalance", "rebalance-oracle")
+BY_FORECAST = ("pythia-rebalance", "pythia-rebalance-shared", "rebalance-oracle")
 
 
 @pytest.mark.parametrize("name", [n for n in BASELINES if n != "pd-reactive"])

@@ -79,6 +79,17 @@ BAD = [
         6,
         "placement.ratio.mode: must be one of static, reactive (got 'dynamic')",
     ),
+    (
+        "placement:\n  rebalance: {mode: auto}\n",
+        5,
+        "placement.rebalance.mode: auto needs three workers, and two of them that may turn",
+    ),
+    (
+        "placement:\n  ratio: {mode: reactive}\n  rebalance:\n    mode: auto\n",
+        7,
+        "placement.rebalance.mode: placement.ratio turns workers already (reactive)",
+    ),
+    ("api:\n  admin_keys: ['']\n", 5, "api.admin_keys[0]: must be text of length >= 1"),
     ("placement: {ratio: {dwell_s: 0}}\n", 4, "ratio.dwell_s: must be a number > 0.0 (got 0)"),
     ("placement: {ratio: {spare: 1.1}}\n", 4, "ratio.spare: must be a number <= 1.0 (got 1.1)"),
     ("placement: {ratio: {dwell: 1}}\n", 4, "ratio.dwell: unknown key; did you mean 'dwell_s'?"),
@@ -370,12 +381,27 @@ def test_more_api_keys_come_from_a_file(tmp_path: Path) -> None:
     path.write_text("sk-two\n\n  sk-three \n")
     config = with_keys(parse(HEAD + "api: {keys: [sk-one]}\n", "x.yaml"), path)
     assert config.api.keys == ["sk-one", "sk-two", "sk-three"]
+    admin = with_keys(config, path, admin=True)
+    assert admin.api.keys == config.api.keys
+    assert admin.api.admin_keys == ["sk-two", "sk-three"]
     for text in ("", "\n \n"):
         path.write_text(text)
         with pytest.raises(ConfigError, match="there is no API key in it"):
             with_keys(config, path)
     with pytest.raises(ConfigError, match="No such file"):
         with_keys(config, tmp_path / "missing")
+
+
+def test_roles_follow_demand_where_enough_workers_may_turn() -> None:
+    text = (
+        "model: tiny-llama\nworkers:\n  - {name: p, role: prefill}\n  - {name: d, role: decode}\n"
+        "  - {name: m, role: mixed}\nplacement: {rebalance: {mode: auto}}\n"
+    )
+    assert parse(text, "cluster.yaml").placement.rebalance.mode == "auto"
+    (problem,) = problems(text.replace("name: p,", "name: p, fixed: true,"))
+    assert "(there are 3, 1 may turn)" in problem
+    advisory = HEAD + "placement: {rebalance: {mode: advisory}}\n"
+    assert parse(advisory, "cluster.yaml").placement.rebalance.mode == "advisory"
 
 
 def test_coordinator_config_carries_what_the_file_says() -> None:

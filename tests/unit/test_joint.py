@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from coordinator.gauge import Gauge, Prompt
-from coordinator.limits import Limits, Placement
+from coordinator.limits import Limits, Placement, Rebalance
 from coordinator.policy.joint import Outlook, options
 from coordinator.policy.placement import Ask, Choice, place
 from coordinator.protocol import LinkLoad
@@ -196,6 +196,41 @@ def test_prefill_workers_decode_unless_they_may_not() -> None:
     assert chosen(d, p).decode == "p"
     assert chosen(d, p, prefill_workers_decode=False).decode == "d"
     assert chosen(d, p, disaggregated="always").decode == "d"
+
+
+def test_where_roles_are_preferences_tokens_are_promised_on_prefill_workers_too() -> None:
+    prefilling = Gauge()
+    prefilling.queue("p", Prompt(20.0, -20.0, 1000, 0))
+    prefilling.computed("p", 0.0)
+    d = worker("d", decodes=["c"] * 60, gauge=decoding(60))
+    p = worker("p", "prefill", gauge=prefilling)
+    # It computes prompts two thirds of its time: tokens would come every 18 ms at least.
+    assert chosen(d, p, interference=0.0).decode == "p"
+    assert chosen(d, p, interference=0.0, token_gap_s=0.015).decode == "d"
+    assert chosen(d, p, interference=0.0, token_gap_s=0.03).decode == "p"
+    # Rather too slow than not at all.
+    assert chosen(p, token_gap_s=0.015).decode == "p"
+
+
+def test_a_prefill_worker_computes_for_others_only_what_its_own_decodes_allow() -> None:
+    d = worker("d", decodes=["c"] * 60, gauge=decoding(60), warm_sources={"o", "p"})
+    owing = worker("p", "prefill", decodes=["c"], gauge=decoding(1))
+    other = worker("o", "prefill", usable_blocks=10_000, gauge=busy(9.0))
+    ask = but(prompt_tokens=16_000)
+
+    def computing(gap_s: float) -> str:
+        choice = chosen(d, owing, other, ask=ask, token_gap_s=gap_s)
+        return choice.prefill or choice.decode
+
+    assert computing(0.0) == "p"
+    assert computing(0.0062) == "o"
+
+
+def test_roles_that_follow_demand_imply_a_promise() -> None:
+    assert Placement().gap_s == 0.0
+    assert Placement(rebalance=Rebalance(mode="advisory")).gap_s == 0.0
+    assert Placement(rebalance=Rebalance(mode="auto", itl_s=0.02)).gap_s == 0.02
+    assert Placement(token_gap_s=0.05, rebalance=Rebalance(mode="auto")).gap_s == 0.05
 
 
 def test_a_full_cache_is_worth_something() -> None:

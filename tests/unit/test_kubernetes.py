@@ -91,7 +91,7 @@ CASES: list[tuple[str, str | Path, dict[str, Any]]] = [
     ("spanning", SPANNING, {"span_nodes": True, "gpus_per_node": 4}),
     (
         "everything",
-        ROOT / "examples/gpu.yaml",
+        (ROOT / "examples/gpu.yaml").read_text() + "placement: {rebalance: {mode: auto}}\n",
         {
             "namespace": "agents",
             "rdma": "rdma/hca_shared",
@@ -100,8 +100,7 @@ CASES: list[tuple[str, str | Path, dict[str, Any]]] = [
             "storage_class": "fast",
             "monitors": True,
             "prometheus": "http://prometheus:9090",
-            "prefill_rate": 20000,
-            "decode_rate": 2000,
+            "replicas_max": 8,
         },
     ),
 ]
@@ -286,17 +285,36 @@ def test_an_engine_that_spans_nodes_is_a_leader_with_followers(tmp_path: Path) -
     assert [config.engine[name] for name in sizes] == [4, 2, 2]
 
 
-def test_workers_are_scaled_by_the_forecast_of_their_role(tmp_path: Path) -> None:
-    given = {"prometheus": "http://p", "prefill_rate": 20000, "replicas_max": 5}
-    objects = objects_of(ROOT / "examples/gpu.yaml", **given)
-    (scaled,) = (each for each in objects if each["kind"] == "ScaledObject")
-    assert scaled["spec"]["scaleTargetRef"]["name"] == "gpu-prefill"
-    assert (scaled["spec"]["minReplicaCount"], scaled["spec"]["maxReplicaCount"]) == (2, 5)
-    assert "replicas" not in one(objects, "StatefulSet", "gpu-prefill")["spec"]
-    assert one(objects, "StatefulSet", "gpu-decode")["spec"]["replicas"] == 3
-    (trigger,) = scaled["spec"]["triggers"]
-    assert trigger["metadata"]["threshold"] == "20000"
-    assert "pythia_forecast_prefill_tokens_per_second" in trigger["metadata"]["query"]
+def test_workers_are_scaled_to_what_the_core_says_that_their_role_needs(tmp_path: Path) -> None:
+    text = (ROOT / "examples/gpu.yaml").read_text()
+    file = file_of(tmp_path, text + "placement: {rebalance: {mode: advisory}}\n")
+    objects = objects_of(file, prometheus="http://p", replicas_max=5, namespace="team")
+    scaled = {
+        each["spec"]["scaleTargetRef"]["name"].rpartition("-")[2]: each["spec"]
+        for each in objects
+        if each["kind"] == "ScaledObject"
+    }
+    assert set(scaled) == {"prefill", "decode"}
+    assert (scaled["prefill"]["minReplicaCount"], scaled["prefill"]["maxReplicaCount"]) == (2, 5)
+    sets = [each for each in objects if each["kind"] == "StatefulSet"]
+    workers = [each for each in sets if "coordinator" not in each["metadata"]["name"]]
+    assert len(workers) == 2
+    assert all("replicas" not in each["spec"] for each in workers)
+    for role, spec in scaled.items():
+        (trigger,) = spec["triggers"]
+        query = f'max(pythia_desired_workers{{role="{role}",namespace="team"}})'
+        assert trigger["metadata"]["query"] == query
+        assert (trigger["metricType"], trigger["metadata"]["threshold"]) == ("AverageValue", "1")
+
+
+def test_admin_keys_are_in_the_secret_and_nowhere_else(tmp_path: Path) -> None:
+    text = CPU + "api: {keys: [sk-one], admin_keys: [sk-admin]}\n"
+    objects = objects_of(file_of(tmp_path, text))
+    secret = one(objects, "Secret", "team-keys")["stringData"]
+    assert secret == {"api-keys": "sk-one\n", "admin-keys": "sk-admin\n"}
+    others = [each for each in objects if each["kind"] != "Secret"]
+    assert "sk-admin" not in str(others)
+    assert "--admin-keys" in str(others)
 
 
 def test_workflow_files_go_along(tmp_path: Path) -> None:
@@ -351,8 +369,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
         {"gpus_per_node": 4, "span_nodes": True},
         r"7: workers\[1\].engine.nnodes: follows from 'devices'",
     ),
-    (CPU, {"prometheus": "http://p"}, r"--prometheus: goes with --prefill-rate"),
-    (CPU, {"decode_rate": 5}, r"--prometheus: goes with --prefill-rate"),
+    (CPU, {"prometheus": "http://p"}, r"--prometheus: nobody reckons desired workers while"),
     (CPU, {"namespace": "Not A Label"}, r"--namespace: "),
     (CPU, {"rdma": "hca"}, r"--rdma: "),
     (CPU, {"memory": "lots"}, r"--memory: "),

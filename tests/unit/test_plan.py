@@ -7,7 +7,7 @@ import random
 import pytest
 
 from cluster.failure import CommandFailure
-from cluster.plan import MIXED, Split, Wanted, planned, said, splits, subjects
+from cluster.plan import FOLLOWING, MIXED, PREFERRED, Split, Wanted, planned, said, splits, subjects
 from cluster.simulator.setup import Slo
 from cluster.workload.swing import Swing, swinging
 
@@ -36,4 +36,7 @@ def test_the_best_split_is_found_and_what_following_adds() -> None:
     assert [one.split.prefill for one in outcomes] == [0, 1, 2]
     assert following is not None
     assert 0.0 <= following.good <= 1.0
-    assert len(told) == 4
+    assert following.split.kind in (FOLLOWING, PREFERRED)
+    # Both kinds of roles were tried.
+    assert len(told) == 5
+    assert ("prefill workers decode, too" in told[-1], told[-2].endswith("demand")) == (True, True)

@@ -35,6 +35,8 @@ class Cluster:
         app = FastAPI()
         app.include_router(router)
         app.state.engine_client = SimpleNamespace(cluster=self)
+        app.state.admin_keys = ()
+        self.state = app.state
         self.client = httpx.AsyncClient(
             transport=httpx.ASGITransport(app), base_url="http://cluster"
         )
@@ -117,3 +119,29 @@ async def test_metrics_tell_an_autoscaler_what_is_needed(cluster: Cluster) -> No
     assert found["pythia_desired_workers", "prefill"] == 1
     assert found["pythia_workers", "decode"] == 2
     assert found["pythia_role_flips_total",] == 0
+
+
+CHANGES = [
+    ("PUT", "/v1/cluster/rebalance", {"mode": "off"}),
+    ("POST", "/v1/workers/e/role", {"role": "prefill"}),
+    ("POST", "/v1/workers/e/drain", None),
+    ("DELETE", "/v1/workers/e/drain", None),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "body"), CHANGES)
+async def test_with_admin_keys_only_their_owners_change_anything(
+    cluster: Cluster, method: str, path: str, body: dict[str, str] | None
+) -> None:
+    cluster.state.admin_keys = ("first", "schlüssel")
+    before = await cluster.shown()
+    for given in ("", "Bearer ", "Bearer user", "Basic first", "first", "Bearer first2"):
+        headers = {"authorization": given} if given else {}
+        answer = await cluster.client.request(method, path, json=body, headers=headers)
+        assert answer.status_code == 403, given
+        assert "api.admin_keys" in answer.json()["error"]["message"]
+        assert answer.json()["error"]["type"] == "Forbidden"
+    assert (await cluster.shown())["workers"] == before["workers"]
+    headers = {"authorization": "Bearer first"}
+    answer = await cluster.client.request(method, path, json=body, headers=headers)
+    assert answer.status_code == 200
