@@ -138,9 +138,15 @@ class Ordering:
         call = self._queue.first(door=False)
         if not self._gated or not self._door:
             return call
-        if self.gate.opens(self._under_way(now_s), now_s):
+        if self.gate.opens(self._under_way(now_s), now_s) or self._idle():
             return self._queue.first(door=True)
         return call
+
+    def _idle(self) -> bool:
+        """Fewer calls are planned than there are workers: runs that are under way but pause must
+        not keep others from workers that have nothing to do."""
+        workers = self._state.workers.values()
+        return sum(len(worker.decodes) for worker in workers) < len(workers)
 
     def blocked(self, call: Call, now_s: float) -> None:
         """Who is next finds no room."""

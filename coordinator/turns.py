@@ -105,10 +105,11 @@ class Turns:
         return self._begin(worker, None, by, why, now_s)
 
     def undrain(self, name: str, now_s: float) -> None:
-        """A worker gets work again; nothing happens if it is not drained. Refusal if it turns."""
-        self._known(name)
+        """A worker gets work again, as soon as it is well; nothing happens if it is not drained.
+        Refusal if it turns or is not known."""
         turn = self.live.get(name)
         if turn is None:
+            self._known(name)
             return
         if turn.role is not None:
             raise Refusal(409, f"{name} is {turn.phase.value} to be {turn.role}")

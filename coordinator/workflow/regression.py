@@ -16,10 +16,13 @@ KEEP = 0.9985
 """What sums keep of their weight at each step: 460 steps halve it."""
 RIDGE = 0.3
 """In steps: so many would have to say that all weights are 0."""
+MOST = 100.0
+"""Times the mean of what came: more counts as so much. Squares of larger ones would leave nothing
+of the ridge."""
 
 
 class Regression:
-    """Of one number on ``inputs`` others and a constant."""
+    """Of one number on ``inputs`` others and a constant; none of them is below 0."""
 
     def __init__(self, inputs: int) -> None:
         self._products: Floats = np.zeros((inputs + 1, inputs + 1))
@@ -39,7 +42,7 @@ class Regression:
         self._count = KEEP * self._count + 1.0
         row = self._row(inputs)
         self._products = KEEP * self._products + np.outer(row, row)
-        self._sums = KEEP * self._sums + row * (came / self._unit)
+        self._sums = KEEP * self._sums + row * min(MOST, came / self._unit)
         ridge = RIDGE * np.eye(len(row))
         self._weights = np.linalg.solve(self._products + ridge, self._sums)
 
@@ -49,4 +52,4 @@ class Regression:
         return self._scale / self._count or 1.0
 
     def _row(self, inputs: tuple[float, ...]) -> Floats:
-        return np.array((self._unit, *inputs)) / self._unit
+        return np.clip(np.array((self._unit, *inputs)) / self._unit, 0.0, MOST)

@@ -183,3 +183,11 @@ def test_the_last_of_several_siblings_is_nearer_to_the_end_of_its_run() -> None:
     bed.finish("a1")
     assert queue.entry(waiting).effort.left_s < before
     assert queue.rank(waiting) < key
+
+
+def test_runs_that_pause_keep_nobody_from_workers_without_a_call() -> None:
+    bed = crowded()
+    assert bed.call("c1", 100, "c") == []
+    assert bed.finish("a1") == ["b2"]
+    # Both runs are under way and pause; what waits at the door has the worker for itself.
+    assert bed.finish("b2") == ["c1"]

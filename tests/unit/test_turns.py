@@ -30,6 +30,7 @@ from coordinator.protocol import (
     WorkflowAnswer,
 )
 from coordinator.rebalancer import Shown
+from coordinator.state import WorkerPhase
 
 FACTS = EngineFacts("0.32", "model", "same", 4, 40_000, 20_000, 64, 64)
 HARD = Placement(prefill_workers_decode=False, remote_prefill_min_tokens=1)
@@ -174,6 +175,14 @@ def test_a_worker_that_is_lost_while_it_turns_begins_anew() -> None:
     assert cluster.roles() == dict(ROLES)
     assert cluster.turning("d") == ""
     assert cluster.shown().decisions[-1].what == "lost"
+
+
+def test_a_drain_is_undone_of_a_worker_that_is_not_well_just_then() -> None:
+    cluster = Cluster()
+    assert cluster.ask(DrainWorker(1, "d")).status == 200
+    cluster.core._state.workers["d"].move(WorkerPhase.SUSPECT, cluster.now_s, "silent")
+    assert cluster.ask(DrainWorker(1, "d", undo=True)).status == 200
+    assert cluster.turning("d") == ""
 
 
 def test_a_drained_worker_gets_nothing_until_that_is_undone() -> None:
