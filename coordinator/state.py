@@ -429,6 +429,11 @@ COUNTERS = (
     "plans_local",
     "plans_pull",
     "plans_remote",
+    "prefetches",
+    "prefetches_done",
+    "prefetches_dropped",
+    "prefetches_used",
+    "prefetches_wasted",
     "probes_failed",
     "probes_sent",
     "pulls_missing",
@@ -439,6 +444,7 @@ COUNTERS = (
     "tokens_cached_prefill",
     "tokens_moved",
     "tokens_output",
+    "tokens_prefetched",
     "tokens_prompt",
     "tokens_pulled",
     "workers_left",
@@ -447,7 +453,18 @@ COUNTERS = (
 )
 
 
-MOVED_COUNTERS = ("plans_pull", "pulls_missing", "pulls_unread", "tokens_moved", "tokens_pulled")
+MOVED_COUNTERS = (
+    "plans_pull",
+    "prefetches",
+    "prefetches_dropped",
+    "prefetches_used",
+    "prefetches_wasted",
+    "pulls_missing",
+    "pulls_unread",
+    "tokens_moved",
+    "tokens_prefetched",
+    "tokens_pulled",
+)
 """Those that metrics show."""
 
 

@@ -35,6 +35,7 @@ from vllm.sampling_params import SamplingType
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 
 from coordinator import protocol
+from coordinator.api.contexts import Contexts
 from coordinator.api.continuing import may_begin_elsewhere, needs_one_worker, resume_request
 from coordinator.api.exchange import CallRecord, Continuation, Failure
 from coordinator.api.pulling import pull_request, tokens_held
@@ -134,6 +135,7 @@ class Calls:
         self.calls: dict[str, Call] = {}
         self.tombstones: OrderedDict[tuple[str, int], float] = OrderedDict()
         self.stale = 0
+        self.contexts = Contexts()
 
     # --- from the client ---------------------------------------------------------
 
@@ -169,6 +171,7 @@ class Calls:
         self.calls[request.request_id] = Call(
             request, frames, record, submit, now_s, asked_s=now_s, waiting_s=now_s
         )
+        self.contexts.add(request, context, now_s)
         self.wire.to_core(submit)
 
     def end(self, requests: Iterable[str], outcome: str, now_s: float) -> None:
@@ -681,6 +684,7 @@ class Calls:
         self, call: Call, outcome: str, now_s: float, undecoded: bool = False
     ) -> protocol.Finished:
         record = call.record
+        self.contexts.ended(call.submit.request, call.submit.context)
         return protocol.Finished(
             self.api,
             call.submit.request,

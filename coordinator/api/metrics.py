@@ -46,6 +46,11 @@ MOVED = {
     "pulls_missing": ("pulls_missing", "Of them, the peer had lost some of what was to be read"),
     "pulls_unread": ("pulls_unread", "Of them, nothing came of it and all was computed"),
     "tokens_pulled": ("pulled_tokens", "Prompt tokens that were read from a peer's cache"),
+    "prefetches": ("prefetches", "Contexts that were to be moved before a call asked"),
+    "prefetches_used": ("prefetches_used", "Of them, a call began with what was moved"),
+    "prefetches_wasted": ("prefetches_wasted", "Of them, nobody asked for what was moved"),
+    "prefetches_dropped": ("prefetches_dropped", "Of them, given up before all was there"),
+    "tokens_prefetched": ("prefetched_tokens", "Prompt tokens that were moved before a call asked"),
     "tokens_moved": ("moved_tokens", "Prompt tokens that were read by decode workers"),
 }
 
