@@ -47,6 +47,8 @@ MOVED_MOST = 8
 """Prefetches of a run that nobody has asked for yet."""
 UNUSED_S = 120.0
 """What was moved and not asked for in so long was in vain."""
+WAITED_MOST_S = 2.0
+"""Behind prompts that wait where it is."""
 MISSING_LEAST = 2
 """Blocks from which on it is worth a message."""
 
@@ -84,6 +86,8 @@ class Trail:
 
     def __init__(self, first: Context) -> None:
         self.first = self.last = first
+        self.worker: Worker | None = None
+        """Where the last call is decoded."""
         self.of_agent: OrderedDict[str, Context] = OrderedDict()
         self.moved: list[Moved] = []
         """What has arrived and nobody has asked for yet."""
@@ -159,6 +163,7 @@ class Prefetches:
             if len(self._trails) > RUNS_MOST:
                 self._forget(next(iter(self._trails)))
         trail.add(call.submit.context.agent, context)
+        trail.worker = call.decode
         self._look_at(run, False, now_s)
 
     def ended(
@@ -218,8 +223,9 @@ class Prefetches:
         context = contexts[found.origin]
         hashes = context.hashes[: found.blocks * BLOCK_HASH_BYTES]
         held = self._index.longest_prefix(hashes)
-        targets = self._targets(following, hashes, held, number, now_s)
-        for worker in targets if ended else targets[1:]:
+        # One of several goes on where this call is, which will be over by then.
+        stays = [] if ended or trail.worker is None else [trail.worker]
+        for worker in self._targets(following, hashes, held, number, stays, now_s):
             if len(trail.moved) < MOVED_MOST:
                 self._move(run, context, hashes, held, worker, now_s)
 
@@ -229,15 +235,17 @@ class Prefetches:
         hashes: bytes,
         held: dict[str, int],
         number: int,
+        stays: list[Worker],
         now_s: float,
     ) -> list[Worker]:
-        """Where so many calls would be decoded, each on the best worker that has none of them."""
+        """Where so many calls would be decoded, each on the best worker that has none of them;
+        beyond those of which it is known."""
         state = self._state
         outlook = Outlook(self._pace.speeds, now_s, self._index.room, self._pace.reuse)
         tokens = len(hashes) // BLOCK_HASH_BYTES * state.block_size + 1
         output_tokens = max(1, round(following.output_tokens.mean))
         compared = self._compared(held)
-        found: list[Worker] = []
+        found = list(stays)
         while len(found) < number:
             ask = Ask(
                 prompt_tokens=max(tokens, round(following.prompt_tokens.mean)),
@@ -259,7 +267,7 @@ class Prefetches:
             if not isinstance(decision, Choice) or state.workers[decision.decode] in found:
                 break
             found.append(state.workers[decision.decode])
-        return found
+        return found[len(stays) :]
 
     def _compared(self, held: dict[str, int]) -> list[Worker]:
         """All workers, or in a large cluster those that have something of it and some idle ones."""
@@ -285,12 +293,13 @@ class Prefetches:
     ) -> None:
         """Ask for it, if nobody is in the way and something is lacking."""
         api = self._state.apis.get(context.api)
-        source = self._source(held, worker)
+        source = self._source(held, worker, now_s)
         if api is None or source is None or not self._errands.may(worker, source):
             return
         first, blocks = held.get(worker.name, 0), held[source.name]
         missing = blocks - first
-        if missing < MISSING_LEAST or missing > self._index.room(worker.name):
+        # Older KV that is given up for it is given up for the call in any case.
+        if not MISSING_LEAST <= missing <= worker.usable_blocks - worker.kv_blocks_reserved:
             return
         tokens = blocks * self._state.block_size
         hashes = hashes[: blocks * BLOCK_HASH_BYTES]
@@ -307,12 +316,13 @@ class Prefetches:
             else:
                 self._state.counters["prefetches_wasted"] += 1
 
-    def _source(self, held: dict[str, int], target: Worker) -> Worker | None:
-        """Who has the most of it and can be read from at once."""
+    def _source(self, held: dict[str, int], target: Worker, now_s: float) -> Worker | None:
+        """Who has the most of it and can soon be read from."""
         best, most = None, 0
         for name in sorted(held):
             worker = self._state.workers[name]
-            readable = worker.up and name in target.warm_sources and not worker.prefill_tokens
+            waiting_s = worker.gauge.reading(now_s)[0]
+            readable = worker.up and name in target.warm_sources and waiting_s < WAITED_MOST_S
             if held[name] > most and readable and worker is not target:
                 best, most = worker, held[name]
         return best
