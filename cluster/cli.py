@@ -275,7 +275,10 @@ def demo(model: ModelOption = None, json_path: JsonPath = None) -> None:
 def bench(
     context: typer.Context,
     name: Annotated[
-        str, typer.Argument(help="overhead, transfer, links, core, idle, simulator or predict.")
+        str,
+        typer.Argument(
+            help="overhead, transfer, links, core, idle, simulator, predict or mechanisms."
+        ),
     ],
     json_path: JsonPath = None,
     model: ModelOption = None,

@@ -271,10 +271,11 @@ class Prefetches:
 
     def _compared(self, held: dict[str, int]) -> list[Worker]:
         """All workers, or in a large cluster those that have something of it and some idle ones."""
-        workers, most = self._state.workers, self._placement.compared_workers
+        workers, most = self._state.workers, max(2, self._placement.compared_workers)
         if len(workers) <= most:
             return list(workers.values())
-        found = {name: workers[name] for name in sorted(held, key=lambda one: -held[one])[:most]}
+        holders = sorted(held, key=lambda one: -held[one])[: most // 2]
+        found = {name: workers[name] for name in holders}
         for name, worker in workers.items():
             if len(found) >= most:
                 break

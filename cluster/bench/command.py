@@ -19,7 +19,16 @@ import msgspec
 
 from cluster.schema import ConfigError
 
-NAMES = ("overhead", "transfer", "links", "core", "idle", "simulator", "predict")
+NAMES = (
+    "overhead",
+    "transfer",
+    "links",
+    "core",
+    "idle",
+    "simulator",
+    "predict",
+    "mechanisms",
+)
 
 WORDS = "words"
 """The parameter of a benchmark that takes what is no option."""

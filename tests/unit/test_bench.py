@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from cluster.bench import api_rate, hop, idle, overhead, simulator
+from cluster.bench import api_rate, hop, idle, mechanisms, overhead, simulator
 from cluster.bench.command import known_options
 from cluster.bench.load import Load, LoadError, Outcome, generate
 from cluster.bench.sides import command_line, command_of, process_cpu_s
@@ -268,3 +268,30 @@ def test_the_simulators_figures(tmp_path: Path) -> None:
     assert "seconds_100k_calls_64_workers" not in simulator.figures_of(smaller, rows)
     simulator.draw(tmp_path / "plots" / "decisions.png", rows)
     assert (tmp_path / "plots" / "decisions.png").stat().st_size > 5000
+
+
+def test_the_bench_of_mechanisms_tells_ratios_with_their_spread() -> None:
+    rows = [
+        {
+            "part": "mechanisms",
+            "on_s": 2.0,
+            "off_s": 2.0 * ratio,
+            "completion_ratio": ratio,
+            "computed_ratio": 3.0,
+        }
+        for ratio in (0.9, 1.1, 1.2, 1.3, 1.4)
+    ]
+    figures = mechanisms.figures_of(rows)
+    assert figures["mechanisms_completion_ratio"] == 1.2
+    assert figures["mechanisms_completion_ratio_q1"] < 1.1
+    assert figures["mechanisms_completion_ratio_q3"] > 1.3
+    assert figures["mechanisms_computed_ratio"] == 3.0
+    assert (figures["mechanisms_on_s"], figures["mechanisms_off_s"]) == (2.0, 2.4)
+    assert (figures["mechanisms_pairs"], figures["mechanisms_faster"]) == (5, 4)
+    assert not any(name.startswith("placement") for name in figures)
+
+
+def test_the_bench_of_mechanisms_knows_its_parts() -> None:
+    with pytest.raises(ValueError, match="no such part: other"):
+        mechanisms.run(mechanisms.Setup(parts="placement,other"))
+    assert {"pairs", "runs", "model"} <= known_options(mechanisms).keys()
