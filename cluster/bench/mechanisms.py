@@ -1,9 +1,11 @@
 """``pythia bench mechanisms``: the example workflow with Pythia's mechanisms on and off.
 
-Two parts, each with two clusters of three workers on this machine, one prefilling and two
-decoding, of which one is measured at a time, taking turns in pairs:
+Parts, each with two clusters of three workers on this machine, one prefilling and two decoding, of
+which one is measured at a time, taking turns in pairs:
 
     mechanisms  pulls, single flight, admission, prefetch, warm-up and retention, against none
+    defaults    those that are on unless the file says otherwise, against none
+    prefetch    the defaults and prefetch, against the defaults
     placement   where a call decodes and how its KV gets there chosen together, against the
                 decode worker with the most free KV; pulls are off on both sides
 
@@ -48,11 +50,14 @@ POLL_S = 0.1
 COMPUTED = "vllm:prompt_tokens_by_source_total{"
 COUNTERS = ("plans_pull", "tokens_pulled", "prefetches", "prefetches_used", "tokens_prefetched")
 """Of the core, that rows tell."""
+OFF = Placement(pulls=False, single_flight=False, admission=False)
 PARTS: dict[str, dict[str, Placement]] = {
     "mechanisms": {
         "on": Placement(prefetch=True, warm_up=True, retention=True),
-        "off": Placement(pulls=False, single_flight=False, admission=False),
+        "off": OFF,
     },
+    "defaults": {"default": Placement(), "off": OFF},
+    "prefetch": {"prefetch": Placement(prefetch=True), "default": Placement()},
     "placement": {
         "joint": Placement(pulls=False),
         "least_kv": Placement(policy="least_kv"),
@@ -66,7 +71,7 @@ class Setup(msgspec.Struct, frozen=True):
     each side from which the core learns; ``parts``: comma-separated."""
 
     model: str = "tiny-llama"
-    parts: str = ",".join(PARTS)
+    parts: str = "mechanisms,placement"
     pairs: int = 10
     warm_rounds: int = 5
     runs: int = 2
