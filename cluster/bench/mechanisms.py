@@ -39,6 +39,7 @@ from cluster.bench.sides import HOST, cluster_config, progress_bar, scratch
 from cluster.demo import EXAMPLE
 from cluster.launch import LaunchError, LocalCluster
 from cluster.progress import progress_for
+from cluster.schema import ClusterConfig
 from coordinator.limits import Placement
 
 COMMAND = "pythia bench mechanisms"
@@ -158,15 +159,19 @@ def computed_tokens(url: str) -> float:
     return sum(float(line.rpartition(" ")[2]) for line in computed)
 
 
+def config_of(side: str, model: str, placement: Placement) -> ClusterConfig:
+    """The cluster of a side."""
+    name = f"bench-{side.replace('_', '-')}"
+    return cluster_config(name, model, ROLES, metrics=True, placement=placement)
+
+
 def _measured(part: str, setup: Setup, console: Console) -> list[dict[str, Any]]:
     workflow = _workflow()
     with scratch() as folder, ExitStack() as stack:
         sides: dict[str, Side] = {}
         for name, placement in PARTS[part].items():
             console.print(f"starting {name}")
-            config = cluster_config(
-                f"bench-{name}", setup.model, ROLES, metrics=True, placement=placement
-            )
+            config = config_of(name, setup.model, placement)
             cluster = LocalCluster(config, folder / name, progress=progress_for(console))
             sides[name] = Side(stack.enter_context(cluster))
         total = 2 * (setup.warm_rounds + setup.pairs)

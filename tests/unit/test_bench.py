@@ -17,6 +17,8 @@ from cluster.bench import api_rate, hop, idle, mechanisms, overhead, simulator
 from cluster.bench.command import known_options
 from cluster.bench.load import Load, LoadError, Outcome, generate
 from cluster.bench.sides import command_line, command_of, process_cpu_s
+from cluster.config import parse
+from cluster.document import dump
 from cluster.workload.form import call_count
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -295,3 +297,10 @@ def test_the_bench_of_mechanisms_knows_its_parts() -> None:
     with pytest.raises(ValueError, match="no such part: other"):
         mechanisms.run(mechanisms.Setup(parts="placement,other"))
     assert {"pairs", "runs", "model"} <= known_options(mechanisms).keys()
+
+
+def test_the_bench_of_mechanisms_makes_clusters_that_may_be() -> None:
+    for part in mechanisms.PARTS:
+        for name, placement in mechanisms.PARTS[part].items():
+            config = mechanisms.config_of(name, "tiny-llama", placement)
+            assert parse(dump(config), "bench.yaml").placement == placement
