@@ -2,7 +2,8 @@
 
 One prefill worker and two decode workers. What the core says that it had moved, in pulls between
 workers and ahead of calls, is what vLLM counts as having come from elsewhere, to the token; what
-runs side by side share is computed once; and every answer is a plain engine's.
+runs side by side share is computed once; what is static is there before anybody asks; and every
+answer is a plain engine's.
 """
 
 from __future__ import annotations
@@ -19,7 +20,14 @@ from openai import AsyncOpenAI
 from cluster.config import ClusterConfig
 from coordinator.protocol import CallStatus
 from examples.research_team import RunReport, run_workflow
-from tests.e2e.harness import MODEL, Control, Server, prompt_tokens_by_source
+from tests.e2e.harness import (
+    BLOCK_TOKENS,
+    MODEL,
+    Control,
+    Server,
+    prompt_tokens_by_source,
+    wait_for,
+)
 from tests.e2e.test_pulls import config_of, running
 
 WORKERS = """\
@@ -65,7 +73,7 @@ class Demo:
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
     # Decoding where the prompts of others are computed would leave less to move.
-    placement = "{prefetch: true, prefill_workers_decode: false}"
+    placement = "{prefetch: true, warm_up: true, prefill_workers_decode: false}"
     config = config_of(WORKERS, placement, "{queue_s: 60, pull_s: 20}")
     with (
         running(config, tmp_path_factory.mktemp("mechanisms")) as server,
@@ -155,3 +163,31 @@ def test_what_runs_side_by_side_share_is_computed_once(demo: Demo) -> None:
     assert prompts == SIDE_BY_SIDE * sum(call.prompt_tokens or 0 for call in reports[0].calls)
     assert together["local_compute"] < 2 * alone["local_compute"]
     assert together["local_cache_hit"] > 2 * alone["local_cache_hit"]
+
+
+def test_what_is_static_is_there_before_anybody_asks(demo: Demo) -> None:
+    static = " ".join(uuid.uuid4().hex for _ in range(12))
+    graph = {
+        "agents": {"greeter": {"static_prompt": static}, "closer": {}},
+        "edges": [{"kind": "next", "from": "greeter", "to": "closer"}],
+    }
+    core, engines = demo.core(), demo.engines()
+    with demo.server.http() as http:
+        assert http.put("/v1/workflows/warmed", json=graph).status_code == 201
+        assert http.post("/v1/workflows/warmed/runs", json={"id": "r"}).status_code == 201
+
+        def is_everywhere() -> bool:
+            return demo.control.snapshot().counters["errands_done"] == core["errands_done"] + 3
+
+        wait_for(is_everywhere, 30.0, "a static prompt on all workers")
+        tokens = http.get("/v1/workflows/warmed").json()["static_tokens"]["greeter"]
+        computed = (demo.engines() - engines)["local_compute"]
+        assert 3 * tokens <= computed <= 3 * (tokens + BLOCK_TOKENS)
+        engines = demo.engines()
+        who = {"X-Workflow": "warmed", "X-Workflow-Run": "r", "X-Workflow-Agent": "greeter"}
+        body = {"model": MODEL, "prompt": f"{static} So?", "max_tokens": 2}
+        answer = http.post("/v1/completions", json=body, headers=who | {"X-Workflow-Final": "true"})
+    assert answer.status_code == 200, answer.text
+    told = demo.engines() - engines
+    assert told["local_cache_hit"] >= tokens - BLOCK_TOKENS
+    assert told["local_compute"] <= 2 * BLOCK_TOKENS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 from vllm.v1.engine import EngineCoreRequest, FinishReason
 from vllm.v1.metrics.stats import PrefillStats
@@ -11,6 +12,7 @@ from vllm.v1.metrics.stats import PrefillStats
 from coordinator.api.calls import Calls
 from coordinator.api.contexts import CALLS_MOST, KEPT_S, Contexts
 from coordinator.api.errands import Errands
+from coordinator.api.metrics import page
 from coordinator.core import Core
 from coordinator.errands import PREFETCH_S
 from coordinator.limits import Limits, Placement
@@ -33,9 +35,12 @@ from coordinator.protocol import (
     Prefill,
     PrefillDone,
     Role,
+    ShowFigures,
     Started,
     Submit,
+    WorkflowAnswer,
 )
+from coordinator.workflow.foresight import Figures
 from coordinator.workflow.prediction import Kept, NextCall, Prediction, Spread
 from tests.unit.recording_wire import RecordingWire, engine_request, output
 from tests.unit.test_core import Bed, Told, ready
@@ -164,6 +169,12 @@ def test_what_a_fan_out_shares_is_there_before_it_comes(bed: PrefetchBed) -> Non
     assert {each.decode.worker for each in writers} == set(bed.names)
     assert not any(each.pull_worker for each in writers)
     assert bed.core.counters["prefetches_used"] == used + 1
+    bed.say("api", ShowFigures(1))
+    shown = page(msgspec.json.decode(bed.only(WorkflowAnswer).body, type=Figures)).decode()
+    assert f"pythia_prefetches_used_total {used + 1}.0" in shown
+    assert f"pythia_prefetched_tokens_total {float(moved + errand.tokens)}" in shown
+    for name in ("prefetches", "prefetches_dropped", "prefetches_wasted"):
+        assert f"pythia_{name}_total {float(bed.core.counters[name])}" in shown
 
 
 def test_it_is_dropped_for_any_call_on_either_worker(bed: PrefetchBed) -> None:
