@@ -1,4 +1,4 @@
-"""Prefetches in virtual time: real workers and links as far as a simulation has them, a real core."""
+"""Prefetches in virtual time: simulated workers and links, a real core."""
 
 from __future__ import annotations
 
