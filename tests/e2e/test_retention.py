@@ -48,6 +48,7 @@ coordinator:
   port: 0
 placement:
   retention: true
+  admission: false # runs that pause would keep others from beginning
 """
 ROUNDS = 6
 PROMPT_TOKENS = 20 * BLOCK_TOKENS
