@@ -291,7 +291,8 @@ def bench(
     name: Annotated[
         str,
         typer.Argument(
-            help="overhead, transfer, links, core, idle, simulator, predict or rebalance."
+            help="overhead, transfer, links, core, idle, simulator, predict, rebalance "
+            "or mechanisms."
         ),
     ],
     json_path: JsonPath = None,

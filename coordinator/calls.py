@@ -42,6 +42,7 @@ from coordinator.placing import Placing
 from coordinator.policy.placement import Ask, Choice, Decision, Impossible, Wait
 from coordinator.policy.placer import Placer
 from coordinator.policy.queue import CallQueue, CompletionRate
+from coordinator.prefetching import Prefetches
 from coordinator.protocol import (
     BLOCK_HASH_BYTES,
     CallContext,
@@ -131,7 +132,9 @@ class Calls:
         *,
         retention: Retention,
         errands: Errands,
+        prefetches: Prefetches,
     ) -> None:
+        self._prefetches = prefetches
         self._retention = retention
         self._errands = errands
         self._state = state
@@ -572,6 +575,7 @@ class Calls:
         if self.placement.single_flight:
             self._promise(call)
         self._pace.planned(call, now_s)
+        self._prefetches.planned(call)
         call.plans += 1
         call.plan = Plan(
             request=call.request,
@@ -642,6 +646,7 @@ class Calls:
         self._pace.started(call, now_s)
         self._index.stored(call.decode.name, call.submit.block_hashes)
         self._retention.decoding(call, now_s)
+        self._prefetches.decoding(call, now_s)
         call.move(CallPhase.DECODING, now_s, why)
         call.overdue = 0
         self._set_due(call, now_s + self._phase_s(call))
@@ -759,6 +764,7 @@ class Calls:
         self._tracker.closed(call, finished, now_s)
         done = finished if phase is CallPhase.FINISHED else None
         self._retention.ended(call, left_on, done, now_s)
+        self._prefetches.ended(call, left_on, done, now_s)
         self.queue.ended(call, finished, now_s)
         if finished is not None and phase is CallPhase.FINISHED:
             self._pace.finished(call, finished)

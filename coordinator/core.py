@@ -20,6 +20,7 @@ from __future__ import annotations
 import itertools
 import zlib
 from collections import OrderedDict
+from collections.abc import Callable
 
 import msgspec
 
@@ -32,6 +33,7 @@ from coordinator.limits import Limits, Placement
 from coordinator.pace import Pace
 from coordinator.pairs import Pairs
 from coordinator.policy.placer import Placer
+from coordinator.prefetching import Prefetches
 from coordinator.protocol import (
     PROTOCOL_VERSION,
     Alive,
@@ -176,6 +178,9 @@ class Core:
         self._errands = Errands(
             self._state, self._index, placement, self._registry, self._tracker.runs
         )
+        self._prefetches = Prefetches(
+            self._state, self._index, placement, self._tracker, self._pace, self._errands
+        )
         self._calls = Calls(
             self._state,
             self._index,
@@ -186,6 +191,7 @@ class Core:
             placer,
             retention=self._retention,
             errands=self._errands,
+            prefetches=self._prefetches,
         )
         self._foresight = Foresight(self._learner, workflow_limits)
         self._rebalancer = Rebalancer(
@@ -207,6 +213,14 @@ class Core:
             self._foresight,
             self._calls.stop,
         )
+        self._looks: dict[str, Callable[[float], None]] = {
+            "roles": self._roles.due,
+            "retention": self._retention.look,
+            "errands": self._errands.look,
+            "prefetches": self._prefetches.look,
+            "rebalance": self._rebalancer.due,
+        }
+        """What is due without a name."""
         self._latest: OrderedDict[str, str] = OrderedDict()
         """The last registered incarnation per worker name."""
         self._retired: OrderedDict[tuple[str, str], str] = OrderedDict()
@@ -303,20 +317,14 @@ class Core:
                 self._worker_due(self._state.workers[names[0]], now_s)
             case "api":
                 self._api_due(self._state.apis[names[0]], now_s)
-            case "roles":
-                self._roles.due(now_s)
-            case "retention":
-                self._retention.look(now_s)
-            case "errands":
-                self._errands.look(now_s)
-            case "rebalance":
-                self._rebalancer.due(now_s)
             case "turn":
                 self._turns.due(names[0], now_s)
             case "run":
                 self._run_due(RunKey(*names), now_s)
-            case _:
+            case "pair":
                 self._pairs.due((names[0], names[1]), now_s)
+            case _:
+                self._looks[kind](now_s)
 
     def fix_workflow(self, name: str, graph: Graph) -> None:
         """A workflow of the cluster's file. GraphError if it makes no sense."""
@@ -414,6 +422,7 @@ class Core:
         self._tracker.check()
         self._retention.check()
         self._errands.check()
+        self._prefetches.check()
         self._registry.check()
         assert len(self._latest) <= 4 * self._limits.workers
         assert len(self._retired) <= 4 * self._limits.workers
@@ -597,6 +606,7 @@ class Core:
         self._errands.worker_lost(worker)
         self._rebalancer.watch(now_s)
         self._turns.lost(worker, now_s)
+        self._prefetches.worker_lost(worker)
         self._calls.worker_lost(worker, now_s)
 
     def _turn_ended(self, turn: Turn, now_s: float) -> None:
@@ -695,7 +705,8 @@ class Core:
             state.counters["apis_registered"] += 1
             state.deadlines.set(("api", name), self._api_lost_s(api))
         api.peer, api.last_heard_s = peer, now_s
-        state.send(peer, Welcome(self._limits.beat_s, self.core_id, state.block_size))
+        contexts = self._prefetches.on
+        state.send(peer, Welcome(self._limits.beat_s, self.core_id, state.block_size, contexts))
         for _, worker in sorted(state.workers.items()):
             state.send(peer, worker_up(worker))
 

@@ -10,17 +10,20 @@
       | ErrandDone                         |                                |
       |<-----------------------------------|                                |
 
-Only API processes know tokens, so the core can but ask. One kind: *warm*, the static prompt of a
-declared agent is computed on an idle worker that lacks it. Nothing is reserved for it: it is asked
-of workers without any call, one at a time, and dropped in the same moment in which a call is
-planned onto one. A call waits for it for no longer than the engine's step under way takes.
+Only API processes know tokens, so the core can but ask. Two kinds: *warm*, the static prompt of a
+declared agent is computed on an idle worker that lacks it; and *prefetch*, what one worker has
+cached is moved to an idle one (``prefetching``). Nothing is reserved for either: it is asked of
+workers without any call, one at a time, and dropped in the same moment in which a call is planned
+onto one, or onto the one that is read from. A call waits for it for no longer than the engine's
+step under way takes.
 
-Here are the accounts; what is chosen is in ``policy.warming``.
+Here are the accounts; what is warmed is chosen in ``policy.warming``.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 
 import msgspec
 
@@ -37,19 +40,21 @@ ERRANDS_MOST = 2
 """In the whole cluster at a time."""
 ERRAND_S = 30.0
 """What takes longer is given up."""
+PREFETCH_S = 5.0
 AVOID_S = 60.0
 """How long what failed is not tried again."""
 AVOIDED_MOST = 1024
 
 
 class Open(msgspec.Struct, frozen=True):
-    """An errand that is being carried out."""
+    """An errand that is being carried out. ``source``: from where, if it is a prefetch."""
 
     api: str
     worker: Worker
     key: PromptKey
     hashes: bytes
     due_s: float
+    source: Worker | None = None
 
 
 class Errands:
@@ -69,6 +74,8 @@ class Errands:
         self._registry = registry
         self._runs = runs
         self._number = 0
+        self.over: Callable[[int, bool], None] = lambda number, done: None
+        """Told of each prefetch that is over, and whether all of it is there."""
         self.open: dict[int, Open] = {}
         self._avoid: OrderedDict[tuple[str, PromptKey], float] = OrderedDict()
         """What failed on a worker, and until when it is not tried again there."""
@@ -92,39 +99,94 @@ class Errands:
             self._state.counters["messages_stale"] += 1
             return
         del self.open[message.errand]
-        if message.outcome == "done":
+        done = message.outcome == "done"
+        if done:
             self._state.counters["errands_done"] += 1
             self._index.stored(errand.worker.name, errand.hashes)
-        else:
+        if errand.source is not None:
+            name = "prefetches_done" if done else "prefetches_dropped"
+            self._state.counters[name] += 1
+            self._state.counters["tokens_prefetched"] += max(0, message.moved_tokens)
+            self.over(message.errand, done)
+        elif not done:
             self._failed(errand, now_s)
 
     def worker_lost(self, worker: Worker) -> None:
         """A worker is gone; the API processes hear of it themselves."""
-        for number, _ in self._of(worker):
-            del self.open[number]
-            self._state.counters["errands_dropped"] += 1
+        for number, errand in self._of(worker):
+            if errand.worker is worker:
+                self._forget(number, errand)
+            else:
+                self._drop(number, errand)
 
     def api_lost(self, api: Api) -> None:
         """An API process is gone, and with it its requests."""
-        for number in [at for at, errand in self.open.items() if errand.api == api.name]:
-            del self.open[number]
-            self._state.counters["errands_dropped"] += 1
+        for number, errand in list(self.open.items()):
+            if errand.api == api.name:
+                self._forget(number, errand)
 
     def look(self, now_s: float) -> None:
         """Give up what takes too long, ask for what is worth it, look again later."""
         for number, errand in list(self.open.items()):
             if now_s >= errand.due_s:
                 self._drop(number, errand)
-                self._failed(errand, now_s)
+                if errand.source is None:
+                    self._failed(errand, now_s)
         while self._avoid and next(iter(self._avoid.values())) <= now_s:
             self._avoid.popitem(last=False)
         apis = sorted(self._state.apis)
-        room = ERRANDS_MOST - len(self.open)
+        room = ERRANDS_MOST - len(self.open) if self._on else 0
         if apis and room > 0 and (idle := self._idle()):
             for worker, key in warmed(self._prompts(), idle, self._avoid, room):
                 self._ask(apis[self._number % len(apis)], worker, key, now_s)
-        if self._registry.static or self.open:
+        if (self._on and self._registry.static) or self.open:
             self._state.deadlines.set(("errands",), now_s + LOOK_S)
+
+    # --- prefetches -------------------------------------------------------------------------------
+
+    def may(self, worker: Worker, source: Worker) -> bool:
+        """Whether something may be moved there now, and from there: nobody is in the way."""
+        busy = {errand.worker.name for errand in self.open.values()}
+        busy |= {errand.source.name for errand in self.open.values() if errand.source is not None}
+        free = worker.up and not (worker.decodes or worker.prefills)
+        room = len(self.open) < ERRANDS_MOST
+        return free and room and worker.name not in busy and source.name not in busy
+
+    def prefetch(
+        self,
+        api: Api,
+        source: Worker,
+        worker: Worker,
+        call: str,
+        tokens: int,
+        hashes: bytes,
+        now_s: float,
+    ) -> int:
+        """Have the first tokens of a call's prompt moved; the errand's number."""
+        self._number += 1
+        due_s = now_s + PREFETCH_S
+        self.open[self._number] = Open(api.name, worker, ("", ""), hashes, due_s, source)
+        self._state.counters["errands_sent"] += 1
+        self._state.counters["prefetches"] += 1
+        errand = Errand(
+            self._number,
+            "prefetch",
+            Placed(worker.name, worker.incarnation),
+            "",
+            "",
+            PREFETCH_S,
+            source=Placed(source.name, source.incarnation),
+            call=call,
+            tokens=tokens,
+        )
+        self._state.send(api.peer, errand)
+        if not self._is_awake():
+            self._state.deadlines.set(("errands",), now_s + LOOK_S)
+        return self._number
+
+    def cancel(self, number: int) -> None:
+        """A prefetch is of no use any more."""
+        self._drop(number, self.open[number])
 
     # --- what is there ------------------------------------------------------------------------
 
@@ -167,12 +229,22 @@ class Errands:
     # --- accounts -----------------------------------------------------------------------------
 
     def _of(self, worker: Worker) -> list[tuple[int, Open]]:
-        return [item for item in self.open.items() if item[1].worker is worker]
+        return [
+            item
+            for item in self.open.items()
+            if worker is item[1].worker or worker is item[1].source
+        ]
 
     def _drop(self, number: int, errand: Open) -> None:
+        self._forget(number, errand)
+        self._state.send(self._state.apis[errand.api].peer, DropErrand(number))
+
+    def _forget(self, number: int, errand: Open) -> None:
         del self.open[number]
         self._state.counters["errands_dropped"] += 1
-        self._state.send(self._state.apis[errand.api].peer, DropErrand(number))
+        if errand.source is not None:
+            self._state.counters["prefetches_dropped"] += 1
+            self.over(number, False)
 
     def _failed(self, errand: Open, now_s: float) -> None:
         key = errand.worker.name, errand.key
@@ -187,9 +259,10 @@ class Errands:
     def check(self) -> None:
         """Assert that all accounts agree; for tests."""
         assert len(self.open) <= ERRANDS_MOST
-        assert self._on or not self.open
+        assert self._on or all(errand.source is not None for errand in self.open.values())
         assert len(self._avoid) <= AVOIDED_MOST
         workers = [errand.worker for errand in self.open.values()]
+        workers += [errand.source for errand in self.open.values() if errand.source is not None]
         assert len({worker.name for worker in workers}) == len(workers), "one for each worker"
         for errand in self.open.values():
             assert errand.api in self._state.apis

@@ -233,6 +233,9 @@ class Placement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Of a worker's KV blocks, at most so many are kept so."""
     warm_up: bool = False
     """Static prompts of declared agents are computed on idle workers before a call asks."""
+    prefetch: bool = False
+    """``pythia``: what the next call of a run is likely to begin with is moved to the idle worker
+    where it would be decoded, before it comes."""
 
     order: Literal["runs", "arrival"] = "arrival"
     """Of calls that wait, behind explicit priority and fairness: first come, first served, or by

@@ -416,6 +416,7 @@ class ErrandDone(Message, frozen=True, gc=False, tag=True):
     outcome: ErrandOutcome
     computed_tokens: int = 0
     elapsed_s: float = 0.0
+    moved_tokens: int = 0
 
 
 class Inspect(Message, frozen=True, gc=False, tag=True):
@@ -592,11 +593,13 @@ class DrainWorker(Message, frozen=True, gc=False, tag=True):
 
 
 class Welcome(Message, frozen=True, gc=False, tag=True):
-    """Taken in. ``beat_interval_s``: how often to beat."""
+    """Taken in. ``beat_interval_s``: how often to beat. ``contexts``: an API process is to remember
+    the tokens of calls of runs for a while, for errands."""
 
     beat_interval_s: float
     core: str
     block_size: int = 0
+    contexts: bool = False
 
 
 class Refused(Message, frozen=True, gc=False, tag=True):
@@ -772,14 +775,18 @@ class Stop(Message, frozen=True, gc=False, tag=True):
 class Errand(Message, frozen=True, gc=False, tag=True):
     """Work for calls that have not come yet, to be carried out within ``budget_s`` and answered
     with ``ErrandDone``. ``warm``: compute the static prompt of ``agent`` in the declared graph on
-    ``target``."""
+    ``target``. ``prefetch``: move what ``source`` has cached of the first ``tokens`` tokens, whole
+    blocks, of the prompt of ``call``, a request of the API process, to ``target``."""
 
     errand: int
-    kind: Literal["warm"]
+    kind: Literal["warm", "prefetch"]
     target: Placed
     graph_digest: str
     agent: str
     budget_s: float
+    source: Placed | None = None
+    call: str = ""
+    tokens: int = 0
 
 
 class DropErrand(Message, frozen=True, gc=False, tag=True):

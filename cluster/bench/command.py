@@ -28,6 +28,7 @@ NAMES = (
     "simulator",
     "predict",
     "rebalance",
+    "mechanisms",
 )
 
 WORDS = "words"

@@ -16,6 +16,7 @@ import msgspec
 
 from cluster.simulator.call import Call
 from cluster.simulator.control import Control
+from cluster.simulator.errands import Errands
 from cluster.simulator.events import Events
 from cluster.simulator.frames import Body, ToApi, Tokens, Work
 from cluster.simulator.moving import Moves
@@ -33,6 +34,8 @@ from coordinator.protocol import (
     CheckedPhase,
     Decode,
     Discard,
+    DropErrand,
+    Errand,
     Failed,
     Finished,
     Hello,
@@ -128,6 +131,7 @@ class Api:
             self._discard,
             self._held_s,
         )
+        self._errands = Errands(name, self._control.send, self._send)
 
     def crash(self) -> None:
         """It is gone, and with it its calls: their clients' connections break, and workers learn
@@ -179,6 +183,7 @@ class Api:
             self._limits.call_s + CORE_AWAY_S, self._overdue, call, 504, now_s
         )
         self._wait(call)
+        self._errands.opened(submit, block_hashes)
         self._control.send(submit)
 
     def end(self, request: str, outcome: str) -> None:
@@ -226,11 +231,15 @@ class Api:
                 self._on_stop(message)
             case WorkerUp():
                 self._block_size = message.facts.block_size
+                self._errands.block_size = message.facts.block_size
                 self._worker_up(Placed(message.worker, message.incarnation))
             case WorkerGone():
                 self._lose(Placed(message.worker, message.incarnation))
             case Welcome():
+                self._errands.on = message.contexts
                 self._welcomed(message.core)
+            case Errand() | DropErrand():
+                self._errands.on_message(message)
             case _:
                 pass
 
@@ -267,6 +276,7 @@ class Api:
 
     def _worker_gone(self, lost: Placed) -> None:
         """A worker is lost, or the connection to it: its calls are asked for again."""
+        self._errands.on_worker_gone(lost)
         for call in self._live():
             plan = call.plan
             if plan is None or call.phase == "waiting":
@@ -358,6 +368,8 @@ class Api:
         if self._connections.get(placed) is not connection:
             return
         said: ToApi = message
+        if self._errands.on_worker(said, placed):
+            return
         match said:
             case Tokens():
                 self._on_tokens(said, placed)

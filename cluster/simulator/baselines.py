@@ -310,6 +310,11 @@ BASELINES: Mapping[str, Baseline] = {
     "pythia-no-pulls": Baseline(
         "what a peer has cached of a prompt is not read from it", "split", {"pulls": False}
     ),
+    "pythia-prefetch": Baseline(
+        "what the next call is likely to begin with is moved ahead of it",
+        "split",
+        {"prefetch": True},
+    ),
     "pythia-no-work-price": Baseline(
         "what prompts cost calls that come later does not count", "split", {"work_price": 0.0}
     ),

@@ -37,6 +37,7 @@ from vllm.sampling_params import SamplingType
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 
 from coordinator import protocol
+from coordinator.api.contexts import Contexts
 from coordinator.api.continuing import may_begin_elsewhere, needs_one_worker, resume_request
 from coordinator.api.exchange import CallRecord, Continuation, Failure
 from coordinator.api.moving import Moves, Moving
@@ -139,6 +140,7 @@ class Calls:
         self.tombstones: OrderedDict[tuple[str, int], float] = OrderedDict()
         self.stale = 0
         self.moves = Moves(api, wire, limits, self.tombstones, self._discard, _held_s)
+        self.contexts = Contexts()
 
     # --- from the client ---------------------------------------------------------
 
@@ -174,6 +176,7 @@ class Calls:
         self.calls[request.request_id] = Call(
             request, frames, record, submit, now_s, asked_s=now_s, waiting_s=now_s
         )
+        self.contexts.add(request, context, now_s)
         self.wire.to_core(submit)
 
     def end(self, requests: Iterable[str], outcome: str, now_s: float) -> None:
@@ -704,6 +707,7 @@ class Calls:
         self, call: Call, outcome: str, now_s: float, undecoded: bool = False
     ) -> protocol.Finished:
         record = call.record
+        self.contexts.ended(call.submit.request, call.submit.context)
         return protocol.Finished(
             self.api,
             call.submit.request,

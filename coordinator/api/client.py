@@ -133,7 +133,7 @@ class ClusterEngineCore(EngineCoreClient):
         self.engine_ranks_managed = [0]
         self.garbage = GarbageCounter("a worker")
         self.calls = Calls(api, self, limits)
-        self.errands = Errands(api, self)
+        self.errands = Errands(api, self, self.calls)
         self.workers: dict[Placed, WorkerLink] = {}
         self.outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
         self.request_encoder = MsgpackEncoder()
@@ -344,6 +344,7 @@ class ClusterEngineCore(EngineCoreClient):
                 self._lose(Placed(message.worker, message.incarnation), message.reason)
             case protocol.Welcome():
                 self.calls.on_welcome(message.core, message.block_size)
+                self.calls.contexts.switch(message.contexts)
             case protocol.Snapshot() | protocol.WorkflowAnswer():
                 self._on_answer(message)
             case protocol.Errand() | protocol.DropErrand():
@@ -419,7 +420,8 @@ class ClusterEngineCore(EngineCoreClient):
                 outputs = self.errands.take(body.outputs, link.placed, now_s)
                 self.calls.on_outputs(outputs, link.placed, body.timestamp, now_s)
             case protocol.PrefillDone():
-                self.calls.on_prefill_done(message, body, link.placed, now_s, time.time())
+                if not self.errands.on_prefill_done(message, link.placed):
+                    self.calls.on_prefill_done(message, body, link.placed, now_s, time.time())
             case protocol.CallFailed():
                 if not self.errands.on_call_failed(message):
                     self.calls.on_call_failed(message, link.placed, now_s)

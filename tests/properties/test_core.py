@@ -60,6 +60,7 @@ from coordinator.protocol import (
     ToCore,
 )
 from tests.simulation.fakes import CORE, FakeApi, Letter, MakeCore, World, make_handle
+from tests.simulation.prefetch_everything import prefetching_core
 from tests.simulation.pull_everything import pulling_core
 
 LIMITS = Limits(
@@ -92,6 +93,7 @@ PLACEMENT = Placement(
     compared_workers=1,
     retention=True,
     warm_up=True,
+    prefetch=True,
 )
 REACTIVE = Placement(
     policy="cache_aware",
@@ -425,6 +427,34 @@ def test_nothing_breaks_where_running_calls_are_moved() -> None:
     run_state_machine_as_test(MovingCoreInALossyNetwork, settings=profile)
     assert MovingCoreInALossyNetwork.made["moves_made"] > 20
     assert MovingCoreInALossyNetwork.made["moves_undone"] > 20
+
+
+class PrefetchingCoreInALossyNetwork(CoreInALossyNetwork):
+    """The same with a core that has contexts moved wherever it can."""
+
+    make_core = staticmethod(prefetching_core)
+    rounds_before = 40
+    workers = ("p", "d", "e")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.world.alike_every = 1
+
+    seen: ClassVar[Counter[str]] = Counter()
+    """What became of prefetches, over all examples."""
+
+    def teardown(self) -> None:
+        super().teardown()
+        for name, count in self.world.core.counters.items():
+            if name.startswith("prefetches"):
+                self.seen[name] += count
+
+
+def test_nothing_breaks_where_everything_is_moved_ahead() -> None:
+    profile = settings(PROFILE, max_examples=150)
+    run_state_machine_as_test(PrefetchingCoreInALossyNetwork, settings=profile)
+    seen = PrefetchingCoreInALossyNetwork.seen
+    assert min(seen["prefetches_done"], seen["prefetches_dropped"]) > 0
 
 
 class ReactiveCoreInALossyNetwork(CoreInALossyNetwork):

@@ -124,7 +124,7 @@ class TurningCoreInALossyNetwork(CoreInALossyNetwork):
 
 
 def test_nothing_breaks_where_workers_turn() -> None:
-    profile = settings(PROFILE, max_examples=60)
+    profile = settings(PROFILE, max_examples=400)
     run_state_machine_as_test(TurningCoreInALossyNetwork, settings=profile)
     reached = TurningCoreInALossyNetwork.reached
     for phase in ("draining", "switching", "verifying", "drained", "done", "undone"):

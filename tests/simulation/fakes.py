@@ -29,6 +29,8 @@ from coordinator.protocol import (
     Decode,
     Draining,
     EngineFacts,
+    Errand,
+    ErrandDone,
     Failed,
     Finished,
     Hello,
@@ -392,6 +394,9 @@ class FakeApi:
                 return self._prefill_done(message)
             case Token():
                 return self._token(message)
+            case Errand():
+                done = ErrandDone(self.name, message.errand, "done", 1, 0.1, message.tokens)
+                return [(CORE, done)]
             case _:
                 return []
 

@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 
-from cluster.bench import api_rate, hop, idle, moves_real, overhead, simulator
+from cluster.bench import api_rate, hop, idle, mechanisms, moves_real, overhead, simulator
 from cluster.bench.command import known_options
 from cluster.bench.load import Load, LoadError, Outcome, generate
 from cluster.bench.sides import command_line, command_of, process_cpu_s
+from cluster.config import parse
+from cluster.document import dump
 from cluster.workload.form import call_count
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -290,3 +292,37 @@ def test_the_gap_of_a_move_is_the_one_that_its_stream_tells_of() -> None:
         "move_transfer_ms_p50": 3.0,
     }
     assert moves_real.move_figures(moved[1:2]) == {"moves_done": 0.0, "move_failed_streams": 0.0}
+
+
+def test_the_bench_of_mechanisms_tells_ratios_with_their_spread() -> None:
+    rows = [
+        {
+            "part": "mechanisms",
+            "on_s": 2.0,
+            "off_s": 2.0 * ratio,
+            "completion_ratio": ratio,
+            "computed_ratio": 3.0,
+        }
+        for ratio in (0.9, 1.1, 1.2, 1.3, 1.4)
+    ]
+    figures = mechanisms.figures_of(rows)
+    assert figures["mechanisms_completion_ratio"] == 1.2
+    assert figures["mechanisms_completion_ratio_q1"] < 1.1
+    assert figures["mechanisms_completion_ratio_q3"] > 1.3
+    assert figures["mechanisms_computed_ratio"] == 3.0
+    assert (figures["mechanisms_on_s"], figures["mechanisms_off_s"]) == (2.0, 2.4)
+    assert (figures["mechanisms_pairs"], figures["mechanisms_faster"]) == (5, 4)
+    assert not any(name.startswith("placement") for name in figures)
+
+
+def test_the_bench_of_mechanisms_knows_its_parts() -> None:
+    with pytest.raises(ValueError, match="no such part: other"):
+        mechanisms.run(mechanisms.Setup(parts="placement,other"))
+    assert {"pairs", "runs", "model"} <= known_options(mechanisms).keys()
+
+
+def test_the_bench_of_mechanisms_makes_clusters_that_may_be() -> None:
+    for part in mechanisms.PARTS:
+        for name, placement in mechanisms.PARTS[part].items():
+            config = mechanisms.config_of(name, "tiny-llama", placement)
+            assert parse(dump(config), "bench.yaml").placement == placement

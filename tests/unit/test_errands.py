@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from vllm.v1.engine import FinishReason
 
+from coordinator.api.calls import Calls
 from coordinator.api.errands import Errands
 from coordinator.core import Core
 from coordinator.errands import AVOID_S, ERRAND_S, ERRANDS_MOST
@@ -229,7 +230,7 @@ def wire() -> RecordingWire:
 
 @pytest.fixture
 def errands(wire: RecordingWire) -> Errands:
-    made = Errands("api", wire)
+    made = Errands("api", wire, Calls("api", wire, Limits()))
     made.prompts = Known()
     return made
 
