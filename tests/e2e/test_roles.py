@@ -17,7 +17,7 @@ import pytest
 from tests.e2e.harness import MODEL, Control, Server
 
 STALL_S = 60.0
-TURN_S = 60.0
+TURN_S = 180.0
 LOOK_S = 0.05
 PROMPTS = [" ".join(f"item{seed * at}" for at in range(1, 10 + 25 * seed)) for seed in range(1, 7)]
 LENGTHS = (4, 40, 90)

@@ -163,7 +163,7 @@ def test_every_configuration_serves_a_small_workload(tmp_path: Path, name: str) 
 
 
 def test_bounds_are_what_no_cluster_can_be() -> None:
-    assert set(bounds()) == {"clairvoyant", "infinite"}
+    assert set(bounds()) == {"clairvoyant", "infinite", "rebalance-oracle"}
 
 
 def test_trouble_of_the_file_happens(tmp_path: Path) -> None:
