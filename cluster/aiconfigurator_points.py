@@ -30,12 +30,11 @@ from cluster.calibration import Calibration, CalibrationError, Point, errors, re
 from cluster.fit import fit, held_out_errors
 from cluster.hardware import hardware
 from cluster.model_shape import model_shape
+from cluster.terminal import table_console
 from coordinator.cost import StepCost
 
 BACKEND = "vllm"
 LICENCE = "Apache-2.0 (AIConfigurator, Copyright NVIDIA CORPORATION & AFFILIATES)"
-PLAIN_COLUMNS = 140
-"""Width of the table in a file or a pipe."""
 SYSTEMS = {"a100_sxm": "a100-80gb", "h100_sxm": "h100", "h200_sxm": "h200", "b200_sxm": "b200"}
 
 NEW_TOKENS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -60,8 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
         Console(stderr=True).print(f"[red]{error}")
         return 1
     save(calibration, options.out)
-    console = Console()
-    show(calibration, console if console.is_terminal else Console(width=PLAIN_COLUMNS))
+    show(calibration, table_console())
     return 0
 
 

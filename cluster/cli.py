@@ -20,14 +20,13 @@ from rich.console import Console
 from cluster import deploy_cli
 from cluster.doctor_cli import doctor
 from cluster.kubernetes.cli import kubernetes
+from cluster.terminal import table_console
 
 if TYPE_CHECKING:
     from cluster.schema import ClusterConfig, WorkerEntry
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 WATCH_S = 1.0
-PLAIN_COLUMNS = 140
-"""Width of tables that go into a file or a pipe."""
 
 FAILED = 1
 REFUSED = 2
@@ -154,9 +153,7 @@ def status(
     from cluster.status import inspect, plain, render
 
     address = coordinator or _running_address()
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=PLAIN_COLUMNS)
+    console = table_console()
     while True:
         snapshot = inspect(address)
         if as_json:
@@ -365,9 +362,7 @@ def simulate(
     from cluster.simulator import command
     from cluster.simulator.scenario import Overrides
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=PLAIN_COLUMNS)
+    console = table_console()
     if listed:
         raise typer.Exit(command.list_configurations(console))
     if faults is not None:
@@ -468,9 +463,7 @@ def explain(
     from cluster import explain_command as command
     from coordinator.tenant import tenant_of
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=PLAIN_COLUMNS)
+    console = table_console()
     address = coordinator or _running_address()
     raise typer.Exit(command.explain(address, request, tenant_of(cache_salt), as_json, console))
 
@@ -504,9 +497,7 @@ def show(
     from cluster import workflow_command as command
     from coordinator.tenant import tenant_of
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=PLAIN_COLUMNS)
+    console = table_console()
     address, tenant = coordinator or _running_address(), tenant_of(cache_salt)
     raise typer.Exit(command.show(address, name, tenant, picture or [], as_json, console))
 

@@ -40,6 +40,7 @@ from cluster.calibration import (
 )
 from cluster.fit import fit, held_out_errors
 from cluster.hardware import HARDWARE, hardware
+from cluster.terminal import table_console
 from coordinator.cost import ModelShape, StepCost
 
 COMMAND = "python -m cluster.torch_points"
@@ -47,7 +48,6 @@ LAYERS_MEASURED = 2
 """Enough that nothing of one is in the GPU's cache when it is used again."""
 REPEATS = 7
 WARM_UPS = 2
-PLAIN_COLUMNS = 140
 MEMORY_SHARE = 0.85
 """Points whose weights and KV take more of the GPU's memory are left out."""
 
@@ -241,9 +241,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="the calibration to write")
     parser.add_argument("--json", type=Path, help="write the figures there")
     options = parser.parse_args(arguments)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=PLAIN_COLUMNS)
+    console = table_console()
     try:
         import torch
 

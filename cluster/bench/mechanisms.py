@@ -34,16 +34,16 @@ from openai import AsyncOpenAI
 from rich.console import Console
 from rich.progress import Progress
 
-from cluster.bench.report import table, write
+from cluster.bench.report import show_parts, write
 from cluster.bench.sides import HOST, cluster_config, progress_bar, scratch
 from cluster.demo import EXAMPLE
 from cluster.launch import LaunchError, LocalCluster
 from cluster.progress import progress_for
 from cluster.schema import ClusterConfig
+from cluster.terminal import table_console
 from coordinator.limits import Placement
 
 COMMAND = "pythia bench mechanisms"
-PLAIN_COLUMNS = 140
 ROLES = ("prefill", "decode", "decode")
 CALL_S = 300.0
 QUIET_S = 60.0
@@ -118,15 +118,16 @@ def run(setup: Setup | None = None, console: Console | None = None) -> dict[str,
 
 def main(json_path: Path | None = None, **options: Any) -> int:
     """The command: tables, and with ``json_path`` a JSON file. ``options`` make a ``Setup``."""
-    console = Console(width=None if sys.stdout.isatty() else PLAIN_COLUMNS)
+    console = table_console()
     result = run(Setup(**options), console)
     report = write(json_path, COMMAND, result["figures"], result["rows"])
-    for part in PARTS:
-        rows = [row for row in report["rows"] if row["part"] == part]
-        if rows:
-            table(console, f"{part}: seconds of a run, in the mean of a round", rows)
-    figures = [{"figure": name, "value": value} for name, value in report["figures"].items()]
-    table(console, "ratios are the other side's / ours, medians over pairs", figures)
+    show_parts(
+        report,
+        list(PARTS),
+        "seconds of a run, in the mean of a round",
+        "ratios are the other side's / ours, medians over pairs",
+        console,
+    )
     return 0
 
 

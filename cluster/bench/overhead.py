@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -27,17 +26,17 @@ from rich.console import Console
 from rich.progress import Progress
 
 from cluster.bench import api_rate, hop
-from cluster.bench.report import table, write
+from cluster.bench.report import show_parts, write
 from cluster.bench.sides import Client, Plain, cluster_config, cpu_s, progress_bar, scratch
 from cluster.launch import LocalCluster
 from cluster.progress import progress_for
+from cluster.terminal import table_console
 
 COMMAND = "pythia bench overhead"
 PARTS = ("local", "hop", "api")
 CALLS_PER_SEAT = {1: 6, 8: 4, 32: 2}
 """Concurrency of the throughput rounds, and calls one after the other in each place."""
 Side = Plain | LocalCluster
-PLAIN_COLUMNS = 140
 TTFT_CALLS = 4
 TTFT_OUTPUT_TOKENS = 2
 
@@ -94,15 +93,17 @@ def run(setup: Setup | None = None, console: Console | None = None) -> dict[str,
 
 def main(json_path: Path | None = None, **options: Any) -> int:
     """The command: tables, and with ``json_path`` a JSON file. ``options`` make a ``Setup``."""
-    console = Console(width=None if sys.stdout.isatty() else PLAIN_COLUMNS)
+    console = table_console()
     result = run(Setup(**options), console)
     report = write(json_path, COMMAND, result["figures"], result["rows"])
-    for part in PARTS:
-        rows = [row for row in report["rows"] if row["part"] == part]
-        if rows:
-            table(console, f"{part}: medians", summary(rows))
-    figures = [{"figure": name, "value": value} for name, value in report["figures"].items()]
-    table(console, "ratios are Pythia / plain vLLM, medians over pairs", figures)
+    show_parts(
+        report,
+        list(PARTS),
+        "medians",
+        "ratios are Pythia / plain vLLM, medians over pairs",
+        console,
+        summary,
+    )
     return 0
 
 

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,3 +94,21 @@ def _processor() -> str:
 
 def _shown(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def show_parts(
+    report: Mapping[str, Any],
+    parts: Sequence[str],
+    title: str,
+    caption: str,
+    console: Console,
+    view: Callable[[Sequence[Mapping[str, Any]]], Sequence[Mapping[str, Any]]] = list,
+) -> None:
+    """Print a report whose rows are of several ``parts``: a table for each, ``view`` of its rows,
+    then the figures."""
+    for part in parts:
+        rows = [row for row in report["rows"] if row["part"] == part]
+        if rows:
+            table(console, f"{part}: {title}", view(rows))
+    figures = [{"figure": name, "value": value} for name, value in report["figures"].items()]
+    table(console, caption, figures)

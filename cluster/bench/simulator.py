@@ -18,7 +18,6 @@ from statistics import median
 
 import msgspec
 from matplotlib.figure import Figure
-from rich.console import Console
 
 from cluster.bench import core
 from cluster.bench.report import table, write
@@ -26,6 +25,7 @@ from cluster.calibration import SHIPPED, load
 from cluster.simulator.baselines import BASELINES, applied, core_factory, prefill_workers
 from cluster.simulator.setup import ClusterSetup, WorkerSetup
 from cluster.simulator.world import simulate
+from cluster.terminal import table_console
 from cluster.workload.form import Workload, call_count
 from cluster.workload.source import open_workload
 
@@ -70,9 +70,7 @@ def main(
     """The command. ``sizes``: of clusters in which decisions are timed, the median of
     ``repeats`` each; ``plot``: a PNG file of these."""
     counts = [int(size) for size in sizes.split(",") if size]
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=PLAIN_COLUMNS)
+    console = table_console(PLAIN_COLUMNS)
     with console.status(f"simulating {calls:,} calls on {workers} workers"):
         simulated = in_a_process(calls, workers, configuration, seed)
     rows: list[dict[str, float | str]] = [

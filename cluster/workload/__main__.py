@@ -6,8 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
+from cluster.terminal import table_console
 from cluster.workload.common import write_common
 from cluster.workload.describe import described
 from cluster.workload.form import WorkloadError, call_count
@@ -15,7 +14,6 @@ from cluster.workload.generators import GENERATORS
 from cluster.workload.habits import load_habits
 from cluster.workload.source import open_workload
 
-PLAIN_COLUMNS = 140
 REFUSED = 2
 
 
@@ -44,9 +42,7 @@ def _run(options: argparse.Namespace) -> None:
     if spec.partition("?")[0] in GENERATORS and not Path(spec).exists():
         spec = f"generator:{spec}"
     workload = open_workload(spec)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=PLAIN_COLUMNS)
+    console = table_console()
     if options.command == "describe":
         console.print(described(workload, load_habits().references))
     else:
