@@ -23,30 +23,6 @@ PLANS_MOST = 32
 """Of one call, that are kept."""
 
 
-class Way(msgspec.Struct, frozen=True, gc=False):
-    """One of the ways that were compared; seconds. ``prefill`` empty: on ``decode`` itself;
-    ``pull``: from whose cache the prompt's beginning comes, if from any.
-
-    ``total_s`` is the sum that was compared: ``first_token_s`` (in which ``waiting_s`` behind
-    other prompts and ``moving_s``), ``decode_s``, and what it costs others: ``others_s`` those that
-    are there, ``later_s`` those that come meanwhile, ``forgotten_s`` computing again what caches
-    give up.
-    """
-
-    decode: str
-    prefill: str
-    total_s: float
-    first_token_s: float
-    waiting_s: float
-    moving_s: float
-    decode_s: float
-    others_s: float
-    later_s: float
-    forgotten_s: float
-    cached_tokens: int
-    pull: str = ""
-
-
 class Turn(msgspec.Struct, frozen=True, gc=False):
     """How long a call waited for its plan, and by what it was ordered.
 
@@ -82,7 +58,7 @@ class Planned(msgspec.Struct, frozen=True, gc=False):
     cached_tokens: int
     computed_tokens: int
     turn: Turn | None
-    ways: list[Way]
+    ways: list[Option]
     pull: str = ""
     pulled_tokens: int = 0
 
@@ -219,7 +195,7 @@ def _planned(plan: _Plan, block_size: int) -> Planned:
         cached_tokens=choice.cached_blocks * block_size,
         computed_tokens=choice.uncached_tokens,
         turn=_turn(plan.turn) if plan.turn is not None else None,
-        ways=[_way(option) for option in found],
+        ways=found,
         pull=choice.pull,
         pulled_tokens=choice.pulled_blocks * block_size,
     )
@@ -238,23 +214,6 @@ def _turn(turn: _Turn) -> Turn:
         beside_s=effort.beside_s,
         known=effort.known,
         tenant_s=turn.tenant_s,
-    )
-
-
-def _way(option: Option) -> Way:
-    return Way(
-        decode=option.decode,
-        prefill=option.prefill,
-        total_s=option.seconds,
-        first_token_s=option.first_s,
-        waiting_s=option.waiting_s,
-        moving_s=option.moving_s,
-        decode_s=option.decode_s,
-        others_s=option.others_s,
-        later_s=option.later_s,
-        forgotten_s=option.forgotten_s,
-        cached_tokens=option.cached_tokens,
-        pull=option.pull,
     )
 
 
@@ -303,7 +262,7 @@ def _words_of_turn(attempt: int, turn: Turn) -> str:
     return f"{again}waited {turn.waited_s:.3f} s {why}, {turn.behind} others behind it; {order}"
 
 
-def _parts(way: Way) -> str:
+def _parts(way: Option) -> str:
     first = f"first token after {way.first_token_s:.3f}"
     if way.waiting_s >= 0.001:
         first += f" ({way.waiting_s:.3f} behind other prompts)"

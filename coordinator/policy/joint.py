@@ -37,6 +37,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from typing import NamedTuple
 
+import msgspec
+
 from coordinator.gauge import FADING_S
 from coordinator.limits import Placement
 from coordinator.policy.ask import Ask
@@ -86,29 +88,28 @@ class Seen(NamedTuple):
     places: list[tuple[_Place, Glance]]
 
 
-class Option(NamedTuple):
-    """A worker to decode on and one that computes the prompt (empty: the same), behind what is
-    pulled from a third (empty: none), and what that costs, in seconds: ``first_s`` until the first
-    token, ``waiting_s`` of it behind other prompts and ``moving_s`` for the KV to come to whoever
-    decodes; ``decode_s`` then; ``others_s``: calls beside it; ``later_s``: calls that come
-    meanwhile; ``forgotten_s``: what is computed again one day."""
+class Option(msgspec.Struct, frozen=True, gc=False):
+    """One of the ways that were compared; seconds. ``prefill`` empty: on ``decode`` itself;
+    ``pull``: from whose cache the prompt's beginning comes, if from any.
+
+    ``total_s`` is the sum that was compared: ``first_token_s`` (in which ``waiting_s`` behind
+    other prompts and ``moving_s`` to whoever decodes), ``decode_s``, and what it costs others:
+    ``others_s`` those that are there, ``later_s`` those that come meanwhile, ``forgotten_s``
+    computing again what caches give up.
+    """
 
     decode: str
     prefill: str
-    cached_tokens: int
-    first_s: float
+    total_s: float
+    first_token_s: float
     waiting_s: float
     moving_s: float
     decode_s: float
     others_s: float
     later_s: float
     forgotten_s: float
+    cached_tokens: int
     pull: str = ""
-
-    @property
-    def seconds(self) -> float:
-        """All of it: what is compared."""
-        return self.first_s + self.decode_s + self.others_s + self.later_s + self.forgotten_s
 
 
 class Found(NamedTuple):
@@ -221,7 +222,7 @@ def _glances(
 
 def options(seen: Seen) -> list[Option]:
     """What was compared, as it was then, the cheapest first."""
-    return sorted(seen.costs.options(seen), key=lambda each: each.seconds)
+    return sorted(seen.costs.options(seen), key=lambda each: each.total_s)
 
 
 def _chosen(
@@ -471,16 +472,18 @@ class _Costs:
         lost_blocks = max(0.0, new_blocks - max(0, glance.room))
         again_s = self._outlook.reuse * self._block_s * lost_blocks
         again_s *= self._placement.forgotten * (1.0 + glance.decoding + self._later)
+        decode_s = output_tokens * step_s / (1.0 - slowed)
         return Option(
             decode=place.worker.name,
             prefill=way.name if way is not None else "",
-            cached_tokens=place.cached * self._block_size,
-            first_s=first_s,
+            total_s=first_s + decode_s + others_s + later_s + again_s,
+            first_token_s=first_s,
             waiting_s=waiting_s,
             moving_s=moving_s,
-            decode_s=output_tokens * step_s / (1.0 - slowed),
+            decode_s=decode_s,
             others_s=others_s,
             later_s=later_s,
             forgotten_s=again_s,
+            cached_tokens=place.cached * self._block_size,
             pull=source.name if source is not None else "",
         )

@@ -377,7 +377,7 @@ def test_of_peers_with_as_much_the_one_with_less_to_do_is_asked() -> None:
 def test_what_is_told_of_a_pull_is_what_was_reckoned(workers: tuple[Seen, ...]) -> None:
     choice = chosen(*workers, held={"a": 400, "b": 10})
     assert choice.seen is not None
-    told = {(one.decode, one.prefill, one.pull): one.seconds for one in options(choice.seen)}
+    told = {(one.decode, one.prefill, one.pull): one.total_s for one in options(choice.seen)}
     seconds = float(choice.reason.split(" s")[0].split()[-1])
     assert told[choice.decode, choice.prefill, choice.pull] == pytest.approx(seconds, abs=0.002)
     assert any(pull == "a" for _, _, pull in told)
