@@ -145,8 +145,8 @@ class Ordering:
     def _idle(self) -> bool:
         """Fewer calls are planned than there are workers: runs that are under way but pause must
         not keep others from workers that have nothing to do."""
-        workers = self._state.workers.values()
-        return sum(len(worker.decodes) for worker in workers) < len(workers)
+        planned = len(self._state.calls) - len(self._queue)
+        return planned < len(self._state.workers)
 
     def blocked(self, call: Call, now_s: float) -> None:
         """Who is next finds no room."""

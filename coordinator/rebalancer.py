@@ -175,13 +175,10 @@ class Rebalancer:
         """A turn is over."""
         took_s = now_s - turn.began_s
         what = turn.phase.value
-        last = turn.story.lines[-1][2] if turn.story.lines else ""
-        role = turn.role or "drained"
-        if turn.phase is not TurnPhase.DONE:
-            self._note(now_s, turn.by, what, last, {turn.worker.name: role})
-        else:
-            reason = f"after {took_s:.1f} s: {last}"
-            self._note(now_s, turn.by, what, reason, {turn.worker.name: role})
+        reason = turn.story.lines[-1][2] if turn.story.lines else ""
+        if turn.phase is TurnPhase.DONE:
+            reason = f"after {took_s:.1f} s: {reason}"
+        self._note(now_s, turn.by, what, reason, {turn.worker.name: turn.role or "drained"})
 
     def _roles_of(self, verdict: Verdict) -> dict[str, str]:
         role = "prefill" if verdict.wanted > verdict.prefill else "decode"
@@ -279,9 +276,7 @@ class Rebalancer:
     def _situation(self, now_s: float) -> Situation:
         workers = [worker for worker in self._state.workers.values() if worker.phase.value == "up"]
         movable = [
-            self._candidate(worker, now_s)
-            for worker in workers
-            if worker.role != "mixed" and not self._is_drained(worker)
+            self._candidate(worker, now_s) for worker in workers if not self._is_drained(worker)
         ]
         waiting = float(sum(worker.prefill_tokens for worker in workers))
         waiting += self._queued() * self._tokens_per_prompt(workers)
