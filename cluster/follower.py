@@ -70,13 +70,18 @@ def _end_with_leader(store: Any) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def main(config: WorkerConfig) -> int:
-    """Runs this node's part until the leader is gone. Returns the process's exit code."""
+def begin_process(config: WorkerConfig) -> None:
+    """What every process of an engine does before it imports vLLM or starts threads."""
     reaper.protect_group()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     os.environ.update(config.process_environment())
     node_place.apply(config)
     refuse_pickle(os.environ)
+
+
+def main(config: WorkerConfig) -> int:
+    """Runs this node's part until the leader is gone. Returns the process's exit code."""
+    begin_process(config)
     announce("asking the leader which engine this is")
     store = _store(config)
     engine_id = store.get(ENGINE_ID).decode()

@@ -291,8 +291,9 @@ class Worker:
         request = self._probe_request(turn, 1)
         assert request.sampling_params is not None
         request.sampling_params.extra_args = {"kv_transfer_params": chunk_params(chunk_tokens)}
-        engine_id = engine_request_id(job.request, 0)
-        request = msgspec.structs.replace(request, request_id=engine_id, external_req_id=engine_id)
+        request = msgspec.structs.replace(
+            request, request_id=job.engine_id, external_req_id=job.engine_id
+        )
         await self._submit(request, job)
 
     def _probe_request(self, seed: int, prompt_tokens: int) -> EngineCoreRequest:
@@ -365,12 +366,9 @@ class Worker:
 
     async def _on_api(self, api: bytes, message: protocol.ApiToWorker, body: Any) -> None:
         match message:
-            case protocol.Prefill():
+            case protocol.Prefill() | protocol.Decode():
                 if self._is_current(api, message):
-                    await self._prefill(api, message, body)
-            case protocol.Decode():
-                if self._is_current(api, message):
-                    await self._decode(api, message, body)
+                    await self._begin(api, message, body)
             case protocol.Abort():
                 await self._abort(
                     [engine_request_id(request, attempt) for request, attempt in message.calls]
@@ -412,62 +410,38 @@ class Worker:
         if not self.data.post([api, protocol.encode(failed)]) and len(self.owed) < OWED_MAX:
             self.owed[api, request, attempt] = Owed(failed, time.monotonic())
 
-    async def _prefill(
-        self, api: bytes, message: protocol.Prefill, request: EngineCoreRequest
+    async def _begin(
+        self, api: bytes, message: protocol.Prefill | protocol.Decode, request: EngineCoreRequest
     ) -> None:
-
+        """Have the engine do what an API process asks for a call."""
+        call, attempt = message.request, message.attempt
         job = Job(
-            "prefill",
+            "prefill" if isinstance(message, protocol.Prefill) else "decode",
             api,
-            message.request,
-            message.attempt,
+            call,
+            attempt,
             prompt_tokens=len(request.prompt_token_ids or ()),
         )
-        handle = None
-        if message.handle and job.engine_id not in self.jobs:
-            try:
-                handle = self._accept(message.handle)
-                self.sources.started(job.engine_id, handle)
-            except handles.HandleError as error:
-                reason = f"handle refused: {error}"
-                self._fail(api, message.request, message.attempt, reason, handle_refused=True)
-                return
-        job.first_token = message.first_token
-        assert request.sampling_params is not None
-        job.last = job.first_token and request.sampling_params.max_tokens == 1
-        prefill = prefill_request(
-            request,
-            message.request,
-            message.attempt,
-            job.first_token,
-            handle,
-            message.cached_only,
-        )
-        await self._submit(prefill, job)
-
-    async def _decode(
-        self, api: bytes, message: protocol.Decode, request: EngineCoreRequest
-    ) -> None:
-
-        if engine_request_id(message.request, message.attempt) in self.jobs:
+        if job.engine_id in self.jobs:
             return  # sent twice: the first one is being worked on
         handle = None
         if message.handle:
             try:
                 handle = self._accept(message.handle)
-                self.sources.started(engine_request_id(message.request, message.attempt), handle)
+                self.sources.started(job.engine_id, handle)
             except handles.HandleError as error:
-                reason = f"handle refused: {error}"
-                self._fail(api, message.request, message.attempt, reason, handle_refused=True)
+                self._fail(api, call, attempt, f"handle refused: {error}", handle_refused=True)
                 return
-        job = Job(
-            "decode",
-            api,
-            message.request,
-            message.attempt,
-            prompt_tokens=len(request.prompt_token_ids or ()),
-        )
-        await self._submit(decode_request(request, message.request, message.attempt, handle), job)
+        if isinstance(message, protocol.Prefill):
+            job.first_token = message.first_token
+            assert request.sampling_params is not None
+            job.last = job.first_token and request.sampling_params.max_tokens == 1
+            made = prefill_request(
+                request, call, attempt, job.first_token, handle, message.cached_only
+            )
+        else:
+            made = decode_request(request, call, attempt, handle)
+        await self._submit(made, job)
 
     def _accept(self, frame: bytes, own: bool = False) -> handles.Handle:
         handle = handles.decode(frame)

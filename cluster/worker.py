@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
 import time
 
 import uvloop
 
-from cluster import node_place, reaper
 from cluster.config import WorkerConfig
-from cluster.follower import engine_named
+from cluster.follower import begin_process, engine_named
 from cluster.process import announce
-from coordinator.link import refuse_pickle
 
 logger = logging.getLogger("pythia.worker")
 
@@ -25,11 +22,7 @@ ENGINE_STOP_S = 5.0
 
 def main(config: WorkerConfig) -> int:
     """Start the engine, serve, stop. Returns the process's exit code."""
-    reaper.protect_group()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    os.environ.update(config.process_environment())
-    node_place.apply(config)
-    refuse_pickle(os.environ)
+    begin_process(config)
     announce("importing vLLM")
     from cluster.engine import start_engine
     from cluster.kv_listener import Endpoints
