@@ -67,7 +67,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     workers are on this machine's CPU; ``node_rank`` and ``leader``: of an engine that spans
     nodes, which this is and the first one's address; ``near``: what the file leaves open of
     network devices and ``cores`` is chosen next to its GPUs; ``drain_s``: how long it goes on
-    with what it has begun when it is told to end; ``fixed``: its role never changes.
+    with what it has begun when it is told to end; ``fixed``: its role never changes;
+    ``retention``: the core may have its engine keep what ended calls have left.
     """
 
     name: str
@@ -94,6 +95,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     near: bool = True
     drain_s: float = 0.0
     fixed: bool = False
+    retention: bool = False
 
     def process_environment(self) -> dict[str, str]:
         """What to set before vLLM is imported; the file's own values win."""
@@ -128,6 +130,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
                     lease_s=self.kv_lease_s,
                     nixl_progress_delay_us=self.nixl_progress_delay_us,
                     nixl_threads=GPU_NIXL_THREADS if self.devices else 0,
+                    pins=self.retention,
                 ),
             }
         )
@@ -285,6 +288,7 @@ def worker_config(cluster: ClusterConfig, name: str, model: str) -> WorkerConfig
         near=network.near,
         drain_s=cluster.stop.drain_s,
         fixed=entry.fixed,
+        retention=cluster.placement.retention,
     )
 
 

@@ -51,7 +51,7 @@ from transfer.pins import ORDER, PINNED_BLOCKS, Pins, order_in
 from transfer.profile import Chunks
 from transfer.progress import progress_pause
 from transfer.renewal import Renewals
-from transfer.settings import CACHED_ONLY
+from transfer.settings import CACHED_ONLY, PINS
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -103,11 +103,12 @@ class PythiaScheduler(NixlPullConnectorScheduler):
             groups[0].kv_cache_spec, FullAttentionSpec
         )
         self._pins: Pins | None = None
+        self._may_pin = vllm_config.kv_transfer_config.get_from_extra_config(PINS, False)
         self._pinned_told = 0
 
     def bind_pool(self, pool: Any) -> None:
         """The engine's blocks. Nothing is pinned where windows and states have their own."""
-        if self._plain_attention and pool.enable_caching:
+        if self._may_pin and self._plain_attention and pool.enable_caching:
             self._pins = Pins(pool)
             self._growth_blocks = max(1, pool.num_gpu_blocks // GROWTH_PART)
 
@@ -124,25 +125,26 @@ class PythiaScheduler(NixlPullConnectorScheduler):
     def on_new_request(self, request: Any) -> None:
         """Check the request's parameters, once, before anything else looks at them."""
         params = request.kv_transfer_params
-        if isinstance(params, dict) and ORDER in params:
-            self._retain(params)
-            request.kv_transfer_params = None
-        elif not isinstance(params, dict):
+        if not isinstance(params, dict):
             if params is not None:
                 logger.warning("%s: kv_transfer_params is no dict, ignored", request.request_id)
             request.kv_transfer_params = None
-            super().on_new_request(request)
-            return
+        elif ORDER in params:
+            self._retain(params)
+            request.kv_transfer_params = None
+        else:
+            self._check(request, params)
+        super().on_new_request(request)
+
+    def _check(self, request: Any, params: dict[str, Any]) -> None:
         self._chunks.take(params)
         if params.get("do_remote_prefill"):
             self._check_pull(request, params)
         else:
             _drop_source(params)
-        wanted = request.kv_transfer_params
-        if wanted and wanted.get(CACHED_ONLY) and not self._plain_attention:
+        if params.get(CACHED_ONLY) and not self._plain_attention:
             # Its beginning alone could not be read.
             _cut(request, 0)
-        super().on_new_request(request)
 
     def _retain(self, params: dict[str, Any]) -> None:
         """An order of the core's that came as a request."""

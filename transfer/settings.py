@@ -43,12 +43,17 @@ def dispatch_margin_s(lease_s: float) -> float:
     return lease_s / 3
 
 
+PINS = "pythia_pins"
+"""Names the setting in the connector's configuration."""
+
+
 def kv_transfer_config(
     engine_id: str,
     *,
     lease_s: int = LEASE_S,
     nixl_progress_delay_us: int = PROGRESS_DELAY_US,
     nixl_threads: int = 0,
+    pins: bool = False,
     backends: Sequence[str] = ("UCX",),
     extra: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -56,8 +61,9 @@ def kv_transfer_config(
 
     ``engine_id`` must differ between any two starts of any two engines. Every engine may
     hold and read KV, so a worker changes its role without a restart. A failed read is
-    recomputed locally. ``extra`` is for settings of other NIXL backends. ValueError for a
-    lease that is too short to be renewed or a negative delay.
+    recomputed locally. ``pins``: the core may order what ended requests leave to be kept, so it
+    has to be remembered which blocks that was. ``extra`` is for settings of other NIXL
+    backends. ValueError for a lease that is too short to be renewed or a negative delay.
     """
     if lease_s < LEASE_S_MIN:
         raise ValueError(f"lease_s is {lease_s}, must be at least {LEASE_S_MIN}")
@@ -76,6 +82,7 @@ def kv_transfer_config(
             "kv_lease_duration": lease_s,
             "nixl_progress_delay_us": nixl_progress_delay_us,
             "num_threads": nixl_threads,
+            PINS: pins,
         },
     }
 

@@ -326,6 +326,12 @@ class TestWorkerConfig:
         assert transfer["kv_connector_extra_config"]["kv_lease_duration"] == 12
         assert transfer["engine_id"] != second["kv_transfer_config"]["engine_id"]
 
+    def test_an_engine_remembers_what_may_be_pinned_only_where_the_core_pins(self) -> None:
+        for text, pins in (("", False), ("placement: {retention: true}\n", True)):
+            worker = worker_config(self.config(text), "one", "/models/m")
+            extra = worker.engine_arguments()["kv_transfer_config"]["kv_connector_extra_config"]
+            assert extra["pythia_pins"] is pins
+
     def test_side_channel_ports_count_from_the_base(self) -> None:
         config = self.config("network: {side_channel_port_base: 5600}\n")
         ports = [worker_config(config, name, "m").side_channel_port for name in ("one", "two")]

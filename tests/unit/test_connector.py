@@ -72,6 +72,15 @@ def scheduler() -> PythiaScheduler:
     return PythiaScheduler(config, ENGINE, caches)
 
 
+def test_nothing_is_remembered_for_pins_where_none_may_be_set(scheduler: PythiaScheduler) -> None:
+    pool = SimpleNamespace(enable_caching=True, num_gpu_blocks=64)
+    scheduler.bind_pool(pool)
+    assert scheduler._pins is None
+    scheduler._may_pin = True
+    scheduler.bind_pool(pool)
+    assert scheduler._pins is not None
+
+
 def a_request(params: object, tokens: int = 100, request_id: str = "r~1") -> Any:
     return SimpleNamespace(
         request_id=request_id,
