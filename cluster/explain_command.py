@@ -55,7 +55,7 @@ def _table(plan: Planned) -> Table:
         )
         table.add_row(
             way.decode,
-            way.prefill or way.decode,
+            (way.prefill or way.decode) + (f", from {way.pull}" if way.pull else ""),
             *(f"{each:.3f}" for each in seconds),
             f"{way.cached_tokens:,}",
             style="bold" if number == 0 else None,

@@ -266,7 +266,7 @@ def _parts(way: Option) -> str:
     first = f"first token after {way.first_token_s:.3f}"
     if way.waiting_s >= 0.001:
         first += f" ({way.waiting_s:.3f} behind other prompts)"
-    if way.prefill:
+    if way.prefill or way.pull:
         first += f" ({way.moving_s:.3f} to move KV)"
     return (
         f"{first} with {way.cached_tokens} tokens cached, decoding {way.decode_s:.3f}, "
