@@ -326,8 +326,9 @@ class Engine:
     def _end(self, sequence: Sequence, at_s: float, outputs: list[Output]) -> None:
         del self._sequences[sequence.id]
         if sequence.holding.cached:
-            self.cached_chains.append(sequence.holding.cached_chain)
-            self._schedule.pins.ended(sequence.id, sequence.holding)
+            chain = sequence.holding.cached_chain
+            self.cached_chains.append(chain)
+            self._schedule.pins.ended(sequence.id, chain)
         recomputed = sequence.computed_in_all - sequence.computed_before_first
         if sequence.hold:
             expires_s = at_s + self._options.kv_lease_s

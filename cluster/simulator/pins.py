@@ -52,9 +52,8 @@ class Pins:
         """Blocks that nobody but pins holds."""
         return self._pool.only_held_by(self.holdings) if self._pins else 0
 
-    def ended(self, name: str, holding: Holding) -> None:
-        """A request is over; its blocks are still held."""
-        chain = holding.cached_chain
+    def ended(self, name: str, chain: bytes) -> None:
+        """A request is over; ``chain``: hashes of what is cached of it."""
         self._ended_bytes += len(chain) - len(self._ended.pop(name, b""))
         self._ended[name] = chain
         while self._ended_bytes > REMEMBERED * self._pool.blocks * BLOCK_HASH_BYTES:
