@@ -13,6 +13,9 @@ import signal
 import subprocess
 import sys
 
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""What ends the processes of a group, but not the helper."""
+
 
 def protect_group() -> int:
     """Become leader of a process group that dies with this process. Returns the group id.
@@ -23,13 +26,18 @@ def protect_group() -> int:
         os.setpgid(0, 0)
     group = os.getpgrp()
     reading, writing = os.pipe()
-    subprocess.Popen(
-        [sys.executable, "-S", "-E", __file__, str(group), str(reading)],
-        pass_fds=[reading],
-        start_new_session=True,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-    )
+    # The helper inherits what is held up here: it is deaf to these from its first moment on.
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    try:
+        subprocess.Popen(
+            [sys.executable, "-S", "-E", __file__, str(group), str(reading)],
+            pass_fds=[reading],
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
     os.close(reading)
     # A forked child would keep the pipe open, and with it the helper waiting, for ever. Its
     # own children inherit the emptied list: there the number may be another file's.
@@ -39,8 +47,6 @@ def protect_group() -> int:
 
 
 def _wait_and_kill(group: int, reading: int) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
     while os.read(reading, 1):
         pass
     try:

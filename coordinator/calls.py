@@ -335,8 +335,7 @@ class Calls:
             else:
                 self._release_prefill(call)
         for call in list(worker.pulls.values()):
-            # The call goes on without; so says its API process.
-            self._pulls.release(call)
+            self._pulls.peer_lost(call, now_s)
         self._moves.target_lost(worker)
 
     def api_lost(self, api: Api, now_s: float) -> None:

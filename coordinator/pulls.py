@@ -11,12 +11,14 @@ count there already. It counts as far as there is room.
 
 from __future__ import annotations
 
+import msgspec
+
 from coordinator.kv_index import KvIndex
 from coordinator.pace import Pace
 from coordinator.policy.placement import Choice
 from coordinator.protocol import Pulled
 from coordinator.standing import Standing
-from coordinator.state import Call, State
+from coordinator.state import Call, CallPhase, State
 
 
 class Pulls:
@@ -54,10 +56,23 @@ class Pulls:
             if message.late and call.pull is not None:
                 call.pull.readable_from_s = now_s + state.limits.late_peer_s
             self.release(call)
-        own_tokens = call.pull_tokens - call.pulled_blocks * state.block_size
+        self._compute_rest(call, tokens, now_s)
+
+    def peer_lost(self, call: Call, now_s: float) -> None:
+        """The peer is gone. Whoever has not begun to read does without."""
+        self.release(call)
+        if call.phase is CallPhase.PULLING and call.plan is not None:
+            # Should the plan not have arrived, it is sent once more: without the lost one.
+            call.plan = msgspec.structs.replace(call.plan, pull_worker=None, pull_tokens=0)
+            self._compute_rest(call, 0, now_s)
+
+    def _compute_rest(self, call: Call, tokens: int, now_s: float) -> None:
+        """Of what was to be pulled only ``tokens`` are: the rest is computed."""
+        block_size = self._state.block_size
+        own_tokens = call.pull_tokens - call.pulled_blocks * block_size
         lost_tokens = call.pull_tokens - max(tokens, own_tokens)
         if lost_tokens > 0 and call.computing is not None:
-            call.pulled_blocks -= lost_tokens // state.block_size
+            call.pulled_blocks -= lost_tokens // block_size
             call.pull_tokens -= lost_tokens
             call.computing.prefill_tokens += lost_tokens
             call.uncached_tokens += lost_tokens

@@ -158,6 +158,19 @@ def test_a_lost_peer_holds_nothing_and_the_call_goes_on(bed: PullBed) -> None:
     assert bed.core.counters["replans"] == 0
 
 
+def test_a_repeated_plan_does_not_name_a_lost_peer(bed: PullBed) -> None:
+    plan, decode, peer = planned(bed)
+    bed.say(peer, Leaving(peer, "1"))
+    again = bed.plan("b", LONG)
+    assert again == msgspec.structs.replace(plan, pull_worker=None, pull_tokens=0)
+    # The first one may have arrived after all.
+    bed.pulled(BLOCKS * 16)
+    assert bed.row("b").phase == "loading"
+    bed.say("api", Started("api", "b", 1))
+    bed.say("api", Finished("api", "b", 1, "stop", 4))
+    assert bed.reserved() == {decode: 0}
+
+
 def test_a_lost_decode_worker_ends_the_attempt(bed: PullBed) -> None:
     _, decode, peer = planned(bed)
     bed.say(decode, Leaving(decode, "1"))
