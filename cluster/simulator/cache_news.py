@@ -1,16 +1,16 @@
 """What a simulated worker says of its engine's prefix cache, as ``cluster.kv_listener`` does.
 
 Sequences are told of when they have ended, with what they generated, one look later than
-that: as long as a live worker takes to see that a chain does not grow any more. What is
-evicted is not told; the core's index forgets what has not been used for longest, which is
-about the same.
+that: as long as a live worker takes to see that a chain does not grow any more. What was
+evicted is told at the next look.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 
-from coordinator.protocol import KV_CHAINS_MAX, KvChanges
+from coordinator.protocol import BLOCK_HASH_BYTES, KV_CHAINS_MAX, KvChanges, KvRemoved
 
 CHAINS_REMEMBERED = 256
 """For a core that has lost count."""
@@ -31,18 +31,28 @@ class CacheNews:
         """A core has taken the worker in, or has lost count: it is told all that is known."""
         self._told = False
 
-    def look(self, ended: list[bytes]) -> list[KvChanges]:
-        """What is to be said now. ``ended``: what has been cached since the last look."""
+    def look(
+        self, ended: list[bytes], evicted: list[bytes], cached_of: Callable[[bytes], int]
+    ) -> list[KvChanges]:
+        """What is to be said now. ``ended``: what has been cached since the last look;
+        ``evicted``: chains of which something was lost; ``cached_of``: how many of a chain's
+        blocks are cached now."""
         ready, self._settling = self._settling, ended
         reset, self._told = not self._told, True
-        stored = [*self._known, *ready] if reset else ready
         self._known.extend(ready)
-        if not stored and not reset:
-            return []
-        parts = [stored[at : at + KV_CHAINS_MAX] for at in range(0, len(stored), KV_CHAINS_MAX)]
+        stored: list[bytes] = []
+        for chain in self._known if reset else ready:
+            if kept := cached_of(chain):
+                stored.append(chain[: kept * BLOCK_HASH_BYTES])
+        removed: list[KvRemoved] = []
+        for chain in [] if reset else evicted:
+            if (kept := cached_of(chain)) * BLOCK_HASH_BYTES < len(chain):
+                removed.append(KvRemoved(chain, kept))
+        parts = max(-(-max(len(stored), len(removed)) // KV_CHAINS_MAX), int(reset))
         changes: list[KvChanges] = []
-        for part in parts or [[]]:
+        for part in range(parts):
+            some = slice(part * KV_CHAINS_MAX, (part + 1) * KV_CHAINS_MAX)
             sequence, self._sequence = self._sequence, self._sequence + 1
-            first = reset and not changes
-            changes.append(KvChanges(self._worker, self._incarnation, sequence, part, reset=first))
+            said = self._worker, self._incarnation, sequence, stored[some], removed[some]
+            changes.append(KvChanges(*said, reset=reset and not part))
         return changes

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Many
 
 from cluster.simulator.engine_types import Ended, EngineRequest, FirstToken, Output, Pull
-from cluster.simulator.kv_cache import Holding
+from cluster.simulator.kv_cache import BlockPool, Holding
 from cluster.simulator.records import Gaps
 from cluster.simulator.schedule import Batch, Schedule
 from cluster.simulator.sequence import Sequence
@@ -62,6 +62,11 @@ class Engine:
     def preemptions(self) -> int:
         """How often a sequence lost its blocks to another one."""
         return self._schedule.preemptions
+
+    @property
+    def pool(self) -> BlockPool:
+        """Its prefix cache, to be looked at."""
+        return self._schedule.pool
 
     @property
     def next_s(self) -> float | None:

@@ -29,17 +29,39 @@ __all__ = ["BlockPool", "Hits", "Holding"]
 class Run:
     """``blocks`` neighbours of a chain: their hashes are in ``data`` from ``offset`` on.
 
-    ``before``: the hash before its first. ``rest``: what was split off behind while it was held;
+    ``before``: the hash before its first. ``chain``: from its beginning, of which this run's are
+    those from block ``position`` on. ``rest``: what was split off behind while it was held;
     whoever held it before holds that too. ``older`` and ``newer``: neighbours among the free runs,
     None while somebody holds it.
     """
 
-    __slots__ = ("before", "blocks", "data", "first", "holders", "newer", "offset", "older", "rest")
+    __slots__ = (
+        "before",
+        "blocks",
+        "chain",
+        "data",
+        "first",
+        "holders",
+        "newer",
+        "offset",
+        "older",
+        "position",
+        "rest",
+    )
 
     def __init__(
-        self, data: bytes, offset: int, blocks: int, holders: int, before: bytes = b""
+        self,
+        data: bytes,
+        offset: int,
+        blocks: int,
+        holders: int,
+        before: bytes = b"",
+        chain: bytes = b"",
+        position: int = 0,
     ) -> None:
         self.before = before
+        self.chain = chain
+        self.position = position
         self.data = data
         self.offset = offset
         self.blocks = blocks
@@ -116,6 +138,7 @@ class BlockPool:
         end.older = end.newer = end
         self._end = end
         """Between the newest and the oldest free run."""
+        self._evicted: list[bytes] = []
 
     @property
     def free(self) -> int:
@@ -164,6 +187,16 @@ class BlockPool:
         self._plain_free -= plain
         if count > plain:
             self._evict(count - plain)
+
+    def evicted(self) -> list[bytes]:
+        """Chains whose ends were lost since this was asked last; they may be back by now."""
+        evicted, self._evicted = self._evicted, []
+        return evicted
+
+    def cached_of(self, chain: bytes) -> int:
+        """How many blocks of a chain are cached, from its beginning on."""
+        holding = Holding(chain)
+        return self.lookup(holding, holding.chain_blocks).blocks
 
     def fill(self, holding: Holding, blocks: int) -> None:
         """The first ``blocks`` blocks of a holding are full now: cache those that are not.
@@ -224,7 +257,8 @@ class BlockPool:
 
     def _add_run(self, holding: Holding, begin: int, end: int) -> Run:
         before = holding.hash_at(begin - 1) if begin else b""
-        run = Run(holding.chain, begin * BLOCK_HASH_BYTES, end - begin, 1, before)
+        chain = holding.chain
+        run = Run(chain, begin * BLOCK_HASH_BYTES, end - begin, 1, before, chain, begin)
         self._follow(before, 1)
         holding.own = run
         holding.runs.append((run, run.blocks))
@@ -256,7 +290,8 @@ class BlockPool:
     def _split_one(self, run: Run, blocks: int) -> Run:
         offset = run.offset + blocks * BLOCK_HASH_BYTES
         before = run.data[offset - BLOCK_HASH_BYTES : offset]
-        tail = Run(run.data, offset, run.blocks - blocks, run.holders, before)
+        behind = run.blocks - blocks
+        tail = Run(run.data, offset, behind, run.holders, before, run.chain, run.position + blocks)
         self._follow(before, 1)
         run.blocks = blocks
         if run.holders:
@@ -284,6 +319,7 @@ class BlockPool:
             later.shrink()
             run.data += later.data
             run.blocks += later.blocks
+            run.chain = later.chain
         else:
             run.shrink()
         newest = self._end.older
@@ -356,6 +392,7 @@ class BlockPool:
             entry = self._index[run.first]
             if isinstance(entry, Run):
                 del self._index[run.first]
+                self._evicted_from(run, 0)
             else:
                 entry.remove(run)
                 if len(entry) == 1:
@@ -367,9 +404,21 @@ class BlockPool:
         if not isinstance(entry, Run):
             tails = [self._split_one(twin, blocks) for twin in entry if twin is not run]
             self._index[tails[0].first] = tails if len(tails) > 1 else tails[0]
+        else:
+            self._evicted_from(run, blocks)
         run.blocks = blocks
         if len(run.data) > 2 * blocks * BLOCK_HASH_BYTES:
             run.shrink()
+
+    def _evicted_from(self, run: Run, kept_blocks: int) -> None:
+        """Nothing of the cache has what a run has behind its first ``kept_blocks`` blocks."""
+        if kept_blocks == run.blocks:
+            return
+        end = (run.position + run.blocks) * BLOCK_HASH_BYTES
+        last = self._evicted[-1] if self._evicted else b""
+        # What was evicted just before went on from these blocks, mostly.
+        if last[end - BLOCK_HASH_BYTES : end] != run.chain[end - BLOCK_HASH_BYTES : end]:
+            self._evicted.append(run.chain[:end])
 
     def _follow(self, before: bytes, count: int) -> None:
         followers = self._followers.get(before, 0) + count

@@ -180,7 +180,8 @@ class Worker:
 
     def _beat(self) -> Message:
         ended, self.engine.cached_chains = self.engine.cached_chains, []
-        for changes in self._news.look(ended):
+        pool = self.engine.pool
+        for changes in self._news.look(ended, pool.evicted(), pool.cached_of):
             self._control.send(changes)
         beat, links = self._idle_beat, self.reader.report()
         if beat is not None and beat.links is links:

@@ -2,41 +2,117 @@
 
 from __future__ import annotations
 
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from cluster.simulator.cache_news import CHAINS_REMEMBERED, CacheNews
-from coordinator.protocol import KV_CHAINS_MAX, KvChanges
+from cluster.simulator.kv_cache import BlockPool, Holding
+from coordinator.kv_index import KvIndex
+from coordinator.protocol import BLOCK_HASH_BYTES, KV_CHAINS_MAX, KvChanges, KvRemoved
 
 
-def chain(number: int) -> bytes:
-    return number.to_bytes(8, "little")
+def chain(*numbers: int) -> bytes:
+    return b"".join(number.to_bytes(8, "little") for number in numbers)
 
 
 def said(sequence: int, *chains: int, reset: bool = False) -> KvChanges:
     return KvChanges("w", "1", sequence, [chain(number) for number in chains], reset=reset)
 
 
+def all_of(chain: bytes) -> int:
+    """Everything is cached."""
+    return len(chain) // BLOCK_HASH_BYTES
+
+
 def test_a_sequence_is_told_of_one_look_after_it_ended() -> None:
     news = CacheNews("w", "1")
-    assert news.look([chain(1)]) == [said(0, reset=True)]
-    assert news.look([chain(2)]) == [said(1, 1)]
-    assert news.look([]) == [said(2, 2)]
-    assert news.look([]) == []
+    assert news.look([chain(1)], [], all_of) == [said(0, reset=True)]
+    assert news.look([chain(2)], [], all_of) == [said(1, 1)]
+    assert news.look([], [], all_of) == [said(2, 2)]
+    assert news.look([], [], all_of) == []
 
 
 def test_a_core_that_has_lost_count_is_told_all_that_is_known() -> None:
     news = CacheNews("w", "1")
-    news.look([chain(1)])
-    news.look([chain(2)])
+    news.look([chain(1)], [], all_of)
+    news.look([chain(2)], [], all_of)
     news.begin()
-    assert news.look([]) == [said(2, 1, 2, reset=True)]
-    assert news.look([]) == []
+    assert news.look([], [], all_of) == [said(2, 1, 2, reset=True)]
+    assert news.look([], [], all_of) == []
+
+
+def test_what_is_evicted_is_told_and_what_came_back_is_not() -> None:
+    news = CacheNews("w", "1")
+    news.look([chain(1, 2, 3), chain(4)], [], all_of)
+    (told,) = news.look([], [chain(1, 2, 3), chain(4)], lambda each: min(1, all_of(each)))
+    assert told.stored == [chain(1), chain(4)]
+    assert told.removed == [KvRemoved(chain(1, 2, 3), 1)]
 
 
 def test_messages_and_memory_are_bounded() -> None:
     news = CacheNews("w", "1")
-    news.look([])
+    news.look([], [], all_of)
     many = [chain(number) for number in range(KV_CHAINS_MAX + 10)]
-    assert news.look(many) == []
-    assert [len(part.stored) for part in news.look([])] == [KV_CHAINS_MAX, 10]
+    assert news.look(many, [], all_of) == []
+    assert [len(part.stored) for part in news.look([], [], all_of)] == [KV_CHAINS_MAX, 10]
+    gone = news.look([], many, lambda each: 0)
+    assert [len(part.removed) for part in gone] == [KV_CHAINS_MAX, 10]
     news.begin()
-    (again,) = news.look([])
+    (again,) = news.look([], [], all_of)
     assert len(again.stored) == CHAINS_REMEMBERED
+
+
+BLOCKS = 24
+texts = st.lists(st.integers(0, 2), min_size=1, max_size=9).map(tuple)
+steps = st.lists(st.tuples(texts, st.integers(0, 3), st.booleans()), max_size=40)
+
+
+@settings(max_examples=300)
+@given(steps=steps)
+def test_what_is_told_is_what_the_cache_has(
+    steps: list[tuple[tuple[int, ...], int, bool]],
+) -> None:
+    """Sequences that begin alike come and go in a small cache, some of them for good."""
+    pool, news, index = BlockPool(BLOCKS), CacheNews("w", "1"), KvIndex()
+    index.add("w", 10 * BLOCKS)
+    names: dict[tuple[int, ...], int] = {}
+    running: list[Holding] = []
+    ended: list[bytes] = []
+    seen: set[bytes] = set()
+
+    def tell(ended: list[bytes]) -> None:
+        for changes in news.look(ended, pool.evicted(), pool.cached_of):
+            for stored in changes.stored:
+                index.stored("w", stored)
+            for gone in changes.removed:
+                index.removed("w", gone.chain, gone.kept_blocks)
+        index.check()
+
+    for text, ends, cold in steps:
+        # A block's name stands for all that is before it, too.
+        parts = [text[: end + 1] for end in range(len(text))]
+        prompt = chain(*(names.setdefault(part, len(names) + 1) for part in parts))
+        holding = Holding(prompt)
+        hits = pool.lookup(holding, len(text))
+        if pool.free - hits.idle >= len(text) - hits.blocks:
+            pool.adopt(holding, hits)
+            pool.take(len(text) - hits.blocks)
+            holding.plain += len(text) - hits.blocks
+            pool.fill(holding, len(text))
+            running.append(holding)
+        for holding in running[:ends]:
+            seen.add(holding.cached_chain)
+            ended.append(holding.cached_chain)
+            pool.release(holding, cold)
+        running = running[ends:]
+        pool.check(running)
+        if cold:
+            tell(ended)
+            ended = []
+    ended += [holding.cached_chain for holding in running]
+    for holding in running:
+        pool.release(holding)
+    tell(ended)
+    tell([])
+    for each in seen:
+        assert index.longest_prefix(each).get("w", 0) == pool.cached_of(each)
