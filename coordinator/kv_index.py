@@ -29,12 +29,16 @@ def _count(hashes: bytes) -> int:
 
 
 class Run:
-    """Neighbours of a chain and which workers hold how many of them, from the first on."""
+    """Neighbours of a chain and which workers hold how many of them, from the first on.
 
-    __slots__ = ("blocks", "data", "entries")
+    ``before``: the hash before the first.
+    """
 
-    def __init__(self, data: bytes) -> None:
+    __slots__ = ("before", "blocks", "data", "entries")
+
+    def __init__(self, data: bytes, before: bytes) -> None:
         self.data = data
+        self.before = before
         self.blocks = len(data) // BLOCK_HASH_BYTES
         self.entries: dict[str, Entry] = {}
 
@@ -43,15 +47,24 @@ class Run:
         """The hash that it is known by."""
         return self.data[:BLOCK_HASH_BYTES]
 
+    @property
+    def last(self) -> bytes:
+        """The hash that whatever goes on from it has before its own."""
+        return self.data[-BLOCK_HASH_BYTES:]
+
 
 class Entry:
-    """What a worker holds of a run: ``blocks`` blocks. Linked in the order of use."""
+    """What a worker holds of a run: ``blocks`` blocks. Linked in the order of use.
 
-    __slots__ = ("blocks", "newer", "older", "run")
+    ``cold``: nobody will ask for it.
+    """
 
-    def __init__(self, run: Run | None, blocks: int) -> None:
+    __slots__ = ("blocks", "cold", "newer", "older", "run")
+
+    def __init__(self, run: Run | None, blocks: int, cold: bool = False) -> None:
         self.run = run
         self.blocks = blocks
+        self.cold = cold
         self.older = self.newer = self
 
     def link(self, older: Entry) -> None:
@@ -66,13 +79,13 @@ class Entry:
 
 
 class Held:
-    """What a worker holds in all."""
+    """What a worker holds in all, ``cold_blocks`` of it for nobody."""
 
-    __slots__ = ("blocks", "capacity_blocks", "ends")
+    __slots__ = ("blocks", "capacity_blocks", "cold_blocks", "ends")
 
     def __init__(self, capacity_blocks: int) -> None:
         self.capacity_blocks = capacity_blocks
-        self.blocks = 0
+        self.blocks = self.cold_blocks = 0
         self.ends = Entry(None, 0)
         """Between the newest (``older``) and the oldest entry (``newer``)."""
 
@@ -80,6 +93,28 @@ class Held:
         """``entry`` is the newest from now on."""
         entry.unlink()
         entry.link(self.ends.older)
+        self.warm(entry)
+
+    def warm(self, entry: Entry) -> None:
+        """Somebody may ask for it."""
+        if entry.cold:
+            entry.cold = False
+            self.cold_blocks -= entry.blocks
+
+    def chill(self, entry: Entry, older: Entry) -> None:
+        """Nobody will ask for it: it is forgotten right after ``older``."""
+        if not entry.cold:
+            entry.cold = True
+            self.cold_blocks += entry.blocks
+        entry.unlink()
+        entry.link(older)
+
+    def shrink(self, entry: Entry, blocks: int) -> None:
+        """So many blocks less are held."""
+        entry.blocks -= blocks
+        self.blocks -= blocks
+        if entry.cold:
+            self.cold_blocks -= blocks
 
 
 class KvIndex:
@@ -87,6 +122,8 @@ class KvIndex:
 
     def __init__(self) -> None:
         self._runs: dict[bytes, Run] = {}
+        self._followers: dict[bytes, dict[Run, None]] = {}
+        """Runs by the hash before their first."""
         self._held: dict[str, Held] = {}
 
     def add(self, worker: str, capacity_blocks: int) -> None:
@@ -112,8 +149,7 @@ class KvIndex:
                 entry.link(held.ends.older)
             else:
                 held.touch(entry)
-            held.blocks += run.blocks - entry.blocks
-            entry.blocks = run.blocks
+            held.shrink(entry, entry.blocks - run.blocks)
         self._join(path)
         self._evict(worker, held)
 
@@ -137,6 +173,37 @@ class KvIndex:
                     self._split(run, same)
                 self._drop(worker, held, run)
             position += same
+
+    def chill(self, worker: str, hashes: bytes, blocks: int) -> None:
+        """Nobody will ask ``worker`` for this prompt and the answer behind it, ``blocks`` in all:
+        they count as room and are forgotten first, as far as nothing else goes on from them."""
+        held = self._held.get(worker)
+        if held is None:
+            return
+        newest = held.ends
+        for run in reversed(self._with_answer(worker, hashes, blocks)):
+            entry = run.entries.get(worker)
+            if entry is None:
+                continue
+            behind = (each.entries.get(worker) for each in self._followers.get(run.last, ()))
+            if not all(each is None or each.cold for each in behind):
+                return
+            held.chill(entry, newest)
+            newest = entry
+
+    def _with_answer(self, worker: str, hashes: bytes, blocks: int) -> list[Run]:
+        """The runs of a prompt and of what was generated behind it; none if something longer is
+        in one of them, too. Of an answer there are no hashes, but it is all that follows."""
+        runs = list(dict.fromkeys(run for run, _ in self._walk(hashes)))
+        position = sum(run.blocks for run in runs)
+        while runs and position < blocks:
+            followers = self._followers.get(runs[-1].last, ())
+            behind = [run for run in followers if worker in run.entries]
+            if len(behind) != 1 or behind[0] in runs:
+                break
+            runs.append(behind[0])
+            position += behind[0].blocks
+        return runs if position <= blocks else []
 
     def forget(self, worker: str) -> None:
         """``worker`` is gone with everything that it held; unknown ones are ignored."""
@@ -174,25 +241,29 @@ class KvIndex:
         return held.blocks if held is not None else 0
 
     def room(self, worker: str) -> int:
-        """How many blocks ``worker`` can store before it forgets any."""
+        """How many blocks ``worker`` can store before it forgets any that may be asked for."""
         held = self._held.get(worker)
-        return held.capacity_blocks - held.blocks if held is not None else 0
+        return held.capacity_blocks - held.blocks + held.cold_blocks if held is not None else 0
 
     def check(self) -> None:
         """Assert that runs and workers agree and the bounds hold."""
         entries = 0
         for worker, held in self._held.items():
             assert held.blocks <= held.capacity_blocks, worker
-            blocks, entry = 0, held.ends.newer
+            blocks, cold, entry = 0, 0, held.ends.newer
             while entry.run is not None:
                 assert entry.run.entries[worker] is entry
                 assert entry.newer.older is entry
                 blocks += entry.blocks
+                cold += entry.blocks if entry.cold else 0
                 entries += 1
                 entry = entry.newer
-            assert blocks == held.blocks, worker
+            assert (blocks, cold) == (held.blocks, held.cold_blocks), worker
+        followers = {run for runs in self._followers.values() for run in runs}
+        assert followers == set(self._runs.values())
         for first, run in self._runs.items():
             assert run.first == first
+            assert run in self._followers[run.before]
             assert len(run.data) == run.blocks * BLOCK_HASH_BYTES
             assert run.blocks == max(entry.blocks for entry in run.entries.values())
             assert min(entry.blocks for entry in run.entries.values()) > 0
@@ -226,8 +297,9 @@ class KvIndex:
         while position < blocks:
             run = self._run_at(hashes, position)
             if run is None:
-                run = Run(hashes[position * BLOCK_HASH_BYTES :])
-                self._runs[run.first] = run
+                at = position * BLOCK_HASH_BYTES
+                run = Run(hashes[at:], hashes[max(0, at - BLOCK_HASH_BYTES) : at])
+                self._add(run)
                 path[run] = None
                 break
             if run in path:
@@ -243,34 +315,47 @@ class KvIndex:
     def _split(self, run: Run, blocks: int) -> None:
         """Cut a run behind ``blocks`` blocks; whoever held it holds both parts as before."""
         at = blocks * BLOCK_HASH_BYTES
-        tail = Run(run.data[at:])
+        tail = Run(run.data[at:], run.data[at - BLOCK_HASH_BYTES : at])
         run.data, run.blocks = run.data[:at], blocks
         known = tail.first in self._runs
         for worker, entry in run.entries.items():
             beyond = entry.blocks - blocks
             if beyond <= 0:
                 continue
-            entry.blocks = blocks
             if known:
                 # Its first hash is that of another run: this was no chain.
-                self._held[worker].blocks -= beyond
+                self._held[worker].shrink(entry, beyond)
             else:
-                part = tail.entries[worker] = Entry(tail, beyond)
+                entry.blocks = blocks
+                part = tail.entries[worker] = Entry(tail, beyond, entry.cold)
                 part.link(entry.older)
         if tail.entries:
-            self._runs[tail.first] = tail
+            self._add(tail)
+
+    def _add(self, run: Run) -> None:
+        self._runs[run.first] = run
+        self._followers.setdefault(run.before, {})[run] = None
+
+    def _remove(self, run: Run) -> None:
+        del self._runs[run.first]
+        followers = self._followers[run.before]
+        del followers[run]
+        if not followers:
+            del self._followers[run.before]
 
     def _join(self, path: list[Run]) -> None:
-        """Join neighbours that all their workers hold whole and used last together."""
+        """Join neighbours that all their workers hold whole and used last together, where nothing
+        else goes on from the first."""
         run = path[0]
         for after in path[1:]:
-            if after is not run and _alike(run, after):
+            alone = len(self._followers[after.before]) == 1
+            if after is not run and alone and _alike(run, after):
                 run.data += after.data
                 run.blocks += after.blocks
                 for worker, entry in after.entries.items():
                     entry.unlink()
                     run.entries[worker].blocks = run.blocks
-                del self._runs[after.first]
+                self._remove(after)
             else:
                 run = after
 
@@ -278,7 +363,7 @@ class KvIndex:
         """Forget what nobody holds of a run, or all of it."""
         blocks = max((entry.blocks for entry in run.entries.values()), default=0)
         if not blocks:
-            del self._runs[run.first]
+            self._remove(run)
         elif blocks < run.blocks:
             run.blocks = blocks
             run.data = run.data[: blocks * BLOCK_HASH_BYTES]
@@ -288,7 +373,7 @@ class KvIndex:
         entry = run.entries.pop(worker, None)
         if entry is not None:
             entry.unlink()
-            held.blocks -= entry.blocks
+            held.shrink(entry, entry.blocks)
             self._trim(run)
 
     def _evict(self, worker: str, held: Held) -> None:
@@ -297,8 +382,7 @@ class KvIndex:
             entry = held.ends.newer
             assert entry.run is not None
             if entry.blocks > excess:
-                entry.blocks -= excess
-                held.blocks -= excess
+                held.shrink(entry, excess)
                 self._trim(entry.run)
                 return
             excess -= entry.blocks
@@ -374,6 +458,7 @@ def _alike(run: Run, after: Run) -> bool:
     return all(
         entry.blocks == run.blocks
         and entry.older is (behind := after.entries[worker])
+        and entry.cold == behind.cold
         and behind.blocks == after.blocks
         for worker, entry in run.entries.items()
     )

@@ -198,8 +198,8 @@ class Placement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     interference: Factor = 1.0
     """``pythia``: how much it counts that prompts to come will slow decoding where prompts were
     computed lately."""
-    forgotten: Factor = 1.0
-    """``pythia``: how much it counts that caches forget what was used longest ago."""
+    forgotten: Factor = 3.0
+    """``pythia``: how much it counts that caches forget what somebody may ask for."""
     siblings_together: bool = True
     """Calls of one group go to one decode worker while it has room."""
     single_flight: bool = True
@@ -226,10 +226,10 @@ class Placement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``cost``: 0 takes the cheapest worker; above it draws by a softmax over the costs."""
     ratio: Ratio = Ratio()
     """How many workers prefill and how many decode, by load that was seen."""
-    retention: bool = False
-    """What calls of live runs have left in caches is kept from eviction while that is worth it, and
-    what will not be asked for again is evicted first."""
-    retained_share: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] = 0.5
+    retention: bool = True
+    """What calls have left in caches is kept from eviction while that is worth it, and what will
+    not be asked for again is evicted first."""
+    retained_share: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] = 0.8
     """Of a worker's KV blocks, at most so many are kept so."""
     warm_up: bool = False
     """Static prompts of declared agents are computed on idle workers before a call asks."""

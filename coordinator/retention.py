@@ -2,7 +2,8 @@
 
 ::
 
-    opened    a call whose prompt begins with all of an ended call's: that is wanted from now on
+    opened    a call whose prompt begins with all of an ended call's of its run, or, if it is of
+              none, of any such call: that is wanted from now on
     decoding  it has its first token: used; it has the blocks itself from now on
     ended     a finished call of a live run has left its prompt and answer on its worker
     look      a few times a second: what is worth it is pinned, renewed, shortened, released
@@ -14,11 +15,12 @@ needs the room (``transfer.pins``), so that a lost message, or a lost core, cost
 memory for a while, and nothing that is said here can make a call wait.
 
 Of each run so many ended calls are known and no more, the latest ones; of runs that are not
-tracked, and calls without a run, none.
+tracked none. Calls without a run are known by how their prompts end.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 
 from coordinator.kv_index import KvIndex
@@ -42,12 +44,19 @@ TAILS_PER_WORKER = 512
 UNUSED_S = 900.0
 """What was not used for so long will not be."""
 WORTH_MOST = 1e9
+SETTLE_S = 3.0
+"""After so long a worker has told what an ended call has left in its cache."""
+UNSETTLED_MOST = 4096
+LOOKED_BACK = 1024
+"""An answer and what came behind it have at most so many blocks where nobody says what a prompt
+goes on from."""
 RENEW_SHARE = 0.5
 """A pin is renewed when less than this share of what it should last is left."""
 
 
 class Tail:
-    """What an ended call has left on ``worker``: ``blocks`` of prompt and answer.
+    """What an ended call has left on ``worker``: ``blocks`` of prompt and answer; its prompt alone
+    on ``prefill``, if another worker computed that.
 
     ``wanted``: calls that begin with it and have no token yet; ``uses``: those that had one.
     ``ends_s``: until when it is pinned, as the worker was told; 0 if it is not.
@@ -60,6 +69,7 @@ class Tail:
         "hashes",
         "last_s",
         "name",
+        "prefill",
         "prompt_blocks",
         "recompute_s",
         "run",
@@ -68,11 +78,20 @@ class Tail:
         "worker",
     )
 
-    def __init__(self, call: Call, run: Run, worker: Worker, blocks: int, now_s: float) -> None:
+    def __init__(
+        self,
+        call: Call,
+        run: Run | None,
+        worker: Worker,
+        prefill: Worker | None,
+        blocks: int,
+        now_s: float,
+    ) -> None:
         context = call.submit.context
         self.name = engine_request_id(call.request, call.attempt)
         self.run = run
         self.worker = worker
+        self.prefill = prefill
         self.agent = context.tenant, context.workflow, context.agent
         self.hashes = call.submit.block_hashes
         self.prompt_blocks = len(self.hashes) // BLOCK_HASH_BYTES
@@ -83,11 +102,15 @@ class Tail:
         self.wanted: set[CallKey] = set()
         self.ends_s = 0.0
 
+    @property
+    def end(self) -> bytes:
+        """The last hash of its prompt."""
+        return self.hashes[-BLOCK_HASH_BYTES:]
+
     def begins(self, hashes: bytes) -> bool:
         """Whether a prompt begins with all of this call's."""
-        size = BLOCK_HASH_BYTES
-        end = self.prompt_blocks * size
-        return hashes[end - size : end] == self.hashes[end - size : end]
+        end = self.prompt_blocks * BLOCK_HASH_BYTES
+        return hashes[end - BLOCK_HASH_BYTES : end] == self.end
 
 
 class Retention:
@@ -106,6 +129,8 @@ class Retention:
         self._tails: dict[str, Tail] = {}
         """By the engine's name for the call."""
         self._of_run: dict[Run, list[Tail]] = {}
+        self._loose: dict[bytes, Tail] = {}
+        """Those without a run, by the last hash of their prompts."""
         self._of_worker: dict[Worker, dict[str, Tail]] = {}
         """Each one's by name, the longest ended first; whom to look at next first."""
         self._looked_s: dict[Worker, float] = {}
@@ -113,6 +138,8 @@ class Retention:
         self._wanting: dict[CallKey, list[Tail]] = {}
         self._unneeded: dict[Worker, list[str]] = {}
         """What workers are to be told that nobody will ask for again."""
+        self._settling: deque[tuple[float, Worker, bytes, int]] = deque(maxlen=UNSETTLED_MOST)
+        """When the index is to be told so, where, prompts and blocks."""
 
     def __len__(self) -> int:
         return len(self._tails)
@@ -126,17 +153,27 @@ class Retention:
 
     def opened(self, call: Call, now_s: float) -> None:
         """A call is submitted: what it begins with is wanted until it has its first token."""
-        if not self._on or call.run is None:
+        if not self._on:
             return
-        hashes = call.submit.block_hashes
-        for tail in self._of_run.get(call.run, ()):
-            if tail.begins(hashes):
-                if not tail.wanted:
-                    self._book.of(tail.agent, tail.uses).used(now_s - tail.last_s)
-                tail.wanted.add(call.key)
-                self._looked_s.pop(tail.worker, None)
-                self._wanting.setdefault(call.key, []).append(tail)
-                self._look_soon(now_s)
+        for tail in self._begun_with(call.run, call.submit.block_hashes):
+            if not tail.wanted:
+                self._book.of(tail.agent, tail.uses).used(now_s - tail.last_s)
+            tail.wanted.add(call.key)
+            self._looked_s.pop(tail.worker, None)
+            self._wanting.setdefault(call.key, []).append(tail)
+            self._look_soon(now_s)
+
+    def _begun_with(self, run: Run | None, hashes: bytes) -> list[Tail]:
+        """Whose prompts are the beginning of this one."""
+        if run is not None:
+            return [tail for tail in self._of_run.get(run, ()) if tail.begins(hashes)]
+        size = BLOCK_HASH_BYTES
+        if self._loose:
+            for end in range(len(hashes), max(0, len(hashes) - LOOKED_BACK * size), -size):
+                tail = self._loose.get(hashes[end - size : end])
+                if tail is not None:
+                    return [tail]
+        return []
 
     def decoding(self, call: Call, now_s: float) -> None:
         """A call has its first token; its worker's engine holds its prompt for it."""
@@ -147,7 +184,7 @@ class Retention:
             tail.last_s = now_s
             if tail.agent == agent and not tail.wanted:
                 # What comes next goes on from this call, not from the one before it.
-                self._drop(tail)
+                self._drop(tail, now_s)
         self._tell()
 
     def ended(
@@ -156,44 +193,55 @@ class Retention:
         """A call is over. ``worker``: who decoded it; ``message``: if it came to its end."""
         self._unwant(call.key)
         run = call.run
-        if run is None:
-            return
-        if not self._is_live(run):
-            self._over(run)
+        if run is not None and not self._is_live(run):
+            self._over(run, now_s)
+            if worker is not None and self._on and call.submit.block_hashes:
+                output_tokens = message.output_tokens if message is not None else 0
+                self._dead(self._tail(call, run, worker, output_tokens, now_s), now_s)
         elif message is None or worker is None or not self._on:
             return
         elif len(call.submit.block_hashes) >= BLOCK_HASH_BYTES:
             self._left(call, run, worker, message.output_tokens, now_s)
         self._tell()
 
-    def _left(self, call: Call, run: Run, worker: Worker, output_tokens: int, now_s: float) -> None:
-        tokens = call.submit.prompt_tokens + max(0, output_tokens)
-        tail = Tail(call, run, worker, tokens // self._state.block_size, now_s)
-        tail.recompute_s = self._pace.speeds.prefill_s(tokens)
+    def _left(
+        self, call: Call, run: Run | None, worker: Worker, output_tokens: int, now_s: float
+    ) -> None:
+        tail = self._tail(call, run, worker, output_tokens, now_s)
+        tail.recompute_s = self._pace.speeds.prefill_s(tail.blocks * self._state.block_size)
         former = self._tails.get(tail.name)
         if former is not None:
-            self._drop(former)
-        of_run = self._of_run.setdefault(run, [])
+            self._drop(former, now_s)
+        if run is None and (alike := self._loose.get(tail.end)) is not None:
+            self._forget(alike)
         of_worker = self._of_worker.setdefault(worker, {})
         self._tails[tail.name] = of_worker[tail.name] = tail
-        of_run.append(tail)
         self._looked_s.pop(worker, None)
-        if len(of_run) > TAILS_PER_RUN:
-            self._unused(of_run[0])
+        if run is None:
+            self._loose[tail.end] = tail
+        else:
+            of_run = self._of_run.setdefault(run, [])
+            of_run.append(tail)
+            if len(of_run) > TAILS_PER_RUN:
+                self._unused(of_run[0], now_s)
         if len(of_worker) > TAILS_PER_WORKER:
-            self._unused(next(iter(of_worker.values())))
+            self._unused(next(iter(of_worker.values())), now_s)
         self._look_soon(now_s)
 
     def worker_lost(self, worker: Worker) -> None:
         """A worker is gone with everything that it held."""
         for tail in list(self._of_worker.get(worker, {}).values()):
-            self._drop(tail)
+            self._forget(tail)
         self._unneeded.pop(worker, None)
 
     # --- time -----------------------------------------------------------------------------
 
     def look(self, now_s: float) -> None:
         """Pin what is worth it, release what is not, on the workers whose turn it is."""
+        while self._settling and self._settling[0][0] <= now_s:
+            _, worker, hashes, blocks = self._settling.popleft()
+            if self._is_there(worker):
+                self._index.chill(worker.name, hashes, blocks)
         looked = 0
         for worker in list(self._of_worker):
             if looked >= LOOKED_AT:
@@ -207,14 +255,14 @@ class Retention:
             self._forget_idle(list(tails.values()), now_s)
             self._look_at(worker, list(tails.values()), now_s)
         self._tell()
-        if self._tails:
+        if self._tails or self._settling:
             self._look_soon(now_s)
 
     def _forget_idle(self, tails: list[Tail], now_s: float) -> None:
         for tail in tails:
             idle = not tail.wanted and now_s - tail.last_s > UNUSED_S
             if idle or not self._is_live(tail.run):
-                self._unused(tail)
+                self._unused(tail, now_s)
 
     def _look_at(self, worker: Worker, tails: list[Tail], now_s: float) -> None:
         """Decide on all of one worker's; tell it what changes."""
@@ -251,7 +299,7 @@ class Retention:
         )
 
     def _reuse(self, tail: Tail, now_s: float) -> Reuse:
-        if tail.run.final and not tail.run.open:
+        if tail.run is not None and tail.run.final and not tail.run.open:
             return NEVER
         return self._book.of(tail.agent, tail.uses).after(now_s - tail.last_s)
 
@@ -262,8 +310,8 @@ class Retention:
 
     # --- accounts ---------------------------------------------------------------------------
 
-    def _is_live(self, run: Run) -> bool:
-        return self._runs.live.get(run.key) is run
+    def _is_live(self, run: Run | None) -> bool:
+        return run is None or self._runs.live.get(run.key) is run
 
     def _unwant(self, key: CallKey) -> list[Tail]:
         """A call wants nothing any more; what it wanted."""
@@ -272,23 +320,50 @@ class Retention:
             tail.wanted.discard(key)
         return tails
 
-    def _over(self, run: Run) -> None:
+    def _tail(
+        self, call: Call, run: Run | None, worker: Worker, output_tokens: int, now_s: float
+    ) -> Tail:
+        tokens = call.submit.prompt_tokens + max(0, output_tokens)
+        placed = call.plan.prefill if call.plan is not None else None
+        prefill = self._state.workers.get(placed.worker) if placed is not None else None
+        if prefill is worker or (prefill and placed and prefill.incarnation != placed.incarnation):
+            prefill = None
+        return Tail(call, run, worker, prefill, tokens // self._state.block_size, now_s)
+
+    def _over(self, run: Run, now_s: float) -> None:
         """A run is over: nothing of it is used any more."""
         for tail in list(self._of_run.get(run, ())):
-            self._unused(tail)
+            self._unused(tail, now_s)
 
-    def _unused(self, tail: Tail) -> None:
+    def _unused(self, tail: Tail, now_s: float) -> None:
         """It was not used any more, and will not be."""
         if not tail.wanted:
             self._book.of(tail.agent, tail.uses).unused()
-        self._drop(tail)
+        self._drop(tail, now_s)
 
-    def _drop(self, tail: Tail) -> None:
+    def _drop(self, tail: Tail, now_s: float) -> None:
         """Forget it: its worker need not keep it."""
+        self._forget(tail)
+        self._dead(tail, now_s)
+
+    def _dead(self, tail: Tail, now_s: float) -> None:
+        """Nobody will ask for it."""
+        settled_s = now_s + SETTLE_S
+        self._unneeded.setdefault(tail.worker, []).append(tail.name)
+        self._settling.append((settled_s, tail.worker, tail.hashes, tail.blocks))
+        if tail.prefill is not None and self._is_there(tail.prefill):
+            self._unneeded.setdefault(tail.prefill, []).append(tail.name)
+            self._settling.append((settled_s, tail.prefill, tail.hashes, tail.prompt_blocks))
+        self._look_soon(now_s)
+
+    def _is_there(self, worker: Worker) -> bool:
+        return self._state.workers.get(worker.name) is worker
+
+    def _forget(self, tail: Tail) -> None:
         if tail.ends_s > 0.0:
             tail.ends_s = 0.0
             self._state.counters["pins_released"] += 1
-        self._unneeded.setdefault(tail.worker, []).append(tail.name)
+        self._index.chill(tail.worker.name, tail.hashes, tail.blocks)
         for key in tail.wanted:
             wanting = self._wanting[key]
             wanting.remove(tail)
@@ -301,6 +376,9 @@ class Retention:
         if not of_worker:
             del self._of_worker[tail.worker]
             self._looked_s.pop(tail.worker, None)
+        if tail.run is None:
+            del self._loose[tail.end]
+            return
         tails = self._of_run[tail.run]
         tails.remove(tail)
         if not tails:
@@ -331,6 +409,8 @@ class Retention:
         assert self._looked_s.keys() <= self._of_worker.keys()
         assert not self._unneeded
         listed = [tail for tails in self._of_run.values() for tail in tails]
+        listed += self._loose.values()
+        assert all(tail.run is None and tail.end == end for end, tail in self._loose.items())
         assert {tail.name for tail in listed} == self._tails.keys()
         assert len(listed) == len(self._tails)
         assert all(0 < len(tails) <= TAILS_PER_RUN for tails in self._of_run.values())
@@ -339,7 +419,7 @@ class Retention:
         for name, tail in self._tails.items():
             assert tail.name == name
             assert workers.get(tail.worker.name) is tail.worker, f"{name} is on a lost worker"
-            assert tail in self._of_run[tail.run]
+            assert tail.run is None or tail in self._of_run[tail.run]
             assert tail.wanted <= calls.keys()
             if tail.ends_s > 0.0:
                 pinned[tail.worker.name] = pinned.get(tail.worker.name, 0) + tail.blocks

@@ -3,11 +3,12 @@
 Parts, each with two clusters of three workers on this machine, one prefilling and two decoding, of
 which one is measured at a time, taking turns in pairs:
 
-    mechanisms  pulls, single flight, admission, prefetch, warm-up and retention, against none
+    mechanisms  pulls, single flight, admission, retention, prefetch and warm-up, against none
     defaults    those that are on unless the file says otherwise, against none
     prefetch    the defaults and prefetch, against the defaults
+    retention   the defaults, against them without retention
     placement   where a call decodes and how its KV gets there chosen together, against the
-                decode worker with the most free KV; pulls are off on both sides
+                decode worker with the most free KV; pulls and retention are off on both
 
 A round is a few runs of the workflow side by side, with a question that no cache has seen, and what
 counts is how long a run takes in the mean. Ratios are the other side's times over ours: above 1 we
@@ -51,17 +52,18 @@ POLL_S = 0.1
 COMPUTED = "vllm:prompt_tokens_by_source_total{"
 COUNTERS = ("plans_pull", "tokens_pulled", "prefetches", "prefetches_used", "tokens_prefetched")
 """Of the core, that rows tell."""
-OFF = Placement(pulls=False, single_flight=False, admission=False)
+OFF = Placement(pulls=False, single_flight=False, admission=False, retention=False)
 PARTS: dict[str, dict[str, Placement]] = {
     "mechanisms": {
-        "on": Placement(prefetch=True, warm_up=True, retention=True),
+        "on": Placement(prefetch=True, warm_up=True),
         "off": OFF,
     },
     "defaults": {"default": Placement(), "off": OFF},
     "prefetch": {"prefetch": Placement(prefetch=True), "default": Placement()},
+    "retention": {"default": Placement(), "without": Placement(retention=False)},
     "placement": {
-        "joint": Placement(pulls=False),
-        "least_kv": Placement(policy="least_kv"),
+        "joint": Placement(pulls=False, retention=False),
+        "least_kv": Placement(policy="least_kv", retention=False),
     },
 }
 """Ours first."""

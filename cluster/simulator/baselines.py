@@ -194,11 +194,6 @@ BASELINES: Mapping[str, Baseline] = {
     "pythia-random": Baseline(
         "the same, everything that is predicted is wrong at random", "split", predictions="random"
     ),
-    "pythia-retention": Baseline(
-        "and what calls to come are likely to ask for is kept from eviction",
-        "split",
-        {"retention": True},
-    ),
     # --- other systems ---
     "aggregated-round-robin": Baseline(
         "aggregated, one worker after the other",
@@ -339,6 +334,11 @@ BASELINES: Mapping[str, Baseline] = {
         "waiting calls are served by what their runs have left, not as they came",
         "split",
         {"order": "runs"},
+    ),
+    "pythia-no-retention": Baseline(
+        "engines evict what was used longest ago, whoever may ask for it",
+        "split",
+        {"retention": False},
     ),
     "pythia-no-admission": Baseline(
         "new runs begin at once, however many are under way", "split", {"admission": False}

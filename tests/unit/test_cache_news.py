@@ -67,6 +67,25 @@ texts = st.lists(st.integers(0, 2), min_size=1, max_size=9).map(tuple)
 steps = st.lists(st.tuples(texts, st.integers(0, 3), st.booleans()), max_size=40)
 
 
+def begin(
+    pool: BlockPool,
+    running: list[Holding],
+    text: tuple[int, ...],
+    names: dict[tuple[int, ...], int],
+) -> None:
+    """A sequence gets its blocks and fills them, if there is room. A block's name stands for all
+    that is before it, too."""
+    parts = [text[: end + 1] for end in range(len(text))]
+    holding = Holding(chain(*(names.setdefault(part, len(names) + 1) for part in parts)))
+    hits = pool.lookup(holding, len(text))
+    if pool.free - hits.idle >= len(text) - hits.blocks:
+        pool.adopt(holding, hits)
+        pool.take(len(text) - hits.blocks)
+        holding.plain += len(text) - hits.blocks
+        pool.fill(holding, len(text))
+        running.append(holding)
+
+
 @settings(max_examples=300)
 @given(steps=steps)
 def test_what_is_told_is_what_the_cache_has(
@@ -89,17 +108,7 @@ def test_what_is_told_is_what_the_cache_has(
         index.check()
 
     for text, ends, cold in steps:
-        # A block's name stands for all that is before it, too.
-        parts = [text[: end + 1] for end in range(len(text))]
-        prompt = chain(*(names.setdefault(part, len(names) + 1) for part in parts))
-        holding = Holding(prompt)
-        hits = pool.lookup(holding, len(text))
-        if pool.free - hits.idle >= len(text) - hits.blocks:
-            pool.adopt(holding, hits)
-            pool.take(len(text) - hits.blocks)
-            holding.plain += len(text) - hits.blocks
-            pool.fill(holding, len(text))
-            running.append(holding)
+        begin(pool, running, text, names)
         for holding in running[:ends]:
             seen.add(holding.cached_chain)
             ended.append(holding.cached_chain)

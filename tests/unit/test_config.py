@@ -327,7 +327,7 @@ class TestWorkerConfig:
         assert transfer["engine_id"] != second["kv_transfer_config"]["engine_id"]
 
     def test_an_engine_remembers_what_may_be_pinned_only_where_the_core_pins(self) -> None:
-        for text, pins in (("", False), ("placement: {retention: true}\n", True)):
+        for text, pins in (("", True), ("placement: {retention: false}\n", False)):
             worker = worker_config(self.config(text), "one", "/models/m")
             extra = worker.engine_arguments()["kv_transfer_config"]["kv_connector_extra_config"]
             assert extra["pythia_pins"] is pins

@@ -142,11 +142,32 @@ def test_pins_end_when_uses_stay_away() -> None:
     assert not bed.pinned
 
 
-def test_calls_without_a_run_and_failed_ones_keep_nothing() -> None:
+def test_calls_without_a_run_go_on_from_each_other() -> None:
+    bed = Bed()
+    hashes = bed.rounds("", 6)
+    assert list(bed.pinned) == ["-5~1"]
+    bed.begin("other", chain("other", 12), "")
+    bed.say("api", Started("api", "other", 1))
+    assert list(bed.pinned) == ["-5~1"]
+    bed.begin("next", chain("answer and more", 30, hashes), "")
+    bed.say("api", Started("api", "next", 1))
+    assert not bed.pinned
+    assert bed.unneeded[-1] == "-5~1"
+
+
+def test_the_last_call_of_a_run_is_not_needed_either() -> None:
+    bed = Bed()
+    hashes = bed.rounds("r", 3)
+    bed.begin("last", chain("last", 2, hashes), "r", final=True)
+    bed.end("last")
+    assert {"r-2~1", "last~1"} <= set(bed.unneeded)
+    bed.wait(5.0)
+    assert not bed.pinned
+
+
+def test_failed_calls_keep_nothing() -> None:
     bed = Bed()
     for number in range(6):
-        bed.begin(f"single-{number}", chain("single", 8 + number), "")
-        bed.end(f"single-{number}")
         bed.begin(f"failed-{number}", chain("failed", 8 + number), "r")
         bed.end(f"failed-{number}", "error")
         bed.wait(1.0)

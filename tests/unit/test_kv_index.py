@@ -114,7 +114,7 @@ WORKERS = "abc"
 turns = st.lists(st.integers(0, 1), max_size=9)
 steps = st.lists(
     st.tuples(
-        st.sampled_from(["stored", "stored", "stored", "removed", "forget"]),
+        st.sampled_from(["stored", "stored", "stored", "removed", "forget", "chill"]),
         st.sampled_from(WORKERS),
         turns,
         st.integers(0, 9),
@@ -158,6 +158,17 @@ def test_agrees_with_single_blocks(
         elif what == "removed":
             index.removed(worker, chain(*blocks), kept_blocks)
             plain[worker].removed(blocks, kept_blocks)
+        elif what == "chill":
+            index.chill(worker, chain(*blocks), len(blocks) + kept_blocks)
+            for name in WORKERS:
+                assert index.room(name) >= capacity_blocks - index.blocks(name)
+            if capacity_blocks == 1000:
+                # What is forgotten first is no matter where nothing is forgotten.
+                index.check()
+            else:
+                index.forget(worker)
+                index.add(worker, capacity_blocks)
+                plain[worker] = Blocks(capacity_blocks)
         else:
             index.forget(worker)
             index.add(worker, capacity_blocks)
@@ -179,7 +190,9 @@ anything = st.lists(st.integers(0, 3), max_size=6)
 
 @given(
     st.lists(
-        st.tuples(st.sampled_from(["stored", "removed"]), st.sampled_from(WORKERS), anything),
+        st.tuples(
+            st.sampled_from(["stored", "removed", "chill"]), st.sampled_from(WORKERS), anything
+        ),
         max_size=30,
     ),
     anything,
@@ -191,6 +204,8 @@ def test_what_is_no_chain_breaks_nothing(
     for what, worker, blocks in steps:
         if what == "stored":
             index.stored(worker, chain(*blocks))
+        elif what == "chill":
+            index.chill(worker, chain(*blocks), len(blocks) + 1)
         else:
             index.removed(worker, chain(*blocks))
         index.check()
@@ -228,3 +243,60 @@ def test_room_is_what_can_be_stored_before_anything_is_forgotten() -> None:
     assert (index.room("a"), index.room("nobody")) == (1, 0)
     index.stored("a", chain(4, 5))
     assert index.room("a") == 0
+
+
+# --- what nobody will ask for ------------------------------------------------------------
+
+
+def test_what_is_dead_is_room_and_is_forgotten_first() -> None:
+    index = index_of(a=10)
+    index.stored("a", chain(1, 2, 3, 4))
+    index.stored("a", chain(11, 12, 13, 14))
+    index.chill("a", chain(11, 12, 13), 4)
+    assert index.room("a") == 10 - 4
+    index.stored("a", chain(21, 22, 23, 24))
+    index.check()
+    assert index.longest_prefix(chain(1, 2, 3, 4)) == {"a": 4}
+    assert index.longest_prefix(chain(11, 12, 13, 14)) == {"a": 2}
+    assert index.room("a") == 2
+
+
+def test_what_others_go_on_from_is_not_dead() -> None:
+    index = index_of(a=20, b=20)
+    index.stored("a", chain(1, 2, 3))
+    index.stored("a", chain(1, 2, 5))
+    index.chill("a", chain(1, 2, 3), 3)
+    assert index.room("a") == 20 - 3
+    index.chill("a", chain(1, 2, 5), 3)
+    assert index.room("a") == 20
+    # The next call goes on from it: it has it all, and its beginning with it.
+    index.stored("a", chain(1, 2, 3, 4, 5, 6))
+    assert index.room("a") == 20 - 7 + 1
+    index.chill("a", chain(1, 2, 3), 4)
+    assert index.room("a") == 20 - 7 + 1
+    index.check()
+
+
+def test_a_copy_that_was_left_behind_is_dead_where_it_is() -> None:
+    index = index_of(a=20, b=20)
+    index.stored("a", chain(1, 2, 3, 4))
+    index.stored("b", chain(1, 2, 3, 4, 5, 6))
+    index.chill("a", chain(1, 2, 3), 4)
+    assert (index.room("a"), index.room("b")) == (20, 14)
+    assert index.longest_prefix(chain(1, 2, 3, 4)) == {"a": 4, "b": 4}
+    index.stored("a", chain(1, 2))
+    assert index.room("a") == 18
+    index.check()
+
+
+def test_what_is_asked_for_after_all_is_not_dead_any_more() -> None:
+    index = index_of(a=20)
+    index.stored("a", chain(1, 2, 3, 4))
+    index.chill("a", chain(1, 2), 4)
+    assert index.room("a") == 20
+    index.stored("a", chain(1, 2, 3))
+    assert index.room("a") == 17
+    index.removed("a", chain(1, 2, 3, 4), 2)
+    assert index.room("a") == 18
+    index.check()
+    index.chill("nobody", chain(1), 1)
