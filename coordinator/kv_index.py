@@ -122,8 +122,8 @@ class KvIndex:
 
     def __init__(self) -> None:
         self._runs: dict[bytes, Run] = {}
-        self._followers: dict[bytes, dict[Run, None]] = {}
-        """Runs by the hash before their first."""
+        self._followers: dict[bytes, Run | dict[Run, None]] = {}
+        """Runs by the hash before their first; most are the only one."""
         self._held: dict[str, Held] = {}
 
     def add(self, worker: str, capacity_blocks: int) -> None:
@@ -185,7 +185,7 @@ class KvIndex:
             entry = run.entries.get(worker)
             if entry is None:
                 continue
-            behind = (each.entries.get(worker) for each in self._followers.get(run.last, ()))
+            behind = (each.entries.get(worker) for each in self._behind(run))
             if not all(each is None or each.cold for each in behind):
                 return
             held.chill(entry, newest)
@@ -197,8 +197,7 @@ class KvIndex:
         runs = list(dict.fromkeys(run for run, _ in self._walk(hashes)))
         position = sum(run.blocks for run in runs)
         while runs and position < blocks:
-            followers = self._followers.get(runs[-1].last, ())
-            behind = [run for run in followers if worker in run.entries]
+            behind = [run for run in self._behind(runs[-1]) if worker in run.entries]
             if len(behind) != 1 or behind[0] in runs:
                 break
             runs.append(behind[0])
@@ -259,11 +258,17 @@ class KvIndex:
                 entries += 1
                 entry = entry.newer
             assert (blocks, cold) == (held.blocks, held.cold_blocks), worker
-        followers = {run for runs in self._followers.values() for run in runs}
-        assert followers == set(self._runs.values())
+        followers = [
+            run
+            for runs in self._followers.values()
+            for run in ((runs,) if isinstance(runs, Run) else runs)
+        ]
+        assert len(followers) == len(self._runs)
+        assert set(followers) == set(self._runs.values())
         for first, run in self._runs.items():
             assert run.first == first
-            assert run in self._followers[run.before]
+            known = self._followers[run.before]
+            assert known is run or (isinstance(known, dict) and run in known)
             assert len(run.data) == run.blocks * BLOCK_HASH_BYTES
             assert run.blocks == max(entry.blocks for entry in run.entries.values())
             assert min(entry.blocks for entry in run.entries.values()) > 0
@@ -334,21 +339,33 @@ class KvIndex:
 
     def _add(self, run: Run) -> None:
         self._runs[run.first] = run
-        self._followers.setdefault(run.before, {})[run] = None
+        known = self._followers.get(run.before)
+        if known is None:
+            self._followers[run.before] = run
+        elif isinstance(known, Run):
+            self._followers[run.before] = {known: None, run: None}
+        else:
+            known[run] = None
 
     def _remove(self, run: Run) -> None:
         del self._runs[run.first]
-        followers = self._followers[run.before]
-        del followers[run]
-        if not followers:
+        known = self._followers[run.before]
+        if isinstance(known, dict):
+            del known[run]
+        if known is run or not known:
             del self._followers[run.before]
+
+    def _behind(self, run: Run) -> Collection[Run]:
+        """What goes on from it."""
+        known = self._followers.get(run.last, ())
+        return (known,) if isinstance(known, Run) else known
 
     def _join(self, path: list[Run]) -> None:
         """Join neighbours that all their workers hold whole and used last together, where nothing
         else goes on from the first."""
         run = path[0]
         for after in path[1:]:
-            alone = len(self._followers[after.before]) == 1
+            alone = len(self._behind(run)) == 1
             if after is not run and alone and _alike(run, after):
                 run.data += after.data
                 run.blocks += after.blocks

@@ -37,7 +37,7 @@ LOOK_S = 0.25
 """Between two looks, while there is anything to look at."""
 AGAIN_S = 1.0
 """A worker where nothing has happened is looked at again after so long."""
-LOOKED_AT = 128
+LOOKED_AT = 32
 """Ended calls from which on a look is enough: the rest is for the next one."""
 TAILS_PER_RUN = 16
 TAILS_PER_WORKER = 512
@@ -99,7 +99,7 @@ class Tail:
         self.recompute_s = 0.0
         self.last_s = now_s
         self.uses = 0
-        self.wanted: set[CallKey] = set()
+        self.wanted: frozenset[CallKey] = frozenset()
         self.ends_s = 0.0
 
     @property
@@ -158,7 +158,7 @@ class Retention:
         for tail in self._begun_with(call.run, call.submit.block_hashes):
             if not tail.wanted:
                 self._book.of(tail.agent, tail.uses).used(now_s - tail.last_s)
-            tail.wanted.add(call.key)
+            tail.wanted |= {call.key}
             self._looked_s.pop(tail.worker, None)
             self._wanting.setdefault(call.key, []).append(tail)
             self._look_soon(now_s)
@@ -317,7 +317,7 @@ class Retention:
         """A call wants nothing any more; what it wanted."""
         tails = self._wanting.pop(key, [])
         for tail in tails:
-            tail.wanted.discard(key)
+            tail.wanted -= {key}
         return tails
 
     def _tail(
@@ -369,7 +369,7 @@ class Retention:
             wanting.remove(tail)
             if not wanting:
                 del self._wanting[key]
-        tail.wanted.clear()
+        tail.wanted = frozenset()
         del self._tails[tail.name]
         of_worker = self._of_worker[tail.worker]
         del of_worker[tail.name]
