@@ -753,6 +753,9 @@ class Calls:
             self.queue.remove(call)
             state.room_changed = True
         left_on = call.prefill if finished is not None and finished.undecoded else call.decode
+        began = call.phase is CallPhase.DECODING
+        if finished is not None:
+            began = finished.output_tokens > 0
         self._release(call, now_s)
         call.move(phase, now_s, why)
         del call.api.calls[call.request]
@@ -762,7 +765,7 @@ class Calls:
             self._leave_group(call)
         self._tracker.closed(call, finished, now_s)
         done = finished if phase is CallPhase.FINISHED else None
-        self._retention.ended(call, left_on, done, now_s)
+        self._retention.ended(call, left_on if began else None, done, now_s)
         self._prefetches.ended(call, left_on, done, now_s)
         self.queue.ended(call, finished, now_s)
         if finished is not None and phase is CallPhase.FINISHED:

@@ -7,10 +7,10 @@ What a prompt costs depends on how many runs it consists of, hardly on its lengt
 split where a prompt leaves it or ends in it, and joined to the next one where all workers
 hold, and have used, both alike.
 
-The index is approximate. It is fed by what calls leave behind and forgets the least
-recently used blocks of a worker beyond its capacity. It decides nothing and is never trusted
-for correctness: an engine that lacks a block computes it. What is no chain (equal hashes after
-different ones) breaks nothing; of it the index may forget too much.
+The index is approximate. It is fed by what calls leave behind and by what engines say of their
+caches, and forgets blocks of a worker beyond its capacity as an engine does. It decides nothing
+and is never trusted for correctness: an engine that lacks a block computes it. What is no chain
+(equal hashes after different ones) breaks nothing; of it the index may forget too much.
 """
 
 from __future__ import annotations
@@ -26,6 +26,10 @@ def _count(hashes: bytes) -> int:
     if odd_bytes:
         raise ValueError(f"{len(hashes)} bytes are no sequence of block hashes")
     return blocks
+
+
+FOLLOWERS_MOST = 64
+"""What so many prompts go on from is nobody's own."""
 
 
 class Run:
@@ -118,7 +122,8 @@ class Held:
 
 
 class KvIndex:
-    """Blocks per worker, bounded per worker, least recently used out first."""
+    """Blocks per worker, bounded per worker; what nobody will ask for goes first, then what was
+    used longest ago."""
 
     def __init__(self) -> None:
         self._runs: dict[bytes, Run] = {}
@@ -154,7 +159,8 @@ class KvIndex:
         self._evict(worker, held)
 
     def removed(self, worker: str, hashes: bytes, kept_blocks: int = 0) -> None:
-        """Of this chain ``worker`` holds only the first ``kept_blocks``, at most."""
+        """Of this chain ``worker`` holds only the first ``kept_blocks``, at most, and nothing that
+        goes on from the rest."""
         blocks = _count(hashes)
         held = self._held.get(worker)
         if held is None or kept_blocks >= blocks:
@@ -169,35 +175,44 @@ class KvIndex:
                 self._split(run, kept_blocks - position)
                 same = kept_blocks - position
             elif position >= kept_blocks:
-                if same < run.blocks:
-                    self._split(run, same)
-                self._drop(worker, held, run)
+                self._drop_from(worker, held, run)
+                return
             position += same
 
-    def chill(self, worker: str, hashes: bytes, blocks: int) -> None:
+    def chill(self, worker: str, hashes: bytes, blocks: int, after: bytes = b"") -> None:
         """Nobody will ask ``worker`` for this prompt and the answer behind it, ``blocks`` in all:
-        they count as room and are forgotten first, as far as nothing else goes on from them."""
+        they count as room and are forgotten first, as far as nothing else goes on from them.
+
+        ``after``: a prompt that went on from this one, maybe without the answer."""
         held = self._held.get(worker)
         if held is None:
             return
         newest = held.ends
-        for run in reversed(self._with_answer(worker, hashes, blocks)):
+        for run in reversed(self._with_answer(worker, hashes, blocks, after)):
             entry = run.entries.get(worker)
             if entry is None:
                 continue
-            behind = (each.entries.get(worker) for each in self._behind(run))
-            if not all(each is None or each.cold for each in behind):
+            behind = self._behind(run)
+            if len(behind) > FOLLOWERS_MOST:
+                return
+            entries = (each.entries.get(worker) for each in behind)
+            if not all(each is None or each.cold for each in entries):
                 return
             held.chill(entry, newest)
             newest = entry
 
-    def _with_answer(self, worker: str, hashes: bytes, blocks: int) -> list[Run]:
+    def _with_answer(self, worker: str, hashes: bytes, blocks: int, after: bytes) -> list[Run]:
         """The runs of a prompt and of what was generated behind it; none if something longer is
         in one of them, too. Of an answer there are no hashes, but it is all that follows."""
         runs = list(dict.fromkeys(run for run, _ in self._walk(hashes)))
         position = sum(run.blocks for run in runs)
         while runs and position < blocks:
-            behind = [run for run in self._behind(runs[-1]) if worker in run.entries]
+            behind = self._behind(runs[-1])
+            if len(behind) > FOLLOWERS_MOST:
+                break
+            at = position * BLOCK_HASH_BYTES
+            named = after[at : at + BLOCK_HASH_BYTES]
+            behind = [run for run in behind if worker in run.entries and run.first != named]
             if len(behind) != 1 or behind[0] in runs:
                 break
             runs.append(behind[0])
@@ -392,6 +407,15 @@ class KvIndex:
             entry.unlink()
             held.shrink(entry, entry.blocks)
             self._trim(run)
+
+    def _drop_from(self, worker: str, held: Held, run: Run) -> None:
+        """``worker`` holds nothing of a run, nor of what goes on from it."""
+        gone = [run]
+        while gone:
+            run = gone.pop()
+            if worker in run.entries:
+                gone += self._behind(run)
+                self._drop(worker, held, run)
 
     def _evict(self, worker: str, held: Held) -> None:
         excess = held.blocks - held.capacity_blocks

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from coordinator.kv_index import KvIndex
 from coordinator.limits import Placement
@@ -37,7 +38,7 @@ LOOK_S = 0.25
 """Between two looks, while there is anything to look at."""
 AGAIN_S = 1.0
 """A worker where nothing has happened is looked at again after so long."""
-LOOKED_AT = 32
+LOOKED_AT = 128
 """Ended calls from which on a look is enough: the rest is for the next one."""
 TAILS_PER_RUN = 16
 TAILS_PER_WORKER = 512
@@ -47,7 +48,9 @@ WORTH_MOST = 1e9
 SETTLE_S = 3.0
 """After so long a worker has told what an ended call has left in its cache."""
 UNSETTLED_MOST = 4096
-LOOKED_BACK = 1024
+SETTLED_MOST = 64
+"""So many at one look."""
+LOOKED_BACK = 512
 """An answer and what came behind it have at most so many blocks where nobody says what a prompt
 goes on from."""
 RENEW_SHARE = 0.5
@@ -113,6 +116,17 @@ class Tail:
         return hashes[end - BLOCK_HASH_BYTES : end] == self.end
 
 
+class Dead(NamedTuple):
+    """What nobody will ask a worker for: a prompt and an answer, ``blocks`` in all. ``after``: the
+    prompt that went on from it, if one did. ``due_s``: when the worker has told of it."""
+
+    due_s: float
+    worker: Worker
+    hashes: bytes
+    blocks: int
+    after: bytes
+
+
 class Retention:
     """Of all workers. Off, it learns and remembers nothing."""
 
@@ -138,8 +152,10 @@ class Retention:
         self._wanting: dict[CallKey, list[Tail]] = {}
         self._unneeded: dict[Worker, list[str]] = {}
         """What workers are to be told that nobody will ask for again."""
-        self._settling: deque[tuple[float, Worker, bytes, int]] = deque(maxlen=UNSETTLED_MOST)
-        """When the index is to be told so, where, prompts and blocks."""
+        self._released: dict[Worker, list[str]] = {}
+        """Whose pins they are to be told to release besides."""
+        self._settling: deque[Dead] = deque(maxlen=UNSETTLED_MOST)
+        """What the index is to be told so."""
 
     def __len__(self) -> int:
         return len(self._tails)
@@ -164,14 +180,15 @@ class Retention:
             self._look_soon(now_s)
 
     def _begun_with(self, run: Run | None, hashes: bytes) -> list[Tail]:
-        """Whose prompts are the beginning of this one."""
+        """Whose prompts are the beginning of this one; without a run, also their answers must
+        have room in it: others may have asked the same."""
         if run is not None:
             return [tail for tail in self._of_run.get(run, ()) if tail.begins(hashes)]
         size = BLOCK_HASH_BYTES
         if self._loose:
             for end in range(len(hashes), max(0, len(hashes) - LOOKED_BACK * size), -size):
                 tail = self._loose.get(hashes[end - size : end])
-                if tail is not None:
+                if tail is not None and tail.blocks * size <= len(hashes):
                     return [tail]
         return []
 
@@ -184,20 +201,21 @@ class Retention:
             tail.last_s = now_s
             if tail.agent == agent and not tail.wanted:
                 # What comes next goes on from this call, not from the one before it.
-                self._drop(tail, now_s)
+                self._drop(tail, now_s, call.submit.block_hashes)
         self._tell()
 
     def ended(
         self, call: Call, worker: Worker | None, message: FinishedMessage | None, now_s: float
     ) -> None:
-        """A call is over. ``worker``: who decoded it; ``message``: if it came to its end."""
+        """A call is over. ``worker``: who decoded it, if anybody began to; ``message``: if it came
+        to its end."""
         self._unwant(call.key)
         run = call.run
         if run is not None and not self._is_live(run):
             self._over(run, now_s)
             if worker is not None and self._on and call.submit.block_hashes:
-                output_tokens = message.output_tokens if message is not None else 0
-                self._dead(self._tail(call, run, worker, output_tokens, now_s), now_s)
+                most_tokens = call.submit.max_output_tokens
+                self._dead(self._tail(call, run, worker, most_tokens, now_s), now_s)
         elif message is None or worker is None or not self._on:
             return
         elif len(call.submit.block_hashes) >= BLOCK_HASH_BYTES:
@@ -213,7 +231,7 @@ class Retention:
         if former is not None:
             self._drop(former, now_s)
         if run is None and (alike := self._loose.get(tail.end)) is not None:
-            self._forget(alike)
+            self._leave(alike)
         of_worker = self._of_worker.setdefault(worker, {})
         self._tails[tail.name] = of_worker[tail.name] = tail
         self._looked_s.pop(worker, None)
@@ -223,9 +241,11 @@ class Retention:
             of_run = self._of_run.setdefault(run, [])
             of_run.append(tail)
             if len(of_run) > TAILS_PER_RUN:
-                self._unused(of_run[0], now_s)
+                self._leave(of_run[0])
         if len(of_worker) > TAILS_PER_WORKER:
-            self._unused(next(iter(of_worker.values())), now_s)
+            # Those without a run are many, and few of them are gone on from.
+            loose = (each for each in of_worker.values() if each.run is None)
+            self._leave(next(loose, None) or next(iter(of_worker.values())))
         self._look_soon(now_s)
 
     def worker_lost(self, worker: Worker) -> None:
@@ -233,15 +253,18 @@ class Retention:
         for tail in list(self._of_worker.get(worker, {}).values()):
             self._forget(tail)
         self._unneeded.pop(worker, None)
+        self._released.pop(worker, None)
 
     # --- time -----------------------------------------------------------------------------
 
     def look(self, now_s: float) -> None:
         """Pin what is worth it, release what is not, on the workers whose turn it is."""
-        while self._settling and self._settling[0][0] <= now_s:
-            _, worker, hashes, blocks = self._settling.popleft()
-            if self._is_there(worker):
-                self._index.chill(worker.name, hashes, blocks)
+        for _ in range(SETTLED_MOST):
+            if not self._settling or self._settling[0].due_s > now_s:
+                break
+            dead = self._settling.popleft()
+            if self._is_there(dead.worker):
+                self._index.chill(dead.worker.name, dead.hashes, dead.blocks, dead.after)
         looked = 0
         for worker in list(self._of_worker):
             if looked >= LOOKED_AT:
@@ -341,19 +364,27 @@ class Retention:
             self._book.of(tail.agent, tail.uses).unused()
         self._drop(tail, now_s)
 
-    def _drop(self, tail: Tail, now_s: float) -> None:
+    def _drop(self, tail: Tail, now_s: float, after: bytes = b"") -> None:
         """Forget it: its worker need not keep it."""
         self._forget(tail)
-        self._dead(tail, now_s)
+        self._dead(tail, now_s, after)
 
-    def _dead(self, tail: Tail, now_s: float) -> None:
+    def _leave(self, tail: Tail) -> None:
+        """Forget it, there are too many: it is evicted as what was used as long ago."""
+        if tail.ends_s > 0.0:
+            self._released.setdefault(tail.worker, []).append(tail.name)
+        self._forget(tail)
+
+    def _dead(self, tail: Tail, now_s: float, after: bytes = b"") -> None:
         """Nobody will ask for it."""
         settled_s = now_s + SETTLE_S
         self._unneeded.setdefault(tail.worker, []).append(tail.name)
-        self._settling.append((settled_s, tail.worker, tail.hashes, tail.blocks))
+        self._settling.append(Dead(settled_s, tail.worker, tail.hashes, tail.blocks, after))
         if tail.prefill is not None and self._is_there(tail.prefill):
             self._unneeded.setdefault(tail.prefill, []).append(tail.name)
-            self._settling.append((settled_s, tail.prefill, tail.hashes, tail.prompt_blocks))
+            self._settling.append(
+                Dead(settled_s, tail.prefill, tail.hashes, tail.prompt_blocks, after)
+            )
         self._look_soon(now_s)
 
     def _is_there(self, worker: Worker) -> bool:
@@ -363,7 +394,6 @@ class Retention:
         if tail.ends_s > 0.0:
             tail.ends_s = 0.0
             self._state.counters["pins_released"] += 1
-        self._index.chill(tail.worker.name, tail.hashes, tail.blocks)
         for key in tail.wanted:
             wanting = self._wanting[key]
             wanting.remove(tail)
@@ -386,9 +416,11 @@ class Retention:
 
     def _tell(self) -> None:
         """Say what nobody needs since the last time."""
-        for worker, names in self._unneeded.items():
-            self._state.send(worker.peer, Retain(worker.incarnation, unneeded=names))
+        for worker in self._unneeded.keys() | self._released.keys():
+            released, unneeded = self._released.get(worker, []), self._unneeded.get(worker, [])
+            self._state.send(worker.peer, Retain(worker.incarnation, [], released, unneeded))
         self._unneeded.clear()
+        self._released.clear()
 
     def _look_soon(self, now_s: float) -> None:
         if self._state.deadlines.get(("retention",)) is None:
@@ -408,6 +440,7 @@ class Retention:
         assert everywhere == self._tails
         assert self._looked_s.keys() <= self._of_worker.keys()
         assert not self._unneeded
+        assert not self._released
         listed = [tail for tails in self._of_run.values() for tail in tails]
         listed += self._loose.values()
         assert all(tail.run is None and tail.end == end for end, tail in self._loose.items())

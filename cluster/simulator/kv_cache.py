@@ -77,6 +77,7 @@ class Run:
         if len(self.data) != size:
             self.data = self.data[self.offset : self.offset + size]
             self.offset = 0
+        self.chain = self.chain[: self.position * BLOCK_HASH_BYTES + size]
 
 
 class Holding:
@@ -215,12 +216,8 @@ class BlockPool:
             # The first that is not cached: neither are those behind it.
             self._append(holding, begin, end)
 
-    def release(self, holding: Holding, cold: bool = False) -> None:
-        """Free a holding's blocks, its last one first.
-
-        ``cold``: nobody will look for them any more. What nothing else in the cache goes on from
-        is evicted before everything else.
-        """
+    def release(self, holding: Holding) -> None:
+        """Free a holding's blocks, its last one first."""
         later: Run | None = None
         for run, blocks in reversed(holding.runs):
             for part in reversed(_parts(run, blocks)):
@@ -232,8 +229,6 @@ class BlockPool:
                 self._cached_free += part.blocks
                 self._retire(part, later)
                 later = part
-        if cold:
-            self._chill(holding.cached_chain)
         self._plain_free += holding.plain
         holding.cached = holding.plain = 0
         holding.runs = []
@@ -326,8 +321,9 @@ class BlockPool:
         assert newest is not None
         self._link(run, newest, self._end)
 
-    def _chill(self, chain: bytes) -> None:
-        """Have the end of a chain evicted next, as far back as nothing else follows it."""
+    def chill(self, chain: bytes) -> None:
+        """Nobody will look for a chain any more: what is free of it, and nothing else in the cache
+        goes on from, is evicted before everything else."""
         cold: list[Run] = []
         for run, end in reversed(self._own_runs(chain)):
             start = run.blocks if run.holders else self._alone_from(run, cold[-1:])

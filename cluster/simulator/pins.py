@@ -79,11 +79,10 @@ class Pins:
         """Keep it no longer; unknown ones are ignored. ``cold``: nobody will ask for it, so it
         is evicted first, pinned before or not."""
         pin = self._pins.pop(name, None)
-        holding = pin.holding if pin is not None else None
-        if holding is None and cold and (chain := self._ended.get(name)):
-            holding = self._adopted(chain)
-        if holding is not None:
-            self._pool.release(holding, cold)
+        if pin is not None:
+            self._pool.release(pin.holding)
+        if cold and (chain := self._ended.get(name)):
+            self._pool.chill(chain)
 
     def _adopted(self, chain: bytes) -> Holding:
         holding = Holding(chain)

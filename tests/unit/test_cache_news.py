@@ -86,6 +86,16 @@ def begin(
         running.append(holding)
 
 
+def release(pool: BlockPool, over: list[Holding], cold: bool) -> list[bytes]:
+    """Sequences are over; what they leave."""
+    left = [holding.cached_chain for holding in over]
+    for holding in over:
+        pool.release(holding)
+    for chain in left if cold else []:
+        pool.chill(chain)
+    return left
+
+
 @settings(max_examples=300)
 @given(steps=steps)
 def test_what_is_told_is_what_the_cache_has(
@@ -100,6 +110,7 @@ def test_what_is_told_is_what_the_cache_has(
     seen: set[bytes] = set()
 
     def tell(ended: list[bytes]) -> None:
+        seen.update(ended)
         for changes in news.look(ended, pool.evicted(), pool.cached_of):
             for stored in changes.stored:
                 index.stored("w", stored)
@@ -109,19 +120,13 @@ def test_what_is_told_is_what_the_cache_has(
 
     for text, ends, cold in steps:
         begin(pool, running, text, names)
-        for holding in running[:ends]:
-            seen.add(holding.cached_chain)
-            ended.append(holding.cached_chain)
-            pool.release(holding, cold)
-        running = running[ends:]
+        over, running = running[:ends], running[ends:]
+        ended += release(pool, over, cold)
         pool.check(running)
         if cold:
             tell(ended)
             ended = []
-    ended += [holding.cached_chain for holding in running]
-    for holding in running:
-        pool.release(holding)
-    tell(ended)
+    tell(ended + release(pool, running, False))
     tell([])
     for each in seen:
         assert index.longest_prefix(each).get("w", 0) == pool.cached_of(each)

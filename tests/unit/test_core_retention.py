@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from hashlib import blake2b
 from typing import Any
 
+import pytest
+
 from coordinator.core import Core
 from coordinator.limits import Limits, Placement
 from coordinator.protocol import (
@@ -16,6 +18,7 @@ from coordinator.protocol import (
     EngineFacts,
     Finished,
     Hello,
+    KvChanges,
     Load,
     Plan,
     Ready,
@@ -24,6 +27,7 @@ from coordinator.protocol import (
     Submit,
     ToCore,
 )
+from coordinator.retention import TAILS_PER_WORKER
 
 FACTS = EngineFacts("0.32", "model", "fingerprint", 16, 1000, 16000, 64, 2048)
 TOKENS = 160
@@ -163,6 +167,51 @@ def test_the_last_call_of_a_run_is_not_needed_either() -> None:
     assert {"r-2~1", "last~1"} <= set(bed.unneeded)
     bed.wait(5.0)
     assert not bed.pinned
+
+
+def room(bed: Bed) -> int:
+    """Blocks of which nobody will ask for any, as placement takes them."""
+    return bed.core._index.room("w")
+
+
+@pytest.mark.parametrize("outcome", ["stop", "abort"])
+def test_what_a_run_leaves_that_is_over_is_room(outcome: str) -> None:
+    bed = Bed()
+    hashes = chain("last", 2, bed.rounds("r", 3))
+    bed.begin("last", hashes, "r", final=True)
+    assert room(bed) < FACTS.kv_blocks
+    bed.say("api", Started("api", "last", 1))
+    if outcome == "abort":
+        bed.say("client", CancelRun(1, "team", "r"))
+    answer = chain("answer", 3, hashes)
+    bed.end("last", outcome)
+    bed.say("w", KvChanges("w", "1", 0, [answer], reset=True))
+    bed.wait(5.0)
+    assert room(bed) == FACTS.kv_blocks
+    # The same once more: what is asked for is not room.
+    bed.begin("again", hashes, "s")
+    bed.say("api", Started("api", "again", 1))
+    assert room(bed) <= FACTS.kv_blocks - len(hashes) // 8
+
+
+def test_calls_without_a_run_push_no_runs_out() -> None:
+    bed = Bed()
+    bed.rounds("r", 6)
+    for number in range(TAILS_PER_WORKER + 8):
+        bed.begin(f"single-{number}", chain(f"single-{number}", 1), "")
+        bed.end(f"single-{number}")
+    assert list(bed.pinned) == ["r-5~1"]
+    assert not [name for name in bed.unneeded if name.startswith("single")]
+
+
+def test_sessions_that_begin_alike_do_not_end_each_other() -> None:
+    bed = Bed()
+    hashes = chain("system", 10)
+    bed.begin("a", hashes, "")
+    bed.end("a")
+    bed.begin("b", hashes, "")
+    bed.say("api", Started("api", "b", 1))
+    assert not bed.unneeded
 
 
 def test_failed_calls_keep_nothing() -> None:
