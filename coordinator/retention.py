@@ -377,14 +377,11 @@ class Retention:
 
     def _dead(self, tail: Tail, now_s: float, after: bytes = b"") -> None:
         """Nobody will ask for it."""
-        settled_s = now_s + SETTLE_S
-        self._unneeded.setdefault(tail.worker, []).append(tail.name)
-        self._settling.append(Dead(settled_s, tail.worker, tail.hashes, tail.blocks, after))
-        if tail.prefill is not None and self._is_there(tail.prefill):
-            self._unneeded.setdefault(tail.prefill, []).append(tail.name)
-            self._settling.append(
-                Dead(settled_s, tail.prefill, tail.hashes, tail.prompt_blocks, after)
-            )
+        left = [(tail.worker, tail.blocks), (tail.prefill, tail.prompt_blocks)]
+        for worker, blocks in left:
+            if worker is not None and self._is_there(worker):
+                self._unneeded.setdefault(worker, []).append(tail.name)
+                self._settling.append(Dead(now_s + SETTLE_S, worker, tail.hashes, blocks, after))
         self._look_soon(now_s)
 
     def _is_there(self, worker: Worker) -> bool:
@@ -416,7 +413,7 @@ class Retention:
 
     def _tell(self) -> None:
         """Say what nobody needs since the last time."""
-        for worker in self._unneeded.keys() | self._released.keys():
+        for worker in dict.fromkeys([*self._unneeded, *self._released]):
             released, unneeded = self._released.get(worker, []), self._unneeded.get(worker, [])
             self._state.send(worker.peer, Retain(worker.incarnation, [], released, unneeded))
         self._unneeded.clear()
