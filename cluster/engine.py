@@ -167,7 +167,7 @@ class WorkerEngine(AsyncLLM):
             return Load()
         stats = relay.scheduler_stats or SchedulerStats()
         blocks = self.vllm_config.cache_config.num_gpu_blocks or 0
-        used = round(stats.kv_cache_usage * blocks)
+        used = blocks_used(stats.kv_cache_usage, blocks)
         pinned = min(used, relay.pinned_blocks)
         return Load(
             running=stats.num_running_reqs,
@@ -179,6 +179,12 @@ class WorkerEngine(AsyncLLM):
             garbage_frames_total=garbage_frames,
             kv_blocks_pinned=pinned,
         )
+
+
+def blocks_used(usage: float, blocks: int) -> int:
+    """How many blocks are in use: ``usage`` is a share of all but vLLM's null block, which is never
+    free and never used."""
+    return round(usage * max(0, blocks - 1))
 
 
 def import_model(model: str) -> None:

@@ -245,7 +245,7 @@ class FakeCore(EngineCoreClient):  # type: ignore[misc]
         stats = SchedulerStats(
             num_running_reqs=len(self.running),
             num_waiting_reqs=len(self.waiting),
-            kv_cache_usage=min(1.0, used / self._block_size / self.behaviour.kv_blocks),
+            kv_cache_usage=min(1.0, used / self._block_size / max(1, self.behaviour.kv_blocks - 1)),
         )
         self._outputs.put_nowait(
             EngineCoreOutputs(outputs=outputs, scheduler_stats=stats, timestamp=now_s)

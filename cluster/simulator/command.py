@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -73,8 +72,6 @@ def replayed(
     path = request.resume or _new_file(scenario.name)
     results = Results(path, scenario, resume=request.resume is not None)
     processes = request.processes or usable_cores()
-    # Whoever asks politely gets the same clean end as Ctrl-C.
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         outcomes = run(scenario, results, processes, console, wanted)
     except KeyboardInterrupt:
@@ -86,7 +83,6 @@ def replayed(
         )
         return None
     finally:
-        signal.signal(signal.SIGTERM, before)
         results.close()
     console.print(f"replay by replay: {path}", highlight=False, soft_wrap=True)
     return outcomes

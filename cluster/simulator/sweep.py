@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 
@@ -35,6 +35,9 @@ from cluster.simulator.source import open_source
 from cluster.workload.form import Workload
 
 KILLED_AFTER_S = 5.0
+POLL_S = 0.2
+ENDING = (signal.SIGINT, signal.SIGTERM)
+"""Whoever asks politely gets the same clean end as Ctrl-C."""
 
 
 class Task(msgspec.Struct, frozen=True):
@@ -99,16 +102,37 @@ def run(
     wanted = tasks(scenario) if wanted is None else wanted
     left = [task for task in wanted if task.key not in done]
     total = len(wanted)
-    with _shown(console, total, total - len(left)) as show, pool(processes, len(left)) as workers:
-        for outcome in _outcomes(workers, scenario, left, processes):
+    with (
+        _interrupts() as interrupted,
+        _shown(console, total, total - len(left)) as show,
+        pool(processes, len(left)) as workers,
+    ):
+        for outcome in _outcomes(workers, scenario, left, processes, interrupted):
             results.append(outcome)
             done[outcome.key] = outcome
             show(outcome)
     return [done[task.key] for task in wanted]
 
 
+@contextmanager
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """Whether this process was asked to end meanwhile. An exception out of the blue would break
+    whatever waits just then: a lock that is taken half, a line that is written half."""
+    asked: list[int] = []
+    before = {number: signal.signal(number, lambda n, _: asked.append(n)) for number in ENDING}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def _outcomes(
-    pool: ProcessPoolExecutor, scenario: Scenario, left: list[Task], processes: int
+    pool: ProcessPoolExecutor,
+    scenario: Scenario,
+    left: list[Task],
+    processes: int,
+    interrupted: Callable[[], bool],
 ) -> Iterator[Outcome]:
     """As they finish. Few are handed over ahead, so that little is lost by an interrupt."""
     text = msgspec.json.encode(scenario)
@@ -119,7 +143,9 @@ def _outcomes(
             running[pool.submit(simulate_task, text, msgspec.json.encode(task))] = task
         if not running:
             return
-        finished, _ = wait(running, return_when=FIRST_COMPLETED)
+        finished, _ = wait(running, timeout=POLL_S, return_when=FIRST_COMPLETED)
+        if interrupted():
+            raise KeyboardInterrupt
         for future in finished:
             task = running.pop(future)
             try:

@@ -35,7 +35,7 @@ WORKERS = """\
   - {name: decode-0, role: decode}
   - {name: decode-1, role: decode}
 """
-ROUNDS_MOST = 20
+ROUNDS_MOST = 30
 DOCUMENT_WORDS = 200
 ANSWER_TOKENS = 16
 SIDE_BY_SIDE = 3
@@ -116,8 +116,8 @@ def test_contexts_are_pulled_between_decode_workers_and_moved_ahead(
     questions: list[str] = []
     said: list[list[tuple[str, str]]] = []
     for number in range(ROUNDS_MOST):
-        # Every third time two runs are in each other's way, and contexts have to move.
-        fresh = [uuid.uuid4().hex for _ in range(2 if number % 3 == 2 else 1)]
+        # Every third time runs are in each other's way, and contexts have to move.
+        fresh = [uuid.uuid4().hex for _ in range(SIDE_BY_SIDE if number % 3 == 2 else 1)]
         core, engines = demo.core(), demo.engines()
         reports = run(demo.server, *fresh)
         core_told, engines_told = demo.core() - core, demo.engines() - engines

@@ -18,6 +18,7 @@ from vllm.v1.metrics.stats import PrefillStats
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from cluster.config import WorkerConfig
+from cluster.engine import blocks_used
 from cluster.serving import Worker
 from coordinator import protocol, sockets
 from coordinator.protocol import (
@@ -526,3 +527,10 @@ async def test_nobody_has_a_worker_read_from_an_engine_that_it_never_met() -> No
         assert isinstance(sampled, protocol.Sampled)
         assert "never met" in sampled.error
         assert engine.given == {}
+
+
+def test_used_blocks_are_counted_as_vllm_counts_them() -> None:
+    for blocks in (1, 2, 100, 2048):
+        for used in {0, 1, blocks // 2, blocks - 1}:
+            usage = used / (blocks - 1) if blocks > 1 else 0.0
+            assert blocks_used(usage, blocks) == (used if blocks > 1 else 0)
