@@ -20,7 +20,7 @@ tracked none. Calls without a run are known by how their prompts end.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -145,6 +145,8 @@ class Retention:
         self._of_run: dict[Run, list[Tail]] = {}
         self._loose: dict[bytes, Tail] = {}
         """Those without a run, by the last hash of their prompts."""
+        self._lengths: Counter[int] = Counter()
+        """How many of these have so many blocks of prompt."""
         self._of_worker: dict[Worker, dict[str, Tail]] = {}
         """Each one's by name, the longest ended first; whom to look at next first."""
         self._looked_s: dict[Worker, float] = {}
@@ -184,11 +186,12 @@ class Retention:
         have room in it: others may have asked the same."""
         if run is not None:
             return [tail for tail in self._of_run.get(run, ()) if tail.begins(hashes)]
-        size = BLOCK_HASH_BYTES
-        if self._loose:
-            for end in range(len(hashes), max(0, len(hashes) - LOOKED_BACK * size), -size):
-                tail = self._loose.get(hashes[end - size : end])
-                if tail is not None and tail.blocks * size <= len(hashes):
+        size, lengths = BLOCK_HASH_BYTES, self._lengths
+        blocks = len(hashes) // size
+        for length in range(blocks, max(0, blocks - LOOKED_BACK), -1):
+            if length in lengths:
+                tail = self._loose.get(hashes[(length - 1) * size : length * size])
+                if tail is not None and tail.blocks <= blocks:
                     return [tail]
         return []
 
@@ -237,6 +240,7 @@ class Retention:
         self._looked_s.pop(worker, None)
         if run is None:
             self._loose[tail.end] = tail
+            self._lengths[tail.prompt_blocks] += 1
         else:
             of_run = self._of_run.setdefault(run, [])
             of_run.append(tail)
@@ -405,6 +409,9 @@ class Retention:
             self._looked_s.pop(tail.worker, None)
         if tail.run is None:
             del self._loose[tail.end]
+            self._lengths[tail.prompt_blocks] -= 1
+            if not self._lengths[tail.prompt_blocks]:
+                del self._lengths[tail.prompt_blocks]
             return
         tails = self._of_run[tail.run]
         tails.remove(tail)
@@ -441,6 +448,7 @@ class Retention:
         listed = [tail for tails in self._of_run.values() for tail in tails]
         listed += self._loose.values()
         assert all(tail.run is None and tail.end == end for end, tail in self._loose.items())
+        assert self._lengths == Counter(tail.prompt_blocks for tail in self._loose.values())
         assert {tail.name for tail in listed} == self._tails.keys()
         assert len(listed) == len(self._tails)
         assert all(0 < len(tails) <= TAILS_PER_RUN for tails in self._of_run.values())

@@ -28,6 +28,7 @@ import uvloop
 import zmq
 
 from coordinator import protocol
+from coordinator.collecting import rare_collections
 from coordinator.core import Core, Send
 from coordinator.limits import Limits, Placement
 from coordinator.link import BAD_FRAME, GarbageCounter
@@ -349,7 +350,8 @@ def listen(host: str, port: int) -> socket.socket:
 def main(config: CoordinatorConfig, start_process: StartProcess = start_fresh) -> int:
     """Run the core and its API processes until SIGTERM or SIGINT. Returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    code: int = uvloop.run(_serve(config, start_process))
+    with rare_collections():
+        code: int = uvloop.run(_serve(config, start_process))
     return code
 
 

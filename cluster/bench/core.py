@@ -18,6 +18,7 @@ from statistics import median
 from rich.console import Console
 
 from cluster.bench.report import table, write
+from coordinator.collecting import rare_collections
 from coordinator.core import Core, Send
 from coordinator.limits import Limits, Placement
 from coordinator.protocol import (
@@ -155,7 +156,9 @@ def main(
     with console.status("deciding") as status:
         for number in range(1, repeats + 1):
             status.update(f"run {number} of {repeats}: {calls} calls over {workers} workers")
-            rows.append({"run": number, **run(workers, calls, prompt_blocks, seed)})
+            # As the core's own process has it.
+            with rare_collections():
+                rows.append({"run": number, **run(workers, calls, prompt_blocks, seed)})
     figures = {name: median(row[name] for row in rows) for name in rows[0] if name != "run"}
     write(json_path, "pythia bench core", figures, rows)
     table(console, f"decisions of the core with {workers} workers", rows)

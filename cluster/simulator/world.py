@@ -7,10 +7,8 @@ depends on.
 
 from __future__ import annotations
 
-import gc
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from cluster.simulator.api import Api
 from cluster.simulator.brain import Brain, CoreFactory
@@ -28,6 +26,7 @@ from cluster.simulator.records import Result, Totals
 from cluster.simulator.setup import ClusterSetup, Faults, WorkerSetup
 from cluster.simulator.worker import Worker
 from cluster.workload.form import Workload
+from coordinator.collecting import rare_collections
 from coordinator.core import Core
 from coordinator.cost import Tier
 from coordinator.protocol import EngineFacts, Placed, Role
@@ -37,6 +36,7 @@ WARM_UP_S_MAX = 600.0
 """Longest time for the core to try all pairs of workers before the replay begins."""
 SETTLE_STEP_S = 1.0
 COLLECT_OBJECTS = 200_000
+"""Engines and network come and go in this process, too."""
 
 
 class World:
@@ -353,7 +353,7 @@ def simulate(
         limited=limited,
         progress=progress,
     )
-    with _rare_collections():
+    with rare_collections(COLLECT_OBJECTS):
         world.start()
         world.warm_up()
         if began is not None:
@@ -362,17 +362,6 @@ def simulate(
     if world.clients.done:
         settle(world, setup.options.kv_lease_s / 2)
     return world.result(configuration)
-
-
-@contextmanager
-def _rare_collections() -> Iterator[None]:
-    """Millions of small objects come and go here, hardly any of them in cycles."""
-    before = gc.get_threshold()
-    gc.set_threshold(COLLECT_OBJECTS, *before[1:])
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
 
 
 def settle(world: World, longest_s: float) -> None:
