@@ -182,22 +182,14 @@ class Placement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     are sent at once, and engines let them wait and preempt them."""
     reserve_output_tokens: Positive = 256
     """Output room reserved on the decode worker: the smaller of this and the call's limit."""
-    kv_headroom_fraction: Annotated[float, msgspec.Meta(ge=0.0, lt=1.0)] = 0.05
-    """Share of a decode worker's KV blocks that is never reserved."""
     compared_workers: Positive = 32
     """``pythia``, ``least_kv``: in a cluster of more workers only about so many are compared for
     a call: the least loaded, those with the most room, those that hold the most of the prompt."""
-    prefill_workers_decode: bool = True
-    """``pythia``: a call may be decoded on a prefill worker, too, if that costs least."""
-    band: Factor = 0.02
-    """``pythia``: workers on which a call costs at most so much more than on the cheapest, as a
-    share of what is not the same everywhere, are as good: a hash of the call's turn chooses. 0: the
-    cheapest, ties by name."""
+    prefill_workers_decode: bool | None = None
+    """``pythia``: a call may be decoded on a prefill worker, too, if that costs least. None: unless
+    ``rebalance`` turns workers, which keeps promises better with roles kept apart."""
     work_price: Factor = 3.0
     """``pythia``: how much it counts that prompts hold up calls that come later."""
-    interference: Factor = 1.0
-    """``pythia``: how much it counts that prompts to come will slow decoding where prompts were
-    computed lately."""
     forgotten: Factor = 3.0
     """``pythia``: how much it counts that caches forget what somebody may ask for."""
     siblings_together: bool = True
@@ -266,8 +258,7 @@ class Placement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def roles_shared(self) -> bool:
         """Whether workers with the role prefill may decode beside others."""
-        return (
-            self.policy == "pythia"
-            and self.prefill_workers_decode
-            and self.disaggregated != "always"
-        )
+        wanted = self.prefill_workers_decode
+        if wanted is None:
+            wanted = self.rebalance.mode != "auto"
+        return self.policy == "pythia" and wanted and self.disaggregated != "always"

@@ -123,8 +123,7 @@ class Prefetches:
         self._state = state
         self._index = index
         self.on = placement.prefetch and placement.policy == "pythia"
-        # What is drawn among equals here would not be drawn again when the call comes.
-        self._placement = msgspec.structs.replace(placement, band=0.0)
+        self._placement = placement
         self._tracker = tracker
         self._pace = pace
         self._errands = errands

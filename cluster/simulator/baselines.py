@@ -182,12 +182,12 @@ BASELINES: Mapping[str, Baseline] = {
     "pythia-rebalance": Baseline(
         "the same, roles are kept apart and follow the demand that is expected",
         "split",
-        {"prefill_workers_decode": False},
         ratio="forecast",
     ),
     "pythia-rebalance-shared": Baseline(
         "the same, but a role is only what a worker does rather: prefill workers may decode",
         "split",
+        {"prefill_workers_decode": True},
         ratio="forecast",
     ),
     "pythia-mixed": Baseline("the same, all workers may do everything", "mixed"),
@@ -259,7 +259,6 @@ BASELINES: Mapping[str, Baseline] = {
     "rebalance-oracle": Baseline(
         "pythia-rebalance that knows the mix to come",
         "split",
-        {"prefill_workers_decode": False},
         ratio="forecast",
         future=KnownFuture,
     ),
@@ -277,9 +276,6 @@ BASELINES: Mapping[str, Baseline] = {
     ),
     "pythia-no-output-reservation": Baseline(
         "room is reserved for the prompt and one token only", "split", {"reserve_output_tokens": 1}
-    ),
-    "pythia-no-headroom": Baseline(
-        "all KV blocks may be reserved", "split", {"kv_headroom_fraction": 0.0}
     ),
     "pythia-no-prefill-bound": Baseline(
         "any number of prompts is sent to a prefill worker",
@@ -313,16 +309,8 @@ BASELINES: Mapping[str, Baseline] = {
     "pythia-no-work-price": Baseline(
         "what prompts cost calls that come later does not count", "split", {"work_price": 0.0}
     ),
-    "pythia-no-interference": Baseline(
-        "what prompts to come cost those that decode does not count",
-        "split",
-        {"interference": 0.0},
-    ),
     "pythia-no-forgotten": Baseline(
         "what caches forget does not count", "split", {"forgotten": 0.0}
-    ),
-    "pythia-no-band": Baseline(
-        "of nearly equal choices always the cheapest", "split", {"band": 0.0}
     ),
     "pythia-no-disaggregation": Baseline(
         "all workers do both, each call on one", "mixed", {"disaggregated": "never"}

@@ -10,8 +10,7 @@ For each worker that may decode the call, and each way to have the prompt's KV t
 
 this is reckoned, in seconds of all calls together:
 
-    own         until the first token, then decoding in the batch that will be there, slowed by
-                prompts to come as it was by those of late
+    own         until the first token, then decoding in the batch that will be there
     others      the calls that a worker decodes while it computes the prompt; longer steps of
                 those decoded beside this one, for as long as both are
     later       calls that come while prompts wait, and wait longer for this one. Where it is
@@ -20,10 +19,9 @@ this is reckoned, in seconds of all calls together:
     forgotten   what caches give up for the new KV is computed again, as far as it will be asked
                 for; KV beyond what a worker has is preempted
 
-The least sum is taken. Among nearly equal ones a hash of the call's turn chooses, so that
-decisions on the same stale reports do not all fall alike. Affinity to caches, balance, whether
-disaggregation pays, and workers that rather prefill or rather decode all come of the sums:
-there are no thresholds.
+The least sum is taken. What was planned counts at once, so that decisions on the same reports do
+not all fall alike. Affinity to caches, balance, whether disaggregation pays, and workers that
+rather prefill or rather decode all come of the sums: there are no thresholds.
 
 One estimate of queueing, prefill and transfer for each pair is Mooncake's ("Conductor", FAST
 2025); costs to others, and of what is evicted, are Preble's ("E2", ICLR 2025).
@@ -34,7 +32,6 @@ Pure functions of views; nothing is remembered.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from hashlib import blake2b
 from typing import NamedTuple
 
 import msgspec
@@ -178,15 +175,17 @@ def cheapest(
     ways = [costs.way(places[worker.name], sources) for worker in free or prefillers]
     ways = sorted(ways)[:PREFILLERS_TRIED]
     found: list[tuple[float, str, str, str]] = []
-    most, width = float("inf"), 1.0 + placement.band
+    most = float("inf")
     able = [worker for worker in roomy if not costs.held_up(places[worker.name])]
     for decode in able or roomy:
         # What cannot be among the best any more is not looked into.
         seconds, prefill, pull = costs.of(places[decode.name], ways, sources, most)
         if seconds <= most:
             found.append((seconds, decode.name, prefill, pull))
-            most = min(most, seconds * width)
-    seconds, name, prefill, pull = _chosen(found, placement, ask.turn)
+            most = seconds
+    # Ties go to the smallest names.
+    found.sort()
+    seconds, name, prefill, pull = found[0]
     computes = places[prefill].worker if prefill else None
     blocks = next((source.blocks for source in sources if source.name == pull), 0)
     seen = Seen(costs, ways, sources, _glances(name, found, places, outlook.room))
@@ -223,19 +222,6 @@ def _glances(
 def options(seen: Seen) -> list[Option]:
     """What was compared, as it was then, the cheapest first."""
     return sorted(seen.costs.options(seen), key=lambda each: each.total_s)
-
-
-def _chosen(
-    found: list[tuple[float, str, str, str]], placement: Placement, turn: int
-) -> tuple[float, str, str, str]:
-    """The least, or one that is as good; ties go to the smallest names if none is drawn."""
-    found.sort()
-    if not placement.band or len(found) == 1:
-        return found[0]
-    most = found[0][0] * (1.0 + placement.band)
-    near = [each for each in found if each[0] <= most]
-    digest = blake2b(turn.to_bytes(8, "little"), digest_size=8).digest()
-    return near[int.from_bytes(digest, "little") % len(near)]
 
 
 class _Costs:
@@ -411,9 +397,8 @@ class _Costs:
         gauge, batch = decode.gauge, len(decode.decodes)
         step_s = self._step_s + self._sequence_s * batch + self._longer_s
         step_s += self._context_s * gauge.context_tokens
-        slowed = min(BUSY_MOST, self._placement.interference * place.share)
         together = min(gauge.left_tokens, output_tokens * batch)
-        own_s = output_tokens * step_s / (1.0 - slowed) - self.alone_s
+        own_s = output_tokens * step_s - self.alone_s
         seconds = own_s + together * self._longer_s
         return seconds + self._forgotten_s(decode, self._prompt_tokens + output_tokens)
 
@@ -450,7 +435,6 @@ class _Costs:
         output_tokens = self._output_tokens
         step_s = self._step_s + self._sequence_s * glance.batch + self._longer_s
         step_s += self._context_s * glance.context_tokens
-        slowed = min(BUSY_MOST, self._placement.interference * place.share)
         others_s = min(glance.left_tokens, output_tokens * glance.batch) * self._longer_s
         moving_s = 0.0
         computes = place if way is None else way.place
@@ -472,7 +456,7 @@ class _Costs:
         lost_blocks = max(0.0, new_blocks - max(0, glance.room))
         again_s = self._outlook.reuse * self._block_s * lost_blocks
         again_s *= self._placement.forgotten * (1.0 + glance.decoding + self._later)
-        decode_s = output_tokens * step_s / (1.0 - slowed)
+        decode_s = output_tokens * step_s
         return Option(
             decode=place.worker.name,
             prefill=way.name if way is not None else "",

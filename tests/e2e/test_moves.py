@@ -129,7 +129,7 @@ def test_a_stream_goes_on_elsewhere_with_its_kv(
     tmp_path_factory: pytest.TempPathFactory,
     record_property: Any,
 ) -> None:
-    config = config_of(WORKERS, "{band: 0}", "{queue_s: 60, move_s: 20}")
+    config = config_of(WORKERS, "{}", "{queue_s: 60, move_s: 20}")
     with running(config, tmp_path_factory.mktemp("moves")) as server:
         body = completion(fresh_tokens(PROMPT_TOKENS), ANSWER_TOKENS)
         # An engine compiles something when it is first asked for them, for seconds.
@@ -169,7 +169,7 @@ def test_a_stream_goes_on_elsewhere_with_its_kv(
 
 
 def test_what_can_not_go_on_elsewhere_stays(tmp_path_factory: pytest.TempPathFactory) -> None:
-    config = config_of(WORKERS, "{band: 0}", "{queue_s: 60}")
+    config = config_of(WORKERS, "{}", "{queue_s: 60}")
     with running(config, tmp_path_factory.mktemp("moves")) as server:
         body = completion(fresh_tokens(PROMPT_TOKENS), 200) | {"presence_penalty": 0.5}
         with contextlib.closing(Control(server.control_address)) as control:

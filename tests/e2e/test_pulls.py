@@ -122,7 +122,7 @@ def test_a_free_decode_worker_pulls_from_the_busy_one(
 ) -> None:
     config = config_of(
         "  - {name: decode-0, role: decode}\n  - {name: decode-1, role: decode}\n",
-        "{band: 0}",
+        "{}",
         "{queue_s: 60, calls_per_worker: 1, pull_s: 20}",
     )
     with running(config, tmp_path_factory.mktemp("pulls")) as server:

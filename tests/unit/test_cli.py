@@ -284,7 +284,7 @@ BUSY = """\
 model: llama-3.1-8b-h200-tp1
 workers: {count: 2, ratio: [1, 1]}
 slo: {ttft_s: 1.0, itl_s: 0.0055}
-compare: [pythia, pythia-no-band]
+compare: [pythia, pythia-no-pulls]
 seeds: 2
 workloads:
   - name: teams

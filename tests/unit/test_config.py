@@ -60,7 +60,7 @@ BAD = [
     ("limits:\n  queue_s: soon\n", 5, "limits.queue_s: must be a number (got 'soon')"),
     ("limits:\n  call_s: .inf\n", 5, "limits.call_s: must be finite (got inf)"),
     ("limits: {queue: 1}\n", 4, "limits.queue: unknown key; did you mean 'queue_s'?"),
-    ("placement: {kv_headroom_fraction: 1}\n", 4, "kv_headroom_fraction: must be a number < 1.0"),
+    ("placement: {retained_share: 2}\n", 4, "retained_share: must be a number <= 1.0"),
     (
         "placement: {policy: round-robin}\n",
         4,

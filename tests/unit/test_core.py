@@ -60,9 +60,8 @@ PLACEMENT = Placement(
     policy="least_kv",
     remote_prefill_min_tokens=100,
     reserve_output_tokens=32,
-    kv_headroom_fraction=0.1,
 )
-FACTS = EngineFacts("0.32", "model", "fingerprint", 16, 100, 2000, 8, 2048)
+FACTS = EngineFacts("0.32", "model", "fingerprint", 16, 90, 2000, 8, 2048)
 LONG = 320
 SHORT = 32
 

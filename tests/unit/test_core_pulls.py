@@ -116,7 +116,7 @@ class BusyBed(Bed):
     def __init__(self) -> None:
         limits = msgspec.structs.replace(LIMITS, calls_per_worker=1, late_peer_s=9.0)
         super().__init__(limits)
-        placement = msgspec.structs.replace(PLACEMENT, policy="pythia", band=0.0)
+        placement = msgspec.structs.replace(PLACEMENT, policy="pythia")
         self.core = Core(limits, placement, "core")
 
     def pulls(self, request: str, late: bool = False) -> str:

@@ -44,7 +44,7 @@ class Bed:
     """A core with one worker and an API process; what the worker was told to keep."""
 
     def __init__(self, retention: bool = True) -> None:
-        placement = Placement(retention=retention, kv_headroom_fraction=0.0)
+        placement = Placement(retention=retention)
         self.core = Core(Limits(), placement, "core")
         self.now_s = 100.0
         self.pinned: dict[str, float] = {}

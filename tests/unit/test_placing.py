@@ -118,7 +118,7 @@ def test_who_holds_the_most_is_compared_however_loaded() -> None:
 
 
 def test_the_joint_choice_among_a_few_is_that_among_all() -> None:
-    bed = cluster(policy="pythia", band=0.0)
+    bed = cluster(policy="pythia")
     for worker in bed.state.workers.values():
         bed.take(worker, 5)
         worker.gauge.plan(80.0, 20.0)

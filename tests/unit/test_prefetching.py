@@ -87,7 +87,7 @@ class PrefetchBed(Bed):
 
     def __init__(self, prefetch: bool = True, workers: int = 2, known: bool = True) -> None:
         super().__init__()
-        placement = Placement(prefetch=prefetch, band=0.0, kv_headroom_fraction=0.0)
+        placement = Placement(prefetch=prefetch)
         self.core = Core(Limits(), placement, "core")
         self.names = self.cluster(*["mixed"] * workers)
         for number in range(12 if known else 0):

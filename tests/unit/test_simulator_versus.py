@@ -185,7 +185,7 @@ def made(ours_s: float = 10.0, workload: str = "w") -> list[Outcome]:
         "pd-cost": 18.0,
         "clairvoyant": 8.0,
         "infinite": 5.0,
-        "pythia-no-band": ours_s * 1.1,
+        "pythia-no-pulls": ours_s * 1.1,
     }
     tokens = {
         "pythia": {"prompt_tokens": 100.0, "computed_tokens": 24.0, "recomputed_tokens": 0.0},
@@ -220,7 +220,7 @@ def test_figures_are_others_times_over_ours() -> None:
             "low_load_vs_sticky": 1 / 1.01,
             "anonymous_vs_sticky": 2.0,
             "random_predictions_vs_sticky": 0.75,
-            "ablation.pythia-no-band": 1.1,
+            "ablation.pythia-no-pulls": 1.1,
         }
     )
     assert set(TARGETS) <= set(found)
@@ -272,6 +272,6 @@ def test_tables_rows_and_plot(tmp_path: Path) -> None:
     for words in ("w, aggregated-sticky at 85% of its capacity", "mean_vs_static_pd", "≥ 2"):
         assert words in text
     systems_shown = text.partition("figures")[0]
-    assert "pythia-no-band" not in systems_shown
-    assert "pythia-no-band" in text
+    assert "pythia-no-pulls" not in systems_shown
+    assert "pythia-no-pulls" in text
     assert write_plot(tmp_path / "plots", rows).stat().st_size > 1000
