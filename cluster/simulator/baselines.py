@@ -328,6 +328,11 @@ BASELINES: Mapping[str, Baseline] = {
         "split",
         {"retention": False},
     ),
+    "pythia-no-downstream": Baseline(
+        "nothing of what comes next counts: engines evict what was used longest ago, and that is free",
+        "split",
+        {"retention": False, "forgotten": 0.0},
+    ),
     "pythia-no-admission": Baseline(
         "new runs begin at once, however many are under way", "split", {"admission": False}
     ),
