@@ -329,7 +329,7 @@ BASELINES: Mapping[str, Baseline] = {
         {"retention": False},
     ),
     "pythia-no-downstream": Baseline(
-        "nothing of what comes next counts: engines evict what was used longest ago, and that is free",
+        "nothing that comes next counts: what was used longest ago is evicted, and that is free",
         "split",
         {"retention": False, "forgotten": 0.0},
     ),
