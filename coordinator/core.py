@@ -149,6 +149,7 @@ class Core:
         self._model_fingerprint = model_fingerprint
         self._vllm_version = vllm_version
         self._limits = limits
+        self._headroom_fraction = placement.kv_headroom_fraction
         self._started_s: float | None = None
         self._state = State(limits)
         self._index = KvIndex()
@@ -502,7 +503,7 @@ class Core:
             ready=message,
             peer=peer,
             last_heard_s=now_s,
-            usable_blocks=max(1, facts.kv_blocks),
+            usable_blocks=max(1, int(facts.kv_blocks * (1.0 - self._headroom_fraction))),
             story=state.story(),
         )
         state.workers[name] = worker

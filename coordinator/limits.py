@@ -182,6 +182,9 @@ class Placement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     are sent at once, and engines let them wait and preempt them."""
     reserve_output_tokens: Positive = 256
     """Output room reserved on the decode worker: the smaller of this and the call's limit."""
+    kv_headroom_fraction: Annotated[float, msgspec.Meta(ge=0.0, lt=1.0)] = 0.0
+    """Share of a decode worker's KV blocks that is never reserved: nothing for ``pythia``, which
+    reckons with what caches forget; other policies are better off with some."""
     compared_workers: Positive = 32
     """``pythia``, ``least_kv``: in a cluster of more workers only about so many are compared for
     a call: the least loaded, those with the most room, those that hold the most of the prompt."""

@@ -172,7 +172,9 @@ def _limits(baseline: Baseline, limits: Limits) -> Changes:
     )
 
 
-_ROUTED: dict[str, object] = {"reserve": False, "retention": False}
+# Others are faster with some room that they never give away.
+_HEADROOM: dict[str, object] = {"kv_headroom_fraction": 0.05}
+_ROUTED: dict[str, object] = {"reserve": False, "retention": False, **_HEADROOM}
 _AGGREGATED = _ROUTED | {"disaggregated": "never"}
 _STATIC = _ROUTED | {"disaggregated": "always"}
 _STICKY: dict[str, object] = {"policy": "cache_aware", "sticky": True}
@@ -253,6 +255,7 @@ BASELINES: Mapping[str, Baseline] = {
     "clairvoyant": Baseline(
         "knows every run's future; an informed policy, not proven optimal",
         "mixed",
+        _HEADROOM,
         placers=clairvoyants,
         ratio="static",
     ),

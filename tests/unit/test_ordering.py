@@ -21,7 +21,7 @@ from coordinator.protocol import (
     Submit,
 )
 
-FACTS = EngineFacts("0.32", "model", "same", 16, 100, 4000, 64, 2048)
+FACTS = EngineFacts("0.32", "model", "same", 16, 95, 4000, 64, 2048)
 BIG = 1200
 LIMITS = Limits(queue_s=60.0, admission_s=20.0)
 
