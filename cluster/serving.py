@@ -142,8 +142,8 @@ class Worker:
         """When the last pin ends that the engine was told of; 0 if it is over."""
         self.kv: KvListener | None = None
         if endpoints is not None:
-            name, send = config.name, self.link.send
-            self.kv = KvListener(context, endpoints, name, self.incarnation, send)
+            name, send, host = config.name, self.link.send, config.host_bytes > 0
+            self.kv = KvListener(context, endpoints, name, self.incarnation, send, host)
         self.sources = Sources(engine.engine_id, self.facts.kv_bytes_per_block)
         self.examined = Examined(engine.engine_id, self.facts, self.sources.report, self._answer)
         engine.on_step = self._on_step
