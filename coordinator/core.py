@@ -192,6 +192,7 @@ class Core:
             retention=self._retention,
             errands=self._errands,
             prefetches=self._prefetches,
+            hosts=self._hosts,
         )
         self._foresight = Foresight(self._learner, workflow_limits)
         self._rebalancer = Rebalancer(
