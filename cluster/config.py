@@ -68,7 +68,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     nodes, which this is and the first one's address; ``near``: what the file leaves open of
     network devices and ``cores`` is chosen next to its GPUs; ``drain_s``: how long it goes on
     with what it has begun when it is told to end; ``fixed``: its role never changes;
-    ``retention``: the core may have its engine keep what ended calls have left.
+    ``retention``: the core may have its engine keep what ended calls have left; ``kv_host_gib``:
+    of host memory, for KV.
     """
 
     name: str
@@ -96,6 +97,12 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     drain_s: float = 0.0
     fixed: bool = False
     retention: bool = False
+    kv_host_gib: float = 0.0
+
+    @property
+    def host_bytes(self) -> int:
+        """Of host memory, for KV."""
+        return int(self.kv_host_gib * 2**30)
 
     def process_environment(self) -> dict[str, str]:
         """What to set before vLLM is imported; the file's own values win."""
@@ -131,6 +138,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
                     nixl_progress_delay_us=self.nixl_progress_delay_us,
                     nixl_threads=GPU_NIXL_THREADS if self.devices else 0,
                     pins=self.retention,
+                    host_bytes=self.host_bytes,
                 ),
             }
         )
@@ -289,6 +297,7 @@ def worker_config(cluster: ClusterConfig, name: str, model: str) -> WorkerConfig
         drain_s=cluster.stop.drain_s,
         fixed=entry.fixed,
         retention=cluster.placement.retention,
+        kv_host_gib=entry.kv_host_gib,
     )
 
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from vllm.config import KVEventsConfig, KVTransferConfig, VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.model_executor.models import ModelRegistry
 from vllm.platforms import current_platform
@@ -22,14 +23,26 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.output_processor import OutputProcessor, OutputProcessorOutput
+from vllm.v1.kv_offload.factory import OffloadingSpecFactory
 from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 from vllm.version import __version__ as vllm_version
 
+from cluster.schema import ConfigError
 from coordinator.protocol import EngineFacts, Load
 from transfer.pins import PINNED_BLOCKS
+from transfer.settings import (
+    CONNECTOR,
+    CONNECTOR_MODULE,
+    SEVERAL_CONNECTORS,
+    own_statistics,
+)
+
+HOST_MEMORY_OF_GPUS = "vllm.v1.kv_offload.cpu.spec"
+"""Where vLLM's own way to keep KV in host memory is, which needs a GPU; a plugin may have put
+another one in its place."""
 
 OnStep = Callable[[list[EngineCoreOutput], float], None]
-OnReads = Callable[[dict[str, Any]], None]
+OnReads = Callable[[Mapping[str, Any]], None]
 
 
 class Relay(OutputProcessor):
@@ -91,7 +104,7 @@ class Relay(OutputProcessor):
         """Remember the newest; the beats report it. Pass on what was read of others' KV."""
         if scheduler_stats is not None:
             self.scheduler_stats = scheduler_stats
-            if reads := scheduler_stats.kv_connector_stats:
+            if reads := own_statistics(scheduler_stats.kv_connector_stats or {}):
                 if pinned := reads.get(PINNED_BLOCKS):
                     self.pinned_blocks = pinned[-1]
                 self.on_reads(reads)
@@ -105,7 +118,7 @@ def _ignore(outputs: list[EngineCoreOutput], timestamp_s: float) -> None:
     """Until someone listens, outputs have no reader."""
 
 
-def _ignore_reads(stats: dict[str, Any]) -> None:
+def _ignore_reads(stats: Mapping[str, Any]) -> None:
     """Nothing is read before the first request."""
 
 
@@ -144,7 +157,7 @@ class WorkerEngine(AsyncLLM):
     def _step(self, outputs: list[EngineCoreOutput], timestamp_s: float) -> None:
         self.on_step(outputs, timestamp_s)
 
-    def _reads(self, stats: dict[str, Any]) -> None:
+    def _reads(self, stats: Mapping[str, Any]) -> None:
         self.on_reads(stats)
 
     async def submit(self, request: EngineCoreRequest) -> None:
@@ -205,12 +218,17 @@ def import_model(model: str) -> None:
 def start_engine(arguments: dict[str, Any], metrics: bool = True) -> WorkerEngine:
     """Load the model and start the engine; blocks until it is ready.
 
-    ``metrics``: keep what vLLM's Prometheus metrics are made of.
+    ``metrics``: keep what vLLM's Prometheus metrics are made of. ConfigError if the engine can't be
+    what the file says.
     """
     transfer = KVTransferConfig(**arguments["kv_transfer_config"])
     events = KVEventsConfig(**arguments.get("kv_events_config", {}))
     ready = {**arguments, "kv_transfer_config": transfer, "kv_events_config": events}
-    config = AsyncEngineArgs(**ready).create_engine_config(UsageContext.ENGINE_CONTEXT)
+    engine_arguments = AsyncEngineArgs(**ready)
+    if transfer.kv_connector == SEVERAL_CONNECTORS:
+        _check_host_memory()
+        know_connector_by_name()
+    config = engine_arguments.create_engine_config(UsageContext.ENGINE_CONTEXT)
     if current_platform.is_cpu() and config.parallel_config.distributed_executor_backend == "uni":
         # On CPU vLLM asks for a fresh interpreter, which imports all of it a second time.
         # Nothing has run in this process yet that a fork could break; forking halves the
@@ -223,11 +241,36 @@ def start_engine(arguments: dict[str, Any], metrics: bool = True) -> WorkerEngin
     return engine
 
 
-def engine_facts(config: VllmConfig, model: str, kv_lease_s: float) -> EngineFacts:
-    """What the core compares and counts with."""
+def _check_host_memory() -> None:
+    """ConfigError if an engine here can't keep KV in its host's memory. vLLM's plugins are loaded
+    by now: they may have put another way in the place of vLLM's own."""
+    spec = OffloadingSpecFactory.get_spec_cls({})
+    if current_platform.is_cpu() and spec.__module__ == HOST_MEMORY_OF_GPUS:
+        raise ConfigError(
+            [
+                "kv_host_gib: this engine runs on the CPU, its KV is in the host's memory already; "
+                "leave it out, or give the worker 'devices'"
+            ]
+        )
+
+
+def know_connector_by_name() -> None:
+    """vLLM rebuilds the statistics of one of several connectors by its name, and knows those names
+    only that were registered."""
+    try:
+        KVConnectorFactory.get_connector_class_by_name(CONNECTOR)
+    except ValueError:
+        KVConnectorFactory.register_connector(CONNECTOR, CONNECTOR_MODULE, CONNECTOR)
+
+
+def engine_facts(
+    config: VllmConfig, model: str, kv_lease_s: float, host_bytes: int = 0
+) -> EngineFacts:
+    """What the core compares and counts with. ``host_bytes``: of host memory, for KV."""
     cache = config.cache_config
     scheduler = config.scheduler_config
     block_size = cache.effective_attention_block_size or cache.block_size
+    bytes_per_block = _kv_bytes_per_block(config, block_size)
     return EngineFacts(
         vllm_version=vllm_version,
         model=model,
@@ -237,9 +280,10 @@ def engine_facts(config: VllmConfig, model: str, kv_lease_s: float) -> EngineFac
         max_model_len=config.model_config.max_model_len,
         max_num_seqs=scheduler.max_num_seqs,
         max_num_batched_tokens=scheduler.max_num_batched_tokens,
-        kv_bytes_per_block=_kv_bytes_per_block(config, block_size),
+        kv_bytes_per_block=bytes_per_block,
         kv_lease_s=kv_lease_s,
         partial_reads=_reads_in_part(config),
+        kv_host_blocks=host_bytes // bytes_per_block,
     )
 
 

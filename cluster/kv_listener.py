@@ -21,7 +21,7 @@ import zmq
 from coordinator.link import BAD_FRAME, GarbageCounter
 from coordinator.protocol import KV_CHAINS_MAX, KvChanges, KvRemoved
 from coordinator.sockets import make_socket
-from transfer.kv_events import Translation, decode_batch
+from transfer.kv_events import News, Translation, decode_batch
 
 logger = logging.getLogger("pythia.worker")
 
@@ -82,8 +82,10 @@ class KvListener:
         worker: str,
         incarnation: str,
         send: Callable[[KvChanges], bool],
+        host: bool = False,
     ) -> None:
-        self.translation = Translation()
+        """``host``: the engine keeps blocks in its host's memory, too."""
+        self.translation = Translation(host)
         self.garbage = GarbageCounter("the engine's events")
         self._worker, self._incarnation = worker, incarnation
         self._send = send
@@ -112,11 +114,11 @@ class KvListener:
     def tell(self) -> None:
         """Tell the core what has changed since it was last told; everything if it asked."""
         if not self._told:
-            self._tell(list(self.translation.everything()), [], True)
+            self._tell(self.translation.everything())
             return
-        cleared, stored, removed = self.translation.look()
-        if cleared or stored or removed:
-            self._tell(stored, removed, cleared)
+        news = self.translation.look()
+        if any(news):
+            self._tell(news)
 
     def resync(self) -> None:
         """The core has lost count."""
@@ -160,35 +162,49 @@ class KvListener:
             self.translation.forget()
             self._next_batch = number
 
-    def _tell(self, stored: list[bytes], removed: list[KvRemoved], reset: bool) -> None:
+    def _tell(self, news: News) -> None:
         """In messages of a bounded size. What can't be sent is told with all the rest later."""
         self._told = True
-        for part in _parts(stored, removed):
-            message = KvChanges(self._worker, self._incarnation, self._sequence, *part, reset)
+        for number, (stored, removed, host_stored, host_removed) in enumerate(_parts(news)):
+            message = KvChanges(
+                self._worker,
+                self._incarnation,
+                self._sequence,
+                stored,
+                removed,
+                reset=news.cleared and number == 0,
+                host_stored=host_stored,
+                host_removed=host_removed,
+            )
             if not self._send(message):
                 self._told = False
                 return
             self._sequence += 1
-            reset = False
 
 
-def _parts(
-    stored: list[bytes], removed: list[KvRemoved]
-) -> list[tuple[list[bytes], list[KvRemoved]]]:
+Part = tuple[list[bytes], list[KvRemoved], list[bytes], list[KvRemoved]]
+"""What one message tells: what has come into the cache and gone, then the same of the host."""
+
+
+def _parts(news: News) -> list[Part]:
     """What fits into one message each; at least one."""
-    parts: list[tuple[list[bytes], list[KvRemoved]]] = [([], [])]
+    parts: list[Part] = [([], [], [], [])]
     room = CHAIN_BYTES_MAX
 
-    def part_for(chain: bytes) -> tuple[list[bytes], list[KvRemoved]]:
+    def part_for(chain: bytes) -> Part:
         nonlocal room
-        if len(chain) > room or max(len(parts[-1][0]), len(parts[-1][1])) >= KV_CHAINS_MAX:
-            parts.append(([], []))
+        if len(chain) > room or any(len(each) >= KV_CHAINS_MAX for each in parts[-1]):
+            parts.append(([], [], [], []))
             room = CHAIN_BYTES_MAX
         room -= len(chain)
         return parts[-1]
 
-    for chain in stored:
+    for chain in news.stored:
         part_for(chain)[0].append(chain)
-    for gone in removed:
+    for gone in news.removed:
         part_for(gone.chain)[1].append(gone)
+    for chain in news.host_stored:
+        part_for(chain)[2].append(chain)
+    for gone in news.host_removed:
+        part_for(gone.chain)[3].append(gone)
     return parts

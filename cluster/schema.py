@@ -54,6 +54,7 @@ class WorkerEntry(Section, frozen=True, kw_only=True):
     ``metrics_port``: where its engine's Prometheus metrics are served; ``health_port``: where
     it answers ``/live`` and ``/ready``; 0 for nowhere. ``cores``: on which its processes run,
     like ``0-15,32``; else those next to its GPUs. ``fixed``: its role never changes.
+    ``kv_host_gib``: of its host's memory, for KV that its own cache has no room for; 0 for none.
     """
 
     name: Name
@@ -67,6 +68,7 @@ class WorkerEntry(Section, frozen=True, kw_only=True):
     health_port: Port = 0
     cores: Cores = ""
     fixed: bool = False
+    kv_host_gib: Annotated[float, msgspec.Meta(ge=0, le=65536)] = 0.0
 
 
 class CoordinatorEntry(Section, frozen=True, kw_only=True):

@@ -24,6 +24,7 @@ from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.metrics.stats import PrefillStats
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from cluster.config import WorkerConfig
@@ -70,6 +71,8 @@ class Job(msgspec.Struct, gc=False):
     started_s: float = 0.0
     probe: int = 0
     source: str = ""
+    reads: bool = False
+    """Another engine's KV is read for it."""
     first_token: bool = False
     """It samples the first token, for the client to get."""
     last: bool = False
@@ -128,7 +131,10 @@ class Worker:
         self.request_decoder = MsgpackDecoder(EngineCoreRequest)
         self.argument_decoder = MsgpackDecoder()
         self.facts = engine_facts(
-            engine.vllm_config, config.served_model_name, float(config.kv_lease_s)
+            engine.vllm_config,
+            config.served_model_name,
+            float(config.kv_lease_s),
+            config.host_bytes,
         )
         self.spent = Spent()
         self._orders = 0
@@ -136,8 +142,8 @@ class Worker:
         """When the last pin ends that the engine was told of; 0 if it is over."""
         self.kv: KvListener | None = None
         if endpoints is not None:
-            name, send = config.name, self.link.send
-            self.kv = KvListener(context, endpoints, name, self.incarnation, send)
+            name, send, host = config.name, self.link.send, config.host_bytes > 0
+            self.kv = KvListener(context, endpoints, name, self.incarnation, send, host)
         self.sources = Sources(engine.engine_id, self.facts.kv_bytes_per_block)
         self.examined = Examined(engine.engine_id, self.facts, self.sources.report, self._answer)
         engine.on_step = self._on_step
@@ -265,7 +271,7 @@ class Worker:
         request = self._probe_request(message.seed, message.prompt_tokens)
         self.sources.trying(message.source, handle)
         job = Job("probe_read", b"", f"probe-read-{message.probe}", 0, message.prompt_tokens)
-        job.probe, job.source = message.probe, handle.remote_engine_id
+        job.probe, job.source, job.reads = message.probe, handle.remote_engine_id, True
         await self._submit(decode_request(request, job.request, 0, handle), job)
 
     def _welcomed(self, core: str) -> None:
@@ -426,6 +432,7 @@ class Worker:
             return  # sent twice: the first one is being worked on
         handle = None
         if message.handle:
+            job.reads = True
             try:
                 handle = self._accept(message.handle)
                 self.sources.started(job.engine_id, handle)
@@ -485,7 +492,7 @@ class Worker:
         except handles.HandleError as error:
             self._answer(who, protocol.Sampled(message.call, error=f"handle refused: {error}"))
             return
-        job.kind, job.source = "probe_read", handle.remote_engine_id
+        job.kind, job.source, job.reads = "probe_read", handle.remote_engine_id, True
         await self._submit(decode_request(request, name, 0, handle), job)
 
     def _answer(self, who: bytes, message: protocol.WorkerToExaminer) -> None:
@@ -550,6 +557,9 @@ class Worker:
             job = self.jobs.get(output.request_id)
             if job is None:
                 continue  # aborted while the step ran
+            stats = output.prefill_stats
+            if stats is not None and self.config.kv_host_gib and not job.reads:
+                _count_as_cached(stats)
             if job.kind == "role":
                 self._role_set(job, output)
             elif job.kind == "decode":
@@ -669,6 +679,13 @@ class Worker:
             logger.error("a task of the worker failed", exc_info=error)
             self.exit_code = 1
             self.stopping.set()
+
+
+def _count_as_cached(stats: PrefillStats) -> None:
+    """To vLLM whatever a connector brings comes from elsewhere. What came from this host's memory,
+    as nothing was to be read, was cached here."""
+    stats.num_local_cached_tokens += stats.num_external_cached_tokens
+    stats.num_external_cached_tokens = 0
 
 
 async def serve(

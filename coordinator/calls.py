@@ -133,6 +133,7 @@ class Calls:
         retention: Retention,
         errands: Errands,
         prefetches: Prefetches,
+        hosts: KvIndex,
     ) -> None:
         self._prefetches = prefetches
         self._retention = retention
@@ -141,7 +142,7 @@ class Calls:
         self._index = index
         self._standing = standing
         self._pace = pace
-        self._placing = Placing(state, index, standing, placement, placer, pace)
+        self._placing = Placing(state, index, standing, placement, placer, pace, hosts)
         self._pulls = Pulls(state, index, standing, pace)
         self._moves = Moves(state, standing, self._place_again)
         self.placement = placement
@@ -571,6 +572,7 @@ class Calls:
         call.computing.prefill_tokens += choice.uncached_tokens
         call.uncached_tokens = choice.uncached_tokens
         call.cached_blocks = choice.cached_blocks
+        call.loaded_blocks = choice.loaded_blocks
         if self.placement.single_flight:
             self._promise(call)
         self._pace.planned(call, now_s)

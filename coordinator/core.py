@@ -153,7 +153,8 @@ class Core:
         self._started_s: float | None = None
         self._state = State(limits)
         self._index = KvIndex()
-        self._kv_sync = KvSync(self._state, self._index)
+        self._hosts = KvIndex()
+        self._kv_sync = KvSync(self._state, self._index, self._hosts)
         first_probe = zlib.crc32(core_id.encode()) << PROBE_BITS
         self._pairs = Pairs(self._state, first_probe)
         self._standing = Standing(limits, placement)
@@ -192,6 +193,7 @@ class Core:
             retention=self._retention,
             errands=self._errands,
             prefetches=self._prefetches,
+            hosts=self._hosts,
         )
         self._foresight = Foresight(self._learner, workflow_limits)
         self._rebalancer = Rebalancer(
@@ -416,6 +418,7 @@ class Core:
         """Assert every invariant; for tests and for chasing bugs."""
         check_all(self._state, self._calls, self._pairs, self._roles, self._index)
         self._standing.check(self._state.workers.values())
+        self._hosts.check()
         self._kv_sync.check()
         self._turns.check()
         self._rebalancer.check()
@@ -511,6 +514,8 @@ class Core:
         state.deadlines.set(("worker", name), self._suspect_s(worker))
         state.room_changed = True
         self._index.add(name, facts.kv_blocks)
+        if facts.kv_host_blocks > 0:
+            self._hosts.add(name, facts.kv_host_blocks)
         self._standing.add(worker)
         for _, api in sorted(state.apis.items()):
             state.send(api.peer, worker_up(worker))
@@ -596,6 +601,7 @@ class Core:
         state.deadlines.drop(("worker", worker.name))
         state.counters[f"workers_{phase.value}"] += 1
         self._index.forget(worker.name)
+        self._hosts.forget(worker.name)
         self._kv_sync.forget(worker)
         self._standing.remove(worker)
         for _, api in sorted(state.apis.items()):

@@ -131,6 +131,10 @@ class KvIndex:
         """Runs by the hash before their first; most are the only one."""
         self._held: dict[str, Held] = {}
 
+    def __len__(self) -> int:
+        """How many workers are known."""
+        return len(self._held)
+
     def add(self, worker: str, capacity_blocks: int) -> None:
         """Make ``worker`` known; at most ``capacity_blocks`` blocks are kept for it."""
         assert worker not in self._held, worker
@@ -253,6 +257,11 @@ class KvIndex:
         """How many blocks the index believes ``worker`` to hold."""
         held = self._held.get(worker)
         return held.blocks if held is not None else 0
+
+    def capacity(self, worker: str) -> int:
+        """How many blocks are kept for ``worker`` at most."""
+        held = self._held.get(worker)
+        return held.capacity_blocks if held is not None else 0
 
     def room(self, worker: str) -> int:
         """How many blocks ``worker`` can store before it forgets any that may be asked for."""

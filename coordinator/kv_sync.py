@@ -3,6 +3,8 @@
 What calls leave behind is known at once, and approximately; what engines say comes later, and is
 exact: what they have evicted, and what they have generated. A worker's messages are numbered. When
 one is missing it is asked to say all anew, and until it does the index stays as it is.
+
+What engines keep in their hosts' memory has an index of its own, which only they feed.
 """
 
 from __future__ import annotations
@@ -15,9 +17,10 @@ from coordinator.state import State, Worker
 class KvSync:
     """What has been heard of every worker's cache."""
 
-    def __init__(self, state: State, index: KvIndex) -> None:
+    def __init__(self, state: State, index: KvIndex, hosts: KvIndex) -> None:
         self._state = state
         self._index = index
+        self._hosts = hosts
         self._expected: dict[str, int] = {}
         """The number of the next message; not there before the first reset."""
         self._asked_s: dict[str, float] = {}
@@ -33,6 +36,9 @@ class KvSync:
         if message.reset and _well_formed(message):
             self._index.forget(name)
             self._index.add(name, worker.facts.kv_blocks)
+            self._hosts.forget(name)
+            if worker.facts.kv_host_blocks > 0:
+                self._hosts.add(name, worker.facts.kv_host_blocks)
             self._expected[name] = message.sequence
         if message.sequence != self._expected.get(name) or not _well_formed(message):
             self._ask(worker, now_s)
@@ -42,6 +48,10 @@ class KvSync:
             self._index.stored(name, chain)
         for gone in message.removed:
             self._index.removed(name, gone.chain, gone.kept_blocks)
+        for chain in message.host_stored:
+            self._hosts.stored(name, chain)
+        for gone in message.host_removed:
+            self._hosts.removed(name, gone.chain, gone.kept_blocks)
         self._state.counters["kv_changes"] += 1
 
     def check(self) -> None:
@@ -59,9 +69,10 @@ class KvSync:
 
 def _well_formed(message: KvChanges) -> bool:
     """Chains are of whole hashes, and no more is kept of one than there is."""
-    if any(len(chain) % BLOCK_HASH_BYTES for chain in message.stored):
+    stored = (*message.stored, *message.host_stored)
+    if any(len(chain) % BLOCK_HASH_BYTES for chain in stored):
         return False
     return all(
         len(gone.chain) % BLOCK_HASH_BYTES == 0 and gone.kept_blocks >= 0
-        for gone in message.removed
+        for gone in (*message.removed, *message.host_removed)
     )

@@ -251,6 +251,9 @@ class Placement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     within this."""
     rebalance: Rebalance = Rebalance()
     """How many workers prefill and how many decode, by demand that is expected."""
+    host_bytes_per_s: Annotated[float, msgspec.Meta(gt=0.0)] = 20e9
+    """``pythia``: how fast KV comes back from a worker's host, where workers keep any there
+    (``kv_host_gib``)."""
 
     @property
     def gap_s(self) -> float:

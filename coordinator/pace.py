@@ -56,7 +56,7 @@ class Pace:
         call.decode.gauge.plan(call.context_tokens, call.expected_tokens)
         cached_tokens = call.prompt_tokens - call.uncached_tokens
         seconds = self.speeds.prefill_s(call.uncached_tokens, cached_tokens)
-        pulled = call.pull_tokens > 0
+        pulled = call.pull_tokens > 0 or call.loaded_blocks > 0
         prompt = Prompt(seconds, now_s, call.uncached_tokens, cached_tokens, pulled)
         call.computing.gauge.queue(call.key, prompt)
 

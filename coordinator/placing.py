@@ -13,7 +13,7 @@ from __future__ import annotations
 from coordinator.kv_index import KvIndex
 from coordinator.limits import Placement
 from coordinator.pace import Pace
-from coordinator.policy.joint import Outlook
+from coordinator.policy.joint import NO_HOST, Host, Hosts, Outlook
 from coordinator.policy.placement import (
     NO_PREFILL_ROOM,
     NO_PREFILL_WORKER,
@@ -44,9 +44,12 @@ class Placing:
         placement: Placement,
         placer: Placer | None,
         pace: Pace,
+        hosts: KvIndex,
     ) -> None:
+        """``index``: who holds which blocks in its cache; ``hosts``: on its host."""
         self._state = state
         self._index = index
+        self._hosts = hosts
         self._standing = standing
         self._placement = placement
         self._placer = placer
@@ -57,8 +60,10 @@ class Placing:
         workers = self._state.workers
         hashes = call.submit.block_hashes
 
+        hosted = self._hosts.longest_prefix(hashes) if len(self._hosts) else {}
+
         def cached() -> dict[str, int]:
-            return self._index.longest_prefix(hashes)
+            return self._usable(self._index.longest_prefix(hashes), hosted)
 
         if self._placer is not None:
             return self._placer.place(call, ask, workers.values(), cached, now_s)
@@ -70,13 +75,29 @@ class Placing:
             if decision is not None:
                 return decision
         state = self._state
-        outlook = self._outlook(now_s)
+        outlook = self._outlook(now_s, hosted)
         return place(
             ask, workers.values(), cached, state.limits, self._placement, state.block_size, outlook
         )
 
-    def _outlook(self, now_s: float) -> Outlook:
-        return Outlook(self._pace.speeds, now_s, self._index.room, self._pace.reuse)
+    def _outlook(self, now_s: float, hosted: dict[str, int]) -> Outlook:
+        hosts = Hosts(hosted, self._host) if len(self._hosts) else None
+        return Outlook(self._pace.speeds, now_s, self._index.room, self._pace.reuse, hosts)
+
+    def _host(self, worker: str) -> Host:
+        """Both forget what was used longest ago: a host that is no larger than the cache forgets
+        with it, one that is larger as much later."""
+        blocks = self._hosts.capacity(worker)
+        if not blocks:
+            return NO_HOST
+        return Host(self._hosts.room(worker), min(1.0, self._index.capacity(worker) / blocks))
+
+    def _usable(self, held: dict[str, int], hosted: dict[str, int]) -> dict[str, int]:
+        """What counts as held. All but ``pythia`` know only cached from not, and what is loaded
+        is not computed."""
+        if hosted and self._placement.policy != "pythia":
+            return {name: max(held.get(name, 0), hosted.get(name, 0)) for name in (held | hosted)}
+        return held
 
     def _near(self, ask: Ask, hashes: bytes, now_s: float) -> Decision | None:
         """What comes of comparing a few; None if that settles nothing."""
@@ -94,9 +115,19 @@ class Placing:
             names[ask.sibling] = None
         held = self._index.longest_prefix(hashes, 4 * few, names)
         names |= dict.fromkeys(held)
+        hosted: dict[str, int] = {}
+        if len(self._hosts):
+            hosted = self._hosts.longest_prefix(hashes, 4 * few, names)
+            names |= dict.fromkeys(hosted)
         near = [state.workers[name] for name in names]
         decision = place(
-            ask, near, lambda: held, state.limits, placement, state.block_size, self._outlook(now_s)
+            ask,
+            near,
+            lambda: self._usable(held, hosted),
+            state.limits,
+            placement,
+            state.block_size,
+            self._outlook(now_s, hosted),
         )
         if isinstance(decision, Choice):
             # Of ``least_kv``: others may have a link.

@@ -127,6 +127,8 @@ class EngineFacts(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     kv_lease_s: float = 30.0
     partial_reads: bool = True
     """What it has cached of how a prompt begins can be read by others, and that of others by it."""
+    kv_host_blocks: int = 0
+    """Blocks that its host's memory holds, beside those of its cache."""
 
 
 class Load(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
@@ -201,7 +203,8 @@ class KvChanges(Message, frozen=True, gc=False, tag=True):
     """What has come into a worker's prefix cache, or gone, as chains of block hashes.
 
     ``sequence`` counts up from 0; after a gap the core asks for all (``KvResync``). ``reset``:
-    nothing that was said before counts.
+    nothing that was said before counts. ``host_stored``, ``host_removed``: the same of what its
+    engine keeps in its host's memory.
     """
 
     worker: str
@@ -210,6 +213,8 @@ class KvChanges(Message, frozen=True, gc=False, tag=True):
     stored: Annotated[list[bytes], msgspec.Meta(max_length=KV_CHAINS_MAX)] = []
     removed: Annotated[list[KvRemoved], msgspec.Meta(max_length=KV_CHAINS_MAX)] = []
     reset: bool = False
+    host_stored: Annotated[list[bytes], msgspec.Meta(max_length=KV_CHAINS_MAX)] = []
+    host_removed: Annotated[list[KvRemoved], msgspec.Meta(max_length=KV_CHAINS_MAX)] = []
 
 
 class Leaving(Message, frozen=True, gc=False, tag=True):

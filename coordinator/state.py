@@ -438,6 +438,8 @@ class Call:
     if it does not."""
     cached_blocks: int = 0
     """What the index believed the decode worker to hold when the call was planned."""
+    loaded_blocks: int = 0
+    """What by its plan comes from the host of who computes the prompt."""
     expected_tokens: float = 0.0
     """What it is expected to generate by its plan."""
     context_tokens: float = 0.0

@@ -6,7 +6,7 @@ engine process. It does not import vLLM, read the environment or count cores.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 LEASE_S = 30
@@ -45,6 +45,11 @@ def dispatch_margin_s(lease_s: float) -> float:
 
 PINS = "pythia_pins"
 """Names the setting in the connector's configuration."""
+CONNECTOR = "PythiaConnector"
+CONNECTOR_MODULE = "transfer.connector"
+SEVERAL_CONNECTORS = "MultiConnector"
+HOST_CONNECTOR = "OffloadingConnector"
+"""vLLM's own, which keeps what an engine computes in its host's memory."""
 
 
 def kv_transfer_config(
@@ -56,6 +61,7 @@ def kv_transfer_config(
     pins: bool = False,
     backends: Sequence[str] = ("UCX",),
     extra: dict[str, Any] | None = None,
+    host_bytes: int = 0,
 ) -> dict[str, Any]:
     """Arguments of vLLM's ``KVTransferConfig`` for one engine of the cluster.
 
@@ -63,18 +69,17 @@ def kv_transfer_config(
     hold and read KV, so a worker changes its role without a restart. A failed read is
     recomputed locally. ``pins``: the core may order what ended requests leave to be kept, so it
     has to be remembered which blocks that was. ``extra`` is for settings of other NIXL
-    backends. ValueError for a lease that is too short to be renewed or a negative delay.
+    backends. ``host_bytes``: of host memory, for KV that the engine has computed; 0 for none.
+    ValueError for a lease that is too short to be renewed or a negative delay.
     """
     if lease_s < LEASE_S_MIN:
         raise ValueError(f"lease_s is {lease_s}, must be at least {LEASE_S_MIN}")
     if nixl_progress_delay_us < 0:
         raise ValueError(f"nixl_progress_delay_us is {nixl_progress_delay_us}, can't be negative")
-    return {
-        "kv_connector": "PythiaConnector",
-        "kv_connector_module_path": "transfer.connector",
-        "kv_role": "kv_both",
-        "engine_id": engine_id,
-        "kv_load_failure_policy": "recompute",
+    both: dict[str, Any] = {"kv_role": "kv_both", "kv_load_failure_policy": "recompute"}
+    ours = both | {
+        "kv_connector": CONNECTOR,
+        "kv_connector_module_path": CONNECTOR_MODULE,
         "kv_connector_extra_config": {
             **(extra or {}),
             "backends": list(backends),
@@ -85,6 +90,30 @@ def kv_transfer_config(
             PINS: pins,
         },
     }
+    if not host_bytes:
+        return ours | {"engine_id": engine_id}
+    # What another engine holds for a request is read before what this host has of it: the first
+    # connector that has anything is asked for it. Answers are part of the prompts to come.
+    host = both | {
+        "kv_connector": HOST_CONNECTOR,
+        "kv_connector_extra_config": {"cpu_bytes_to_use": host_bytes, "offload_prompt_only": False},
+    }
+    return both | {
+        "kv_connector": SEVERAL_CONNECTORS,
+        "kv_connector_extra_config": {"connectors": [ours, host]},
+        "engine_id": engine_id,
+    }
+
+
+def own_statistics(stats: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What our connector has measured, of the statistics of all of an engine's connectors.
+
+    Where there are several, vLLM has those of each under its name.
+    """
+    if CONNECTOR in stats or HOST_CONNECTOR in stats:
+        own: Mapping[str, Any] = stats.get(CONNECTOR, {})
+        return own
+    return stats
 
 
 def transfer_environment(

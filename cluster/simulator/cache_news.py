@@ -16,6 +16,9 @@ CHAINS_REMEMBERED = 256
 """For a core that has lost count."""
 
 
+CachedOf = Callable[[bytes], int]
+
+
 class CacheNews:
     """Of one incarnation of a worker."""
 
@@ -32,27 +35,48 @@ class CacheNews:
         self._told = False
 
     def look(
-        self, ended: list[bytes], evicted: list[bytes], cached_of: Callable[[bytes], int]
+        self,
+        ended: list[bytes],
+        evicted: list[bytes],
+        cached_of: CachedOf,
+        host_evicted: list[bytes] | None = None,
+        hosted_of: CachedOf | None = None,
     ) -> list[KvChanges]:
         """What is to be said now. ``ended``: what has been cached since the last look;
         ``evicted``: chains of which something was lost; ``cached_of``: how many of a chain's
-        blocks are cached now."""
+        blocks are cached now. The last two: the same of the host."""
         ready, self._settling = self._settling, ended
         reset, self._told = not self._told, True
         self._known.extend(ready)
-        stored: list[bytes] = []
-        for chain in self._known if reset else ready:
-            if kept := cached_of(chain):
-                stored.append(chain[: kept * BLOCK_HASH_BYTES])
-        removed: list[KvRemoved] = []
-        for chain in [] if reset else evicted:
-            if (kept := cached_of(chain)) * BLOCK_HASH_BYTES < len(chain):
-                removed.append(KvRemoved(chain, kept))
-        parts = max(-(-max(len(stored), len(removed)) // KV_CHAINS_MAX), int(reset))
+        ready = list(self._known) if reset else ready
+        stored, removed = _told(ready, [] if reset else evicted, cached_of)
+        host_stored: list[bytes] = []
+        host_removed: list[KvRemoved] = []
+        if hosted_of is not None:
+            gone = [] if reset else host_evicted or []
+            host_stored, host_removed = _told(ready, gone, hosted_of)
+        most = max(len(stored), len(removed), len(host_stored), len(host_removed))
+        parts = max(-(-most // KV_CHAINS_MAX), int(reset))
         changes: list[KvChanges] = []
         for part in range(parts):
             some = slice(part * KV_CHAINS_MAX, (part + 1) * KV_CHAINS_MAX)
             sequence, self._sequence = self._sequence, self._sequence + 1
             said = self._worker, self._incarnation, sequence, stored[some], removed[some]
-            changes.append(KvChanges(*said, reset=reset and not part))
+            hosted = host_stored[some], host_removed[some]
+            changes.append(KvChanges(*said, reset and not part, *hosted))
         return changes
+
+
+def _told(
+    ready: list[bytes], evicted: list[bytes], cached_of: CachedOf
+) -> tuple[list[bytes], list[KvRemoved]]:
+    """What is there of the first, and is not of the second."""
+    stored: list[bytes] = []
+    for chain in ready:
+        if kept := cached_of(chain):
+            stored.append(chain[: kept * BLOCK_HASH_BYTES])
+    removed: list[KvRemoved] = []
+    for chain in evicted:
+        if (kept := cached_of(chain)) * BLOCK_HASH_BYTES < len(chain):
+            removed.append(KvRemoved(chain, kept))
+    return stored, removed

@@ -12,7 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Many
 
-from cluster.simulator.engine_types import Ended, EngineRequest, FirstToken, Output, Pull
+from cluster.simulator.engine_types import (
+    Ended,
+    EngineRequest,
+    FirstToken,
+    HostLoad,
+    Output,
+    Pull,
+)
+from cluster.simulator.host_memory import HostMemory
 from cluster.simulator.kv_cache import BlockPool, Holding
 from cluster.simulator.records import Gaps
 from cluster.simulator.schedule import Batch, Schedule
@@ -30,16 +38,25 @@ class Engine:
     """One engine with ``kv_blocks`` blocks. ``slow``: factor on its step times, 1 is as it is;
     steps that are planned already (up to ``STEPS_MAX_S``, or until something comes) keep theirs.
 
-    ``gaps`` gets every time between two tokens of a sequence.
+    ``gaps`` gets every time between two tokens of a sequence. ``host``: what it keeps in its host's
+    memory, if it keeps anything there.
     """
 
-    def __init__(self, cost: StepCost, options: EngineOptions, kv_blocks: int, gaps: Gaps) -> None:
+    def __init__(
+        self,
+        cost: StepCost,
+        options: EngineOptions,
+        kv_blocks: int,
+        gaps: Gaps,
+        host: HostMemory | None = None,
+    ) -> None:
         self.slow = 1.0
         self._shared = 1.0
         self._cost = cost
         self._options = options
         self._gaps = gaps
-        self._schedule = Schedule(options, kv_blocks)
+        self.host = host
+        self._schedule = Schedule(options, kv_blocks, host)
         self._sequences: dict[str, Sequence] = {}
         self._held: dict[str, tuple[Holding, float]] = {}
         """What is held under a lease, and until when; the first ends first."""
@@ -139,7 +156,8 @@ class Engine:
             self._schedule.drop(sequence)
 
     def pulled(self, request_id: str, ok: bool, now_s: float) -> None:
-        """KV that was asked for has arrived, or could not be read: then it is computed here.
+        """KV that was asked for has arrived, or could not be read: then it is computed here; so it
+        is from the host.
 
         Ignored for unknown requests, which were aborted meanwhile.
         """
@@ -216,6 +234,10 @@ class Engine:
             batch = schedule.schedule(at_s)
         self._batch = batch
         outputs.extend(Pull(sequence.id, at_s, tokens) for sequence, tokens in batch.pulls)
+        if self.host is not None:
+            for sequence, blocks in batch.loads:
+                ready_s = self.host.loaded_s(blocks, at_s)
+                outputs.append(HostLoad(sequence.id, at_s, ready_s))
         if self._tokens(batch):
             self._wake_s = None
             self._steps = self._plan(batch, at_s)
@@ -319,6 +341,8 @@ class Engine:
 
     def _first_token(self, sequence: Sequence, at_s: float) -> FirstToken:
         local, moved = sequence.local_cached_tokens, sequence.moved_tokens
+        if self.host is not None:
+            self.host.store(sequence.holding.cached_chain)
         missing = sequence.prompt_tokens - local - moved
         self._prefill_tokens += missing
         self._external_tokens += moved
@@ -334,6 +358,8 @@ class Engine:
             chain = sequence.holding.cached_chain
             self.cached_chains.append(chain)
             self._schedule.pins.ended(sequence.id, chain)
+            if self.host is not None:
+                self.host.store(chain)
         recomputed = sequence.computed_in_all - sequence.computed_before_first
         if sequence.hold:
             expires_s = at_s + self._options.kv_lease_s

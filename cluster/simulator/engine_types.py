@@ -37,9 +37,19 @@ class Pull(msgspec.Struct, frozen=True, gc=False):
     tokens: int
 
 
+class HostLoad(msgspec.Struct, frozen=True, gc=False):
+    """KV for ``id`` comes from the host's memory, and is there at ``ready_s``; the engine waits
+    for ``Engine.pulled`` then."""
+
+    id: str
+    at_s: float
+    ready_s: float
+
+
 class FirstToken(msgspec.Struct, frozen=True, gc=False):
     """``id`` has its first token. Tokens of its prompt, as vLLM's ``PrefillStats``: found in the
-    own cache, pulled; ``computed_tokens`` includes what preemptions made it compute again."""
+    own cache or on the host, pulled; ``computed_tokens`` includes what preemptions made it compute
+    again."""
 
     id: str
     at_s: float
@@ -60,4 +70,4 @@ class Ended(msgspec.Struct, frozen=True, gc=False):
     recomputed_tokens: int = 0
 
 
-Output = Pull | FirstToken | Ended
+Output = Pull | HostLoad | FirstToken | Ended

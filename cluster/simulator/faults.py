@@ -203,12 +203,14 @@ def run_fault_seed(
     turns: bool = True,
     core_factory: Callable[[Limits, Placement, str], Core] = Core,
     moves: bool = True,
+    hosts: bool = False,
 ) -> FaultReport:
     """Simulate what a seed says, with a placement policy. OracleError if anything happens that
     must not, or breaks.
 
     ``api_crashes``: API processes crash, too, if the seed says so; ``turns``: workers turn, and
-    are asked to by operators at random moments; ``moves``: running calls are moved, likewise.
+    are asked to by operators at random moments; ``moves``: running calls are moved, likewise;
+    ``hosts``: engines keep KV in their hosts' memory, too.
     ``core_factory``: makes the cores, from limits, placement and id.
     """
     began_s = time.perf_counter()
@@ -223,6 +225,16 @@ def run_fault_seed(
     if moves:
         every_s = random.Random(f"{seed}/moves").choice((0.0, 0.1, 0.5))
         faults = msgspec.structs.replace(faults, move_every_s=every_s)
+    if hosts:
+        chance = random.Random(f"{seed}/hosts")
+        host_bytes = chance.choice((32, 128, 1280)) * setup.block_bytes()
+        setup = msgspec.structs.replace(
+            setup,
+            # So little that there is something to load.
+            options=msgspec.structs.replace(setup.options, kv_blocks=64),
+            kv_host_gib=host_bytes / 2**30,
+            host_bytes_per_s=chance.choice((1e8, 20e9)),
+        )
     workload = random_workload(rng, seed, engine_facts(setup).max_model_len)
     turning = random.Random(f"{seed}/turns")
     if turns:

@@ -44,7 +44,8 @@ class WorkersEntry(Section, frozen=True, kw_only=True):
     the ``ratio`` of the first to the second.
 
     Roles are for configurations that separate the two; others use as many engines without.
-    Nodes have ``gpus_per_node`` devices, racks ``nodes_per_rack`` nodes.
+    Nodes have ``gpus_per_node`` devices, racks ``nodes_per_rack`` nodes. ``kv_host_gib``: of its
+    host's memory, for KV that an engine's own has no room for, at ``host_bytes_per_s``.
     """
 
     prefill: NotNegative = 0
@@ -53,6 +54,8 @@ class WorkersEntry(Section, frozen=True, kw_only=True):
     ratio: list[Positive] | None = None
     gpus_per_node: Positive = 8
     nodes_per_rack: Positive = 4
+    kv_host_gib: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    host_bytes_per_s: Above0 = 20e9
 
 
 class WorkloadEntry(Section, frozen=True, kw_only=True):
@@ -171,6 +174,8 @@ def _meaning(
             limits=file.limits,
             placement=file.placement,
             api_servers=file.api_servers,
+            kv_host_gib=file.workers.kv_host_gib,
+            host_bytes_per_s=file.workers.host_bytes_per_s,
         )
         _fits(document, setup)
         _links(document, setup)

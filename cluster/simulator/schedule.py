@@ -13,6 +13,7 @@ scheduling, prefix cache on) in ``Scheduler.schedule`` and ``KVCacheManager.allo
 * What is in the cache is looked up at admission, never all of the prompt. If more can be read
   from elsewhere, blocks are taken for that and the sequence waits for it, in no seat; enough
   must stay free for prefills under way.
+* So is what the cache lacks and the host has, if nothing is to be read from elsewhere.
 * A block is in the cache as soon as the step that fills it is scheduled.
 
 What differs from vLLM 0.32: a held block is free at the moment it is released, not a step
@@ -26,6 +27,7 @@ it is the last that was admitted.
 from __future__ import annotations
 
 from cluster.simulator.decodes import Decodes
+from cluster.simulator.host_memory import HostMemory
 from cluster.simulator.kv_cache import BlockPool, Hits
 from cluster.simulator.pins import Pins
 from cluster.simulator.sequence import Sequence
@@ -37,22 +39,25 @@ from coordinator.cost import Chunk
 class Batch:
     """What a step computes: ``chunks`` of prefills, with their new tokens, and a token for each
     of ``Schedule.decodes`` but the ``stalled`` ones. ``pulls``: who waits for how many tokens
-    of KV from now on."""
+    of KV from now on; ``loads``: for how many blocks from the host."""
 
-    __slots__ = ("chunks", "costs", "preempted", "pulls", "stalled")
+    __slots__ = ("chunks", "costs", "loads", "preempted", "pulls", "stalled")
 
     def __init__(self) -> None:
         self.chunks: list[tuple[Sequence, int]] = []
         self.costs: list[Chunk] = []
         self.pulls: list[tuple[Sequence, int]] = []
+        self.loads: list[tuple[Sequence, int]] = []
         self.stalled: list[Sequence] = []
         self.preempted = 0
 
 
 class Schedule:
-    """The sequences of an engine and their blocks."""
+    """The sequences of an engine and their blocks. ``host``: what it keeps in its host's memory."""
 
-    def __init__(self, options: EngineOptions, kv_blocks: int) -> None:
+    def __init__(
+        self, options: EngineOptions, kv_blocks: int, host: HostMemory | None = None
+    ) -> None:
         if options.max_num_batched_tokens < options.max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens ({options.max_num_batched_tokens}) is less than "
@@ -67,6 +72,7 @@ class Schedule:
         # As in vLLM, one block stands for no block and is never used.
         self.pool = BlockPool(kv_blocks - 1)
         self.pins = Pins(self.pool)
+        self._host = host
         self.decodes = Decodes(options.block_size)
         self.prefill: Sequence | None = None
         """The prefill under way between two steps."""
@@ -246,6 +252,8 @@ class Schedule:
             computed = sequence.computed_tokens + granted
             holding.plain = self.blocks_for(computed) - holding.cached
             self.pool.fill(holding, computed // self._block_size)
+        if self._host is not None:
+            self._host.store(holding.cached_chain)
         self.pool.release(holding)
         sequence.computed_tokens = 0
         sequence.preemptions += 1
@@ -294,6 +302,10 @@ class Schedule:
 
     def _promote(self, sequence: Sequence) -> None:
         """KV has come, or will not: then what was found here may be found again."""
+        if sequence.loading:
+            sequence.loading = False
+            self.pool.fill(sequence.holding, sequence.computed_tokens // self._block_size)
+            return
         if sequence.pull_tokens == 0:
             return
         sequence.pull_tokens = 0
@@ -320,6 +332,8 @@ class Schedule:
                 if sequence.cached_only:
                     tokens = sequence.prompt_tokens = min(tokens, context + 1)
             external = max(0, sequence.pull_tokens - context)
+            loads = 0 if external else self._loadable(sequence, hits, tokens)
+            external += loads * size
             held = holding.blocks + hits.blocks
             needed = self.blocks_for(tokens) - held + hits.idle
             needed += self._reserved() if external else 0
@@ -327,7 +341,7 @@ class Schedule:
         if self.blocks_for(tokens) - held + hits.idle > pool.free:
             taken = -1
         elif external:
-            taken = self._park(batch, sequence, hits, external)
+            taken = self._park(batch, sequence, hits, external, loads)
         else:
             taken = self._run(batch, sequence, hits, min(tokens - context, budget))
         if taken < 0:
@@ -337,18 +351,27 @@ class Schedule:
     def _run(self, batch: Batch, sequence: Sequence, hits: Hits, new_tokens: int) -> int:
         """Give a sequence a seat; there is room for all of it."""
         holding = sequence.holding
+        if not sequence.computed_tokens:
+            self._note(sequence, hits.blocks, 0)
         if hits.blocks:
             self.pool.adopt(holding, hits)
             sequence.computed_tokens = hits.blocks * self._block_size
-        self._note(sequence, hits, 0)
         sequence.pull_tokens = 0
         self._places += 1
         sequence.place = self._places
         self._compute(batch, sequence, new_tokens)
         return new_tokens
 
-    def _park(self, batch: Batch, sequence: Sequence, hits: Hits, external: int) -> int:
-        """Take blocks for KV that is to come, if that leaves enough for prefills under way."""
+    def _loadable(self, sequence: Sequence, hits: Hits, tokens: int) -> int:
+        """Blocks that only the host has, of one that is looked at for the first time."""
+        if self._host is None or sequence.computed_tokens or sequence.cached_only:
+            return 0
+        held = self._host.held(sequence.holding, (tokens - 1) // self._block_size)
+        return max(0, held - hits.blocks)
+
+    def _park(self, batch: Batch, sequence: Sequence, hits: Hits, external: int, loads: int) -> int:
+        """Take blocks for KV that is to come, if that leaves enough for prefills under way.
+        ``loads``: blocks of it that come from the host."""
         context = hits.blocks * self._block_size + external
         missing = self.blocks_for(context) - hits.blocks
         if missing + hits.idle > self.pool.free - self._reserved():
@@ -357,8 +380,13 @@ class Schedule:
         self.pool.take(missing)
         sequence.holding.plain += missing
         sequence.computed_tokens = context
-        self._note(sequence, hits, external)
-        batch.pulls.append((sequence, external))
+        if loads:
+            sequence.loading, sequence.pull_ok = True, None
+            self._note(sequence, hits.blocks + loads, 0)
+            batch.loads.append((sequence, loads))
+        else:
+            self._note(sequence, hits.blocks, external)
+            batch.pulls.append((sequence, external))
         return 0
 
     def _reserved(self) -> int:
@@ -368,10 +396,10 @@ class Schedule:
             under_way.append(self.prefill)
         return sum(self._blocks_missing(s, s.known_tokens - s.computed_tokens) for s in under_way)
 
-    def _note(self, sequence: Sequence, hits: Hits, external: int) -> None:
+    def _note(self, sequence: Sequence, cached: int, external: int) -> None:
         """Remember where the prompt's KV came from, at the first admission."""
         if sequence.preemptions == 0 and sequence.moved_tokens == 0:
-            sequence.local_cached_tokens = hits.blocks * self._block_size
+            sequence.local_cached_tokens = cached * self._block_size
             sequence.moved_tokens = external
 
     def check(self, taken: int, chunks: list[Sequence], stalled: list[Sequence]) -> list[Sequence]:

@@ -25,6 +25,7 @@ class Sequence:
         "id",
         "key",
         "last_token_s",
+        "loading",
         "local_cached_tokens",
         "moved_tokens",
         "origin",
@@ -47,6 +48,8 @@ class Sequence:
         self.cached_only = request.cached_only
         self.pull_tokens = min(request.pull_tokens, request.prompt_tokens)
         """Still to be asked for: vLLM's connectors read a request's KV once."""
+        self.loading = False
+        """What it waits for comes from the host."""
         self.pull_ok: bool | None = None
         """Whether the KV has come that it waits for; None while it is on its way."""
         self.key = (request.priority, arrival)

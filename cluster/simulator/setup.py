@@ -9,6 +9,7 @@ from typing import Annotated
 
 import msgspec
 
+from cluster.simulator.host_memory import HostMemory
 from coordinator.cost import Efficiency, Hardware, Link, ModelShape, StepCost, Tier
 from coordinator.limits import Limits, NotNegative, Placement, Positive, Seconds
 from coordinator.protocol import Role
@@ -119,6 +120,10 @@ class ClusterSetup(msgspec.Struct, frozen=True):
     contention: tuple[float, ...] = ()
     """Factors on the step times of a node's engines while 1, 2, ... of them are in a step, the
     last for more; empty: they share nothing. See ``cores``."""
+    kv_host_gib: Amount = 0.0
+    """Of its host's memory, for KV that an engine's own has no room for; 0 for none."""
+    host_bytes_per_s: Annotated[float, msgspec.Meta(gt=0.0)] = 20e9
+    """How fast it comes back from there."""
 
     def cost(self) -> StepCost:
         """What steps of each engine take."""
@@ -131,3 +136,17 @@ class ClusterSetup(msgspec.Struct, frozen=True):
             options.gpu_memory_utilization, options.max_num_batched_tokens
         )
         return options.kv_blocks or tokens // options.block_size
+
+    def host_blocks(self) -> int:
+        """Of each engine on its host."""
+        return int(self.kv_host_gib * 2**30 / self.block_bytes())
+
+    def host_memory(self) -> HostMemory | None:
+        """Of one engine; None if it keeps nothing there."""
+        blocks = self.host_blocks()
+        block_s = self.block_bytes() / self.host_bytes_per_s
+        return HostMemory(blocks, block_s) if blocks else None
+
+    def block_bytes(self) -> float:
+        """What a block of KV weighs."""
+        return self.cost().kv_bytes_per_token * self.options.block_size

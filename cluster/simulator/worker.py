@@ -21,7 +21,14 @@ from cluster.simulator.cache_news import CacheNews
 from cluster.simulator.control import Control
 from cluster.simulator.cores import Cores
 from cluster.simulator.engine import Engine
-from cluster.simulator.engine_types import Ended, EngineRequest, FirstToken, Output, Pull
+from cluster.simulator.engine_types import (
+    Ended,
+    EngineRequest,
+    FirstToken,
+    HostLoad,
+    Output,
+    Pull,
+)
 from cluster.simulator.events import Event, Events
 from cluster.simulator.frames import (
     Handle,
@@ -180,9 +187,14 @@ class Worker:
 
     def _beat(self) -> Message:
         ended, self.engine.cached_chains = self.engine.cached_chains, []
-        pool = self.engine.pool
-        for changes in self._news.look(ended, pool.evicted(), pool.cached_of):
-            self._control.send(changes)
+        pool, host = self.engine.pool, self.engine.host
+        told = ended, pool.evicted(), pool.cached_of
+        if host is None:
+            changes = self._news.look(*told)
+        else:
+            changes = self._news.look(*told, host.pool.evicted(), host.pool.cached_of)
+        for change in changes:
+            self._control.send(change)
         beat, links = self._idle_beat, self.reader.report()
         if beat is not None and beat.links is links:
             return beat
@@ -433,6 +445,9 @@ class Worker:
             if output.id in self.jobs:
                 self.reader.pull(output)
             return
+        if isinstance(output, HostLoad):
+            self.events.at(output.ready_s, self._loaded, output.id)
+            return
         if isinstance(output, FirstToken):
             job = self.jobs.get(output.id)
             if job is not None:
@@ -446,6 +461,12 @@ class Worker:
             self._unsaid.append(output)
         else:
             self._say(output)
+
+    def _loaded(self, engine_id: str) -> None:
+        """KV has come from the host's memory, which is gone with the worker."""
+        if self.alive:
+            self.engine.pulled(engine_id, True, self.events.now_s)
+            self.look()
 
     def _say(self, output: FirstToken | Ended) -> None:
         """Tell whoever waits for it, if it was not aborted meanwhile."""

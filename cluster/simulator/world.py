@@ -186,7 +186,13 @@ class World:
             worker.thaw()
 
     def _make_worker(self, setup: WorkerSetup, incarnation: str) -> Worker:
-        engine = Engine(self._cost, self.setup.options, self.facts.kv_blocks, self.recorder.gaps)
+        engine = Engine(
+            self._cost,
+            self.setup.options,
+            self.facts.kv_blocks,
+            self.recorder.gaps,
+            self.setup.host_memory(),
+        )
         worker = Worker(
             setup,
             incarnation,
@@ -276,6 +282,10 @@ class World:
             "reads_failed": self.oracle.reads_failed,
             "calls_overdue": self.overdue + sum(api.overdue for api in self.apis),
         }
+        memories = [worker.engine.host for worker in self.workers()]
+        if self.setup.host_blocks():
+            loaded = sum(memory.loaded_blocks for memory in memories if memory is not None)
+            counters["host_blocks_loaded"] = loaded
         totals = Totals(
             duration_s=max((call.ended_s for call in recorder.calls), default=0.0),
             gpus=len(self.hosts) * self.setup.tp,
@@ -320,6 +330,7 @@ def engine_facts(setup: ClusterSetup) -> EngineFacts:
         max_num_batched_tokens=options.max_num_batched_tokens,
         kv_bytes_per_block=round(setup.cost().kv_bytes_per_token * options.block_size),
         kv_lease_s=options.kv_lease_s,
+        kv_host_blocks=setup.host_blocks(),
     )
 
 

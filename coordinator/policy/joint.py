@@ -17,7 +17,10 @@ this is reckoned, in seconds of all calls together:
                 computed makes no difference to how much work there is, so that all workers
                 have one price: what makes it dear is what nobody has cached
     forgotten   what caches give up for the new KV is computed again, as far as it will be asked
-                for; KV beyond what a worker has is preempted
+                for, or loaded again where the host's memory keeps it for longer; KV beyond what
+                a worker has is preempted
+
+What a worker has of the prompt in its host's memory only is loaded before the rest is computed.
 
 The least sum is taken. What was planned counts at once, so that decisions on the same reports do
 not all fall alike. Affinity to caches, balance, whether disaggregation pays, and workers that
@@ -56,14 +59,35 @@ BUSY_MOST = 0.9
 """A worker is taken to spend at most this share of its time on prompts."""
 
 
+class Host(NamedTuple):
+    """A worker's room in its host's memory: ``room`` blocks before any is forgotten there; of what
+    the cache forgets then, ``share`` is forgotten by the host as soon."""
+
+    room: int
+    share: float
+
+
+NO_HOST = Host(0, 1.0)
+
+
+class Hosts(NamedTuple):
+    """What workers keep in their hosts' memory: ``held`` blocks of the prompt, and what room they
+    have."""
+
+    held: Mapping[str, int]
+    of: Callable[[str], Host]
+
+
 class Outlook(NamedTuple):
     """What is known beyond the workers. ``room``: blocks that a worker's cache takes before it
-    forgets any; ``reuse``: share of prompts that is found in caches."""
+    forgets any; ``reuse``: share of prompts that is found in caches; ``hosts``: None if nobody
+    keeps anything there."""
 
     speeds: Speeds
     now_s: float
     room: Callable[[str], int]
     reuse: float
+    hosts: Hosts | None = None
 
 
 class Glance(NamedTuple):
@@ -74,6 +98,7 @@ class Glance(NamedTuple):
     left_tokens: float
     batch: int
     room: int
+    host: Host
 
 
 class Seen(NamedTuple):
@@ -124,7 +149,8 @@ class Found(NamedTuple):
 class _Place(NamedTuple):
     """A worker as this call finds it. ``cached``: blocks of the prompt that are of use there;
     ``own_s``: to compute the rest, ``waiting_s``: before that; ``share`` of its time that it
-    computed prompts lately, ``prompts_per_s``: how many."""
+    computed prompts lately, ``prompts_per_s``: how many; ``loaded``: blocks that only its host
+    has, ``load_s``: until they are there."""
 
     worker: WorkerView
     cached: int
@@ -132,6 +158,8 @@ class _Place(NamedTuple):
     waiting_s: float
     share: float
     prompts_per_s: float
+    loaded: int = 0
+    load_s: float = 0.0
 
 
 class _Way(NamedTuple):
@@ -188,7 +216,7 @@ def cheapest(
     seconds, name, prefill, pull = found[0]
     computes = places[prefill].worker if prefill else None
     blocks = next((source.blocks for source in sources if source.name == pull), 0)
-    seen = Seen(costs, ways, sources, _glances(name, found, places, outlook.room))
+    seen = Seen(costs, ways, sources, _glances(name, found, places, outlook))
     return Found(places[name].worker, computes, seconds + costs.alone_s, pull, blocks, seen)
 
 
@@ -196,7 +224,7 @@ def _glances(
     chosen: str,
     found: Sequence[tuple[float, str, str, str]],
     places: Mapping[str, _Place],
-    room: Callable[[str], int],
+    outlook: Outlook,
 ) -> list[tuple[_Place, Glance]]:
     """Of the chosen worker, others that were nearly as good, and some more."""
     names = dict.fromkeys([chosen, *(name for _, name, _, _ in found[:SHOWN_MOST])])
@@ -213,7 +241,8 @@ def _glances(
             gauge.context_tokens,
             gauge.left_tokens,
             len(worker.decodes),
-            room(name),
+            outlook.room(name),
+            outlook.hosts.of(name) if outlook.hosts is not None else NO_HOST,
         )
         glances.append((place, glance))
     return glances
@@ -239,6 +268,7 @@ class _Costs:
         self._placement = placement
         self._block_size = block_size
         self._outlook = outlook
+        self._hosts = outlook.hosts
         self._prompt_tokens = ask.prompt_tokens
         self._useful_blocks = (ask.prompt_tokens - 1) // block_size
         self._blocks = -(-ask.prompt_tokens // block_size)
@@ -268,7 +298,17 @@ class _Costs:
         new_tokens = self._prompt_tokens - cached_tokens
         start_s, token_s, pair_s = self._coefficients
         own_s = start_s + new_tokens * (token_s + pair_s * (cached_tokens + 0.5 * new_tokens))
-        return _Place(worker, cached, own_s, *worker.gauge.reading(self._outlook.now_s))
+        place = _Place(worker, cached, own_s, *worker.gauge.reading(self._outlook.now_s))
+        return place if self._hosts is None else self._beside_host(place, self._hosts)
+
+    def _beside_host(self, place: _Place, hosts: Hosts) -> _Place:
+        """What the host has beyond the cache is loaded, not computed."""
+        hosted = min(self._useful_blocks, hosts.held.get(place.worker.name, 0))
+        loaded = hosted - place.cached
+        if loaded <= 0:
+            return place
+        own_s = self._compute_s(hosted * self._block_size)
+        return place._replace(own_s=own_s, loaded=loaded, load_s=self._load_s(place.worker, loaded))
 
     def set_price(self, places: Collection[_Place]) -> None:
         """How many calls come, for each worker, before the prompts that wait by now are computed:
@@ -307,6 +347,7 @@ class _Costs:
         each_s = worker.gauge.decoding + self._later
         forgotten_s = self._forgotten_s(worker, self._prompt_tokens)
         ready_s, others_s, pull = place.waiting_s + place.own_s, place.own_s * each_s, ""
+        ready_s += place.load_s
         for source in sources:
             if source.blocks <= place.cached:
                 break
@@ -328,7 +369,7 @@ class _Costs:
         decode = place.worker
         here_s = self._decode_s(place)
         times = 1.0 + decode.gauge.decoding + self._later
-        local = (here_s + place.waiting_s + place.own_s * times, "", "")
+        local = (here_s + place.waiting_s + place.load_s + place.own_s * times, "", "")
         for source in sources:
             if source.blocks <= place.cached:
                 break
@@ -382,6 +423,22 @@ class _Costs:
         new_tokens = self._prompt_tokens - cached_tokens
         return start_s + new_tokens * (token_s + pair_s * (cached_tokens + 0.5 * new_tokens))
 
+    def _load_s(self, worker: WorkerView, blocks: float) -> float:
+        """Until so many blocks have come from the worker's host."""
+        return blocks * worker.kv_bytes_per_block / self._placement.host_bytes_per_s
+
+    def _again_s(
+        self, worker: WorkerView, lost_blocks: float, new_blocks: float, host: Host
+    ) -> float:
+        """To have again what a worker's cache gives up, as far as it will be asked for. The host
+        has it for as long as there is room for what is new, and where it holds more than the
+        cache, for longer."""
+        reuse = self._outlook.reuse
+        if self._hosts is None:
+            return reuse * self._block_s * lost_blocks
+        computed = host.share * min(lost_blocks, max(0.0, new_blocks - max(0, host.room)))
+        return reuse * (self._block_s * computed + self._load_s(worker, lost_blocks - computed))
+
     def _moving_s(self, source: str, target: WorkerView, blocks: int) -> float:
         """Until so many blocks have come."""
         size_bytes = blocks * target.kv_bytes_per_block
@@ -409,7 +466,8 @@ class _Costs:
         lost_blocks = new_blocks - max(0, self._outlook.room(worker.name))
         seconds = 0.0
         if lost_blocks > 0.0:
-            again_s = self._outlook.reuse * self._block_s * lost_blocks
+            host = self._hosts.of(worker.name) if self._hosts is not None else NO_HOST
+            again_s = self._again_s(worker, lost_blocks, new_blocks, host)
             seconds = self._placement.forgotten * again_s * (1.0 + gauge.decoding + self._later)
         over_blocks = (gauge.context_tokens + tokens) / block_size - worker.usable_blocks
         if over_blocks > 0.0:
@@ -449,12 +507,12 @@ class _Costs:
             first_s = max(source.ready_s + moving_s, place.waiting_s) + compute_s
             others_s += compute_s * glance.decoding + source.others_s
         else:
-            first_s = place.waiting_s + compute_s
+            first_s = place.waiting_s + place.load_s + compute_s
             others_s += compute_s * glance.decoding
         new_blocks = (self._prompt_tokens + output_tokens) / self._block_size
         new_blocks -= self._held.get(place.worker.name, 0)
         lost_blocks = max(0.0, new_blocks - max(0, glance.room))
-        again_s = self._outlook.reuse * self._block_s * lost_blocks
+        again_s = self._again_s(place.worker, lost_blocks, new_blocks, glance.host)
         again_s *= self._placement.forgotten * (1.0 + glance.decoding + self._later)
         decode_s = output_tokens * step_s
         return Option(
@@ -468,6 +526,6 @@ class _Costs:
             others_s=others_s,
             later_s=later_s,
             forgotten_s=again_s,
-            cached_tokens=place.cached * self._block_size,
+            cached_tokens=(place.cached + place.loaded) * self._block_size,
             pull=source.name if source is not None else "",
         )

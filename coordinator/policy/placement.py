@@ -58,6 +58,8 @@ class Choice(msgspec.Struct, frozen=True, gc=False):
     """Of those, what whoever prefills has not cached itself."""
     seen: Seen | None = None
     """What was compared."""
+    loaded_blocks: int = 0
+    """Of the prompt, what comes from the host of whoever prefills."""
 
 
 class Wait(msgspec.Struct, frozen=True, gc=False):
@@ -216,6 +218,12 @@ def _jointly(
     )
     computing = prefill or decode
     own_blocks = cached_blocks_of(ask, held, computing, block_size)
+    loaded_blocks = 0
+    if outlook.hosts is not None and not pull:
+        # Engines read what a peer holds for them, or what their host has.
+        hosted_blocks = cached_blocks_of(ask, outlook.hosts.held, computing, block_size)
+        loaded_blocks = max(0, hosted_blocks - own_blocks)
+        own_blocks += loaded_blocks
     way = f"remote: {seconds:.3f} s" if prefill else f"local: {seconds:.3f} s"
     if pull:
         way += f", {pull_blocks * block_size} tokens from {pull}"
@@ -231,6 +239,7 @@ def _jointly(
         pull_tokens=pull_blocks * block_size,
         pulled_blocks=max(0, pull_blocks - own_blocks),
         seen=seen,
+        loaded_blocks=loaded_blocks,
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from cluster.hardware import HARDWARE
 from cluster.simulator.setup import (
     ClusterSetup,
@@ -28,13 +30,14 @@ def cluster(
     placement: Placement | None = None,
     nodes: bool = True,
     api_servers: int = 1,
+    host_blocks: int = 0,
 ) -> ClusterSetup:
     """A worker of each role, each on a node of its own if ``nodes``."""
     workers = tuple(
         WorkerSetup(f"w{number}", role, node=f"node-{number}" if nodes else "node")
         for number, role in enumerate(roles)
     )
-    return ClusterSetup(
+    setup = ClusterSetup(
         shape=SHAPE,
         hardware=HARDWARE["h100"],
         workers=workers,
@@ -44,6 +47,8 @@ def cluster(
         placement=placement or Placement(policy="least_kv", remote_prefill_min_tokens=BLOCK),
         api_servers=api_servers,
     )
+    gib = host_blocks * setup.block_bytes() / 2**30
+    return msgspec.structs.replace(setup, kv_host_gib=gib)
 
 
 def call(

@@ -33,6 +33,7 @@ NAMED_SEEDS = {
 }
 """Seeds that failed once, by what they bring about where calls are placed by memory alone."""
 PULLING_SEEDS = 30
+HOST_SEEDS = 30
 BROKEN_SEEDS = 40
 """At most so many are needed until one shows that something is broken."""
 
@@ -65,6 +66,13 @@ def test_pulls_go_wrong_and_all_comes_to_a_good_end() -> None:
         assert counters[counter] > 0, counter
     assert counters["plans_pull"] > 50 * PULLING_SEEDS
     assert counters["plans_remote"] > PULLING_SEEDS
+
+
+def test_engines_with_room_on_their_hosts_go_wrong_and_all_comes_to_a_good_end() -> None:
+    counters: Counter[str] = Counter()
+    for seed in range(HOST_SEEDS):
+        counters.update(run_fault_seed(seed, hosts=True).counters)
+    assert counters["host_blocks_loaded"] > HOST_SEEDS
 
 
 def test_the_seeds_do_go_wrong() -> None:

@@ -10,7 +10,7 @@ from cluster.simulator.oracle import OracleError
 from cluster.simulator.records import CallRecord, Result
 from cluster.simulator.setup import EngineOptions, NetworkSetup
 from cluster.simulator.world import World, simulate
-from cluster.workload.form import Workload
+from cluster.workload.form import Run, Workload
 from cluster.workload.source import open_workload
 from coordinator.core import Core
 from coordinator.limits import Limits, Placement
@@ -360,3 +360,38 @@ def test_a_workers_incarnations_have_addresses_of_their_own() -> None:
     assert world.worker(Placed("w0", "w0.1")) is None
     (status,) = world.brain.core.snapshot(0, world.events.now_s).workers
     assert status.incarnation == "w0.2"
+
+
+# --- the hosts' memory ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["pythia", "cache_aware"])
+def test_what_caches_have_no_room_for_comes_back_from_the_hosts(policy: str) -> None:
+    options = EngineOptions(kv_blocks=150, max_model_len=2000)
+    placement = Placement(policy=policy, disaggregated="never", retention=False)  # type: ignore[arg-type]
+    first = run(0, make_call(0, 1600, 4))
+    others = [run(number, make_call(0, 1600, 4), arrival_s=3.0 * number) for number in (1, 2, 3)]
+    again = Run("again", "flow", 60.0, first.scope, first.calls)
+    replayed = workload(first, *others, again)
+    ttft_s, computed = {}, {}
+    for host_blocks in (0, 1000):
+        setup = cluster("mixed", options=options, placement=placement, host_blocks=host_blocks)
+        world = World(setup, replayed)
+        world.start()
+        world.warm_up()
+        world.run()
+        world.check()
+        result = world.result("x")
+        (record,) = (call for call in result.calls if call.run == 4)
+        ttft_s[host_blocks] = record.first_token_s - record.planned_s
+        computed[host_blocks] = record.computed_tokens
+        hosted = world.brain.core._hosts
+        assert hosted.blocks("w0") == (min(host_blocks, 4 * 100))
+    assert computed == {0: 1600, 1000: 16}
+    assert ttft_s[1000] < ttft_s[0]
+
+
+def test_with_room_on_hosts_the_same_seed_gives_the_same_result() -> None:
+    setup = cluster("prefill", "decode", "decode", options=OPTIONS, host_blocks=9000)
+    first, second = (simulate(setup, generated_workload(), seed=3) for _ in range(2))
+    assert [call.ended_s for call in first.calls] == [call.ended_s for call in second.calls]

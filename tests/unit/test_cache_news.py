@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.simulator.cache_news import CHAINS_REMEMBERED, CacheNews
+from cluster.simulator.host_memory import HostMemory
 from cluster.simulator.kv_cache import BlockPool, Holding
 from coordinator.kv_index import KvIndex
 from coordinator.protocol import BLOCK_HASH_BYTES, KV_CHAINS_MAX, KvChanges, KvRemoved
@@ -62,7 +63,21 @@ def test_messages_and_memory_are_bounded() -> None:
     assert len(again.stored) == CHAINS_REMEMBERED
 
 
+def test_the_host_is_told_of_beside_the_cache() -> None:
+    news = CacheNews("w", "1")
+    news.look([chain(1, 2, 3)], [], all_of, [], all_of)
+    (told,) = news.look([], [], lambda each: 1, [], all_of)
+    assert (told.stored, told.host_stored) == ([chain(1)], [chain(1, 2, 3)])
+    (told,) = news.look([], [], all_of, [chain(1, 2, 3)], lambda each: 2)
+    assert (told.removed, told.host_removed) == ([], [KvRemoved(chain(1, 2, 3), 2)])
+    news.begin()
+    (told,) = news.look([], [], lambda each: 0, [chain(7)], all_of)
+    assert told.reset
+    assert (told.stored, told.host_stored, told.host_removed) == ([], [chain(1, 2, 3)], [])
+
+
 BLOCKS = 24
+HOST_BLOCKS = 40
 texts = st.lists(st.integers(0, 2), min_size=1, max_size=9).map(tuple)
 steps = st.lists(st.tuples(texts, st.integers(0, 3), st.booleans()), max_size=40)
 
@@ -96,6 +111,15 @@ def release(pool: BlockPool, over: list[Holding], cold: bool) -> list[bytes]:
     return left
 
 
+def believe(index: KvIndex, stored: list[bytes], removed: list[KvRemoved]) -> None:
+    """What the core makes of it."""
+    for each in stored:
+        index.stored("w", each)
+    for gone in removed:
+        index.removed("w", gone.chain, gone.kept_blocks)
+    index.check()
+
+
 @settings(max_examples=300)
 @given(steps=steps)
 def test_what_is_told_is_what_the_cache_has(
@@ -103,7 +127,9 @@ def test_what_is_told_is_what_the_cache_has(
 ) -> None:
     """Sequences that begin alike come and go in a small cache, some of them for good."""
     pool, news, index = BlockPool(BLOCKS), CacheNews("w", "1"), KvIndex()
+    host, hosts = HostMemory(HOST_BLOCKS, 0.0), KvIndex()
     index.add("w", 10 * BLOCKS)
+    hosts.add("w", 10 * BLOCKS)
     names: dict[tuple[int, ...], int] = {}
     running: list[Holding] = []
     ended: list[bytes] = []
@@ -111,12 +137,13 @@ def test_what_is_told_is_what_the_cache_has(
 
     def tell(ended: list[bytes]) -> None:
         seen.update(ended)
-        for changes in news.look(ended, pool.evicted(), pool.cached_of):
-            for stored in changes.stored:
-                index.stored("w", stored)
-            for gone in changes.removed:
-                index.removed("w", gone.chain, gone.kept_blocks)
-        index.check()
+        for each in ended:
+            host.store(each)
+        host.pool.check([])
+        hosted = host.pool.evicted(), host.pool.cached_of
+        for changes in news.look(ended, pool.evicted(), pool.cached_of, *hosted):
+            believe(index, changes.stored, changes.removed)
+            believe(hosts, changes.host_stored, changes.host_removed)
 
     for text, ends, cold in steps:
         begin(pool, running, text, names)
@@ -130,3 +157,4 @@ def test_what_is_told_is_what_the_cache_has(
     tell([])
     for each in seen:
         assert index.longest_prefix(each).get("w", 0) == pool.cached_of(each)
+        assert hosts.longest_prefix(each).get("w", 0) == host.pool.cached_of(each)

@@ -332,6 +332,19 @@ class TestWorkerConfig:
             extra = worker.engine_arguments()["kv_transfer_config"]["kv_connector_extra_config"]
             assert extra["pythia_pins"] is pins
 
+    def test_a_worker_s_room_on_its_host_is_its_own(self) -> None:
+        text = "model: m\nworkers:\n  - {name: a, role: mixed, kv_host_gib: 1.5}\n"
+        config = parse(f"{text}  - {{name: b, role: mixed}}\n", "x.yaml")
+        first, second = (worker_config(config, name, "m") for name in "ab")
+        assert (first.host_bytes, second.host_bytes) == (3 << 29, 0)
+        (_, host) = first.engine_arguments()["kv_transfer_config"]["kv_connector_extra_config"][
+            "connectors"
+        ]
+        assert host["kv_connector_extra_config"]["cpu_bytes_to_use"] == 3 << 29
+        assert second.engine_arguments()["kv_transfer_config"]["kv_connector"] == "PythiaConnector"
+        with pytest.raises(ConfigError, match="kv_host_gib"):
+            parse(text.replace("1.5", "-1"), "x.yaml")
+
     def test_side_channel_ports_count_from_the_base(self) -> None:
         config = self.config("network: {side_channel_port_base: 5600}\n")
         ports = [worker_config(config, name, "m").side_channel_port for name in ("one", "two")]

@@ -23,12 +23,17 @@ pytest.importorskip("nixl")
 from prometheus_client import Counter, Gauge, Histogram
 from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorLogging
+from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiKVConnectorStats
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import (
+    OffloadingConnectorStats,
+)
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import RequestStatus
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
+from cluster.engine import know_connector_by_name
 from cluster.process import free_port
 from transfer import connector
 from transfer.connector import PythiaConnector, PythiaScheduler, PythiaWorker
@@ -38,7 +43,7 @@ from transfer.pages import PAGE_BYTES, use_huge_pages
 from transfer.profile import CHUNK, Chunks, chunk_params
 from transfer.progress import progress_pause
 from transfer.renewal import Renewals
-from transfer.settings import CACHED_ONLY, kv_transfer_config
+from transfer.settings import CACHED_ONLY, kv_transfer_config, own_statistics
 from transfer.sources import SOURCE_ENGINE
 
 BLOCK = 32
@@ -390,6 +395,26 @@ def test_the_engines_log_and_metrics_take_the_list_of_sources() -> None:
     PlayedMetric.seen.clear()
     metrics.observe(data)
     assert PlayedMetric.seen.count(6) == 2
+
+
+def test_what_is_measured_beside_vllm_s_offloading_is_rebuilt_too() -> None:
+    """As in an engine with room on its host: vLLM has the statistics of each connector by name."""
+    know_connector_by_name()
+    know_connector_by_name()
+    stats = MultiKVConnectorStats()
+    stats["PythiaConnector"] = ReadStats()
+    stats["PythiaConnector"].data["pinned_blocks"].append(4)
+    stats["OffloadingConnector"] = OffloadingConnectorStats()
+    stats["OffloadingConnector"].increase_counter("vllm:kv_offload_load_bytes", 64)
+    message = SchedulerStats(kv_connector_stats=stats.to_dict())
+    outputs = MsgpackEncoder().encode(EngineCoreOutputs(scheduler_stats=message))
+    arrived = MsgpackDecoder(EngineCoreOutputs).decode(outputs).scheduler_stats
+    assert own_statistics(arrived.kv_connector_stats)["pinned_blocks"] == [4]
+    log = KVConnectorLogging(KVTransferConfig(**kv_transfer_config(ENGINE, host_bytes=1 << 20)))
+    log.observe(arrived.kv_connector_stats)
+    lines: list[str] = []
+    log.log(lambda _, line: lines.append(line))
+    assert "'vllm:kv_offload_load_bytes': 64" in lines[0]
 
 
 class PlayedMetric:

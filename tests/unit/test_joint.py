@@ -9,7 +9,7 @@ import pytest
 
 from coordinator.gauge import Gauge, Prompt
 from coordinator.limits import Limits, Placement, Rebalance
-from coordinator.policy.joint import Outlook, options
+from coordinator.policy.joint import NO_HOST, Host, Hosts, Outlook, options
 from coordinator.policy.placement import Ask, Choice, place
 from coordinator.protocol import LinkLoad
 from coordinator.speeds import Speeds
@@ -239,6 +239,97 @@ def test_a_full_cache_is_worth_something() -> None:
     assert chosen(*workers, room=room).decode == "b"
     assert chosen(*workers, room=room, reuse=0.0).decode == "a"
     assert chosen(*workers, room=room, forgotten=0.0).decode == "a"
+
+
+ROOMY = Host(10**9, 0.1)
+
+
+def on_host(*workers: Seen, **hosted: int) -> Choice:
+    """Of workers of which some have a part of the prompt on their hosts only."""
+    decision = place(
+        ASK,
+        workers,
+        lambda: {"f": 10},
+        LIMITS,
+        Placement(),
+        BLOCK_SIZE,
+        Outlook(SPEEDS, 0.0, lambda name: 10**9, 0.5, Hosts(hosted, lambda name: ROOMY)),
+    )
+    assert isinstance(decision, Choice), decision
+    return decision
+
+
+def test_what_a_host_has_is_loaded_and_not_computed() -> None:
+    plain = on_host(worker("d"), worker("e"))
+    choice = on_host(worker("d"), worker("e"), e=400)
+    assert (way(plain), way(choice)) == (("d", ""), ("e", ""))
+    assert choice.uncached_tokens == 8000 - 400 * BLOCK_SIZE
+    # Not more than the prompt without its last token, and not what the cache has, too.
+    assert on_host(worker("e"), e=900).uncached_tokens == BLOCK_SIZE
+    assert on_host(worker("f"), f=4).uncached_tokens == 8000 - 10 * BLOCK_SIZE
+    (option,) = options(choice.seen)[:1]  # type: ignore[arg-type]
+    load_s = 400 * (1 << 20) / Placement().host_bytes_per_s
+    start_s, token_s, pair_s = SPEEDS.prefill.coefficients
+    new_tokens = 8000 - 6400
+    own_s = start_s + new_tokens * (token_s + pair_s * (6400 + 0.5 * new_tokens))
+    assert option.decode == "e"
+    assert option.cached_tokens == 6400
+    assert option.first_token_s == pytest.approx(load_s + own_s)
+
+
+def test_loading_takes_its_time_where_blocks_are_large() -> None:
+    heavy = worker("e", kv_bytes_per_block=1 << 30)
+    assert way(on_host(worker("d"), heavy, e=400)) == ("d", "")
+    assert way(on_host(worker("d"), heavy, e=4)) == ("d", "")
+
+
+@pytest.mark.parametrize(
+    ("host", "computed_blocks"),
+    [
+        (NO_HOST, PROMPT_BLOCKS + 7),  # nothing is kept
+        (ROOMY, 0),  # all is
+        (Host(0, 0.25), (PROMPT_BLOCKS + 7) / 4),  # for four times as long
+        (Host(PROMPT_BLOCKS, 1.0), 7),  # as far as there is room
+    ],
+)
+def test_what_a_cache_forgets_is_computed_again_as_far_as_the_host_forgets_it(
+    host: Host, computed_blocks: float
+) -> None:
+    """All 507 blocks of the call push something out, the prompt's and those of 112 tokens."""
+    d = worker("d")
+    found = place(
+        but(expected_tokens=112.0),
+        [d],
+        lambda: {},
+        LIMITS,
+        Placement(),
+        BLOCK_SIZE,
+        Outlook(SPEEDS, 0.0, lambda name: 0, 1.0, Hosts({}, lambda name: host)),
+    )
+    assert isinstance(found, Choice)
+    assert found.seen is not None
+    (option,) = options(found.seen)
+    _, token_s, pair_s = SPEEDS.prefill.coefficients
+    block_s = (token_s + pair_s * 0.5 * 8000) * BLOCK_SIZE
+    load_s = d.kv_bytes_per_block / Placement().host_bytes_per_s
+    again_s = computed_blocks * block_s + (PROMPT_BLOCKS + 7 - computed_blocks) * load_s
+    assert option.forgotten_s == pytest.approx(Placement().forgotten * again_s)
+
+
+def test_a_prefill_worker_loads_what_its_host_has() -> None:
+    d = worker("d", warm_sources={"p"}, decodes=["c"] * 8, gauge=decoding(8))
+    choice = place(
+        ASK,
+        [d, worker("p", "prefill")],
+        lambda: {},
+        LIMITS,
+        Placement(prefill_workers_decode=False),
+        BLOCK_SIZE,
+        Outlook(SPEEDS, 0.0, lambda name: 10**9, 0.5, Hosts({"p": 300}, lambda name: ROOMY)),
+    )
+    assert isinstance(choice, Choice)
+    assert way(choice) == ("d", "p")
+    assert choice.uncached_tokens == 8000 - 300 * BLOCK_SIZE
 
 
 def test_work_is_dear_while_prompts_wait() -> None:

@@ -12,7 +12,13 @@ from vllm.distributed import kv_events as vllm_events
 
 from coordinator.blocks import hash_blocks, salt_of
 from coordinator.protocol import BLOCK_HASH_BYTES, KvRemoved
-from transfer.kv_events import BlockRemoved, BlockStored, Translation, decode_batch
+from transfer.kv_events import (
+    AllBlocksCleared,
+    BlockRemoved,
+    BlockStored,
+    Translation,
+    decode_batch,
+)
 
 BLOCK = 4
 PLAIN = salt_of("", "")
@@ -44,11 +50,36 @@ def removed(*blocks: int) -> BlockRemoved:
     return BlockRemoved([name(blocks)])
 
 
-def told(translation: Translation) -> tuple[bool, list[bytes], list[KvRemoved]]:
+Told = tuple[bool, list[bytes], list[KvRemoved]]
+
+
+def look(translation: Translation) -> Told:
+    """What is told now of the cache."""
+    return translation.look()[:3]
+
+
+def told(translation: Translation) -> Told:
     """What is told once nothing grows any more."""
-    cleared, first, gone = translation.look()
-    again, more, later = translation.look()
+    cleared, first, gone = look(translation)
+    again, more, later = look(translation)
     return cleared or again, first + more, gone + later
+
+
+def told_of_host(translation: Translation) -> tuple[list[bytes], list[KvRemoved]]:
+    """The same of the host."""
+    first, then = translation.look(), translation.look()
+    return first.host_stored + then.host_stored, first.host_removed + then.host_removed
+
+
+def copied(*blocks: int, after: int = 0) -> list[BlockStored]:
+    """The engine has copied blocks to the host: of each it tells its hash, in any order."""
+    names = [name(blocks[: number + 1]) for number in range(after, len(blocks))]
+    return [BlockStored([each], None, [], 0, medium="CPU", group_idx=0) for each in reversed(names)]
+
+
+def dropped(*blocks: int) -> BlockRemoved:
+    """A block's copy is gone."""
+    return BlockRemoved([name(blocks)], "CPU", 0)
 
 
 def test_a_chain_has_the_name_that_its_prompt_has() -> None:
@@ -61,10 +92,10 @@ def test_a_chain_has_the_name_that_its_prompt_has() -> None:
 def test_a_chain_that_grows_is_told_when_it_has_stopped() -> None:
     translation = Translation()
     translation.take([stored(1, 2)])
-    assert translation.look() == (False, [], [])
+    assert look(translation) == (False, [], [])
     translation.take([stored(1, 2, 3, after=2)])
-    assert translation.look() == (False, [], [])
-    assert translation.look() == (False, [chain(1, 2, 3)], [])
+    assert look(translation) == (False, [], [])
+    assert look(translation) == (False, [chain(1, 2, 3)], [])
 
 
 def test_salts_and_adapters_have_blocks_of_their_own() -> None:
@@ -116,6 +147,50 @@ def test_other_memory_and_other_groups_of_layers_do_not_count() -> None:
     assert told(translation) == (False, [chain(1)], [])
 
 
+def test_what_is_copied_to_the_host_is_told_by_the_names_of_the_cache() -> None:
+    translation = Translation(host=True)
+    key = msgspec.Raw(msgspec.msgpack.encode("secret"))
+    salted = chain(1, 2, salt=salt_of("secret", ""))
+    translation.take([stored(1, 2, extra_keys=[[key], None]), *copied(1, 2)])
+    assert told_of_host(translation) == ([salted], [])
+    translation.take([removed(1, 2), removed(1)])
+    assert told_of_host(translation) == ([], [])
+    translation.take([dropped(1, 2)])
+    assert told_of_host(translation) == ([], [KvRemoved(salted, 1)])
+
+
+def test_a_copy_may_be_told_of_when_the_block_has_left_the_cache() -> None:
+    translation = Translation(host=True)
+    translation.take([stored(1, 2), removed(1, 2), removed(1), *copied(1, 2)])
+    assert told(translation)[1] == []
+    assert translation.everything().host_stored == [chain(1, 2)]
+
+
+def test_a_copy_without_its_beginning_is_of_no_use() -> None:
+    translation = Translation(host=True)
+    translation.take([stored(1, 2, 3), *copied(1, 2, 3, after=1)])
+    assert told_of_host(translation) == ([], [])
+    assert translation.strays == 2
+    translation.take([*copied(4)])
+    assert translation.strays == 3
+
+
+def test_of_copies_whose_beginning_goes_first_only_the_longest_chain_is_told() -> None:
+    translation = Translation(host=True)
+    translation.take([stored(1, 2, 3, 4), *copied(1, 2, 3, 4)])
+    told_of_host(translation)
+    translation.take([dropped(1, 2), dropped(1, 2, 3)])
+    assert told_of_host(translation) == ([], [KvRemoved(chain(1, 2, 3), 1)])
+    assert translation.everything().host_stored == [chain(1)]
+
+
+def test_all_that_is_cleared_is_cleared_on_the_host_too() -> None:
+    translation = Translation(host=True)
+    translation.take([stored(1), *copied(1), AllBlocksCleared()])
+    assert translation.look() == (True, [], [], [], [])
+    assert translation.everything() == (True, [], [], [], [])
+
+
 def test_blocks_without_a_beginning_are_counted_and_not_told() -> None:
     translation = Translation()
     translation.take([stored(1, 2, 3, after=1)])
@@ -128,7 +203,7 @@ def test_everything_is_told_to_who_has_lost_count() -> None:
     translation.take([stored(1, 2), stored(1, 3, after=1), stored(4)])
     told(translation)
     translation.take([removed(4)])
-    assert sorted(translation.everything()) == sorted([chain(1, 2), chain(1, 3)])
+    assert sorted(translation.everything().stored) == sorted([chain(1, 2), chain(1, 3)])
     assert told(translation) == (False, [], [])
 
 
@@ -173,7 +248,9 @@ class Mirror:
         for each in chains:
             self.blocks |= set(prefixes(each))
         for each in gone:
-            self.blocks -= set(prefixes(each.chain)[each.kept_blocks :])
+            # With a block goes what goes on from it.
+            first = prefixes(each.chain)[each.kept_blocks]
+            self.blocks = {block for block in self.blocks if not block.startswith(first)}
 
 
 def prefixes(each: bytes) -> list[bytes]:
@@ -199,7 +276,7 @@ def test_whoever_believes_what_is_told_knows_what_is_there(
     for move in moves:
         match move:
             case "look":
-                mirror.hear(*translation.look())
+                mirror.hear(*look(translation))
             case "clear":
                 there.clear()
                 translation.forget()
@@ -218,11 +295,86 @@ def test_whoever_believes_what_is_told_knows_what_is_there(
                 if known < len(move):
                     translation.take([stored(*move, after=known)])
                     there += [move[: end + 1] for end in range(known, len(move))]
-    mirror.hear(*translation.look())
-    mirror.hear(*translation.look())
+    mirror.hear(*look(translation))
+    mirror.hear(*look(translation))
     assert mirror.blocks == {chain(*each) for each in there}
     assert len(translation) == len(there)
     assert translation.strays == 0
+
+
+class Hosting:
+    """An engine with blocks on its host, and who believes what is told of both."""
+
+    def __init__(self) -> None:
+        self.translation = Translation(host=True)
+        self.cache, self.host = Mirror(), Mirror()
+        self.cached: list[tuple[int, ...]] = []
+        self.copies: set[tuple[int, ...]] = set()
+
+    def hear(self) -> None:
+        news = self.translation.look()
+        self.cache.hear(*news[:3])
+        self.host.hear(news.cleared, news.host_stored, news.host_removed)
+
+    def clear(self) -> None:
+        self.cached.clear()
+        self.copies.clear()
+        self.translation.take([AllBlocksCleared()])
+
+    def drop(self, rng: object) -> None:
+        """A copy goes, whatever is behind it."""
+        if self.copies:
+            gone = rng.choice(sorted(self.copies))  # type: ignore[attr-defined]
+            self.copies.remove(gone)
+            self.translation.take([dropped(*gone)])
+
+    def store(self, move: tuple[int, ...]) -> None:
+        """A prompt is cached, and copied if what lacks of it there is its end."""
+        known = 0
+        while known < len(move) and move[: known + 1] in self.cached:
+            known += 1
+        if known < len(move):
+            self.translation.take([stored(*move, after=known)])
+            self.cached += [move[: end + 1] for end in range(known, len(move))]
+        parts = [move[:end] for end in range(1, len(move) + 1)]
+        new = [part for part in parts if part not in self.copies]
+        if new and new == parts[-len(new) :]:
+            self.translation.take(copied(*move, after=len(move) - len(new)))
+            self.copies.update(new)
+
+    @property
+    def whole(self) -> set[bytes]:
+        """Copies of use: those whose beginning is there, too."""
+        return {
+            chain(*each)
+            for each in self.copies
+            if all(each[:end] in self.copies for end in range(1, len(each)))
+        }
+
+
+@settings(max_examples=300)
+@given(moves, st.randoms(use_true_random=False))
+def test_whoever_believes_what_is_told_of_the_host_finds_nothing_else_there(
+    moves: list[object], rng: object
+) -> None:
+    engine = Hosting()
+    for move in moves:
+        match move:
+            case "look":
+                engine.hear()
+            case "clear":
+                engine.clear()
+            case "evict":
+                engine.drop(rng)
+            case tuple():
+                engine.store(move)
+    engine.hear()
+    engine.hear()
+    assert engine.cache.blocks == {chain(*each) for each in engine.cached}
+    assert engine.host.blocks <= engine.whole
+    news, again = engine.translation.everything(), Mirror()
+    again.hear(news.cleared, news.host_stored, news.host_removed)
+    assert engine.host.blocks <= again.blocks <= engine.whole
 
 
 def is_behind(other: tuple[int, ...], each: tuple[int, ...]) -> bool:

@@ -17,8 +17,8 @@ from vllm.distributed.kv_events import BlockRemoved, BlockStored, KVEventBatch, 
 from cluster import kv_listener
 from cluster.kv_listener import Endpoints, KvListener
 from coordinator.blocks import hash_blocks, salt_of
-from coordinator.protocol import KvChanges, KvRemoved, KvResync, Prefilled, Started
-from tests.unit.test_core import Bed
+from coordinator.protocol import KvChanges, KvRemoved, KvResync, Leaving, Prefilled, Started
+from tests.unit.test_core import Bed, ready
 
 WAIT_S = 30.0
 BLOCK = 4
@@ -42,6 +42,11 @@ def bed() -> Bed:
 def held(made: Bed, *blocks: int) -> int:
     """How much of a chain the core believes the decode worker to have."""
     return made.core._index.longest_prefix(chain(*blocks)).get("decode-1", 0)
+
+
+def hosted(made: Bed, *blocks: int) -> int:
+    """The same of its host."""
+    return made.core._hosts.longest_prefix(chain(*blocks)).get("decode-1", 0)
 
 
 # --- the core ---------------------------------------------------------------------------------
@@ -95,6 +100,8 @@ def test_who_is_missing_a_message_asks_for_all_once_a_beat() -> None:
         {"stored": [b"short"]},
         {"removed": [KvRemoved(b"odd", 0)]},
         {"removed": [KvRemoved(chain(1), -1)]},
+        {"host_stored": [b"odd"]},
+        {"host_removed": [KvRemoved(chain(1), -1)]},
         {"stored": [b"short"], "reset": True},
     ],
 )
@@ -117,6 +124,29 @@ def test_another_incarnation_begins_anew() -> None:
     assert held(made, 1) == 1
 
 
+def test_what_is_on_hosts_is_known_beside_what_is_cached() -> None:
+    made = Bed()
+    made.cluster("prefill")
+    made.say("decode-1", ready("decode-1", kv_host_blocks=500))
+    made.say("decode-1", said(0, stored=[chain(1)], host_stored=[chain(1, 2, 3)], reset=True))
+    assert (held(made, 1, 2, 3), hosted(made, 1, 2, 3)) == (1, 3)
+    made.say("decode-1", said(1, host_removed=[KvRemoved(chain(1, 2, 3), 2)]))
+    assert (held(made, 1, 2, 3), hosted(made, 1, 2, 3)) == (1, 2)
+    # After a gap nothing is taken from either until all is said anew.
+    assert made.say("decode-1", said(3, host_stored=[chain(7)])) == [("decode-1", KvResync("1"))]
+    assert hosted(made, 7) == 0
+    made.say("decode-1", said(4, host_stored=[chain(7)], reset=True))
+    assert (held(made, 1), hosted(made, 1), hosted(made, 7)) == (0, 0, 1)
+    made.say("decode-1", Leaving("decode-1", "1"))
+    assert hosted(made, 7) == 0
+
+
+def test_a_worker_without_room_on_its_host_has_nothing_there() -> None:
+    made = bed()
+    made.say("decode-1", said(0, host_stored=[chain(1)], reset=True))
+    assert hosted(made, 1) == 0
+
+
 # --- the worker, with vLLM's own publisher ------------------------------------------------------
 
 
@@ -129,7 +159,7 @@ class Engine:
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.sent: list[KvChanges] = []
         self.may_send = True
-        self.listener = KvListener(self.context, self.endpoints, "w", "1", self.send)
+        self.listener = KvListener(self.context, self.endpoints, "w", "1", self.send, host=True)
 
     def publish_from(self) -> ZmqEventPublisher:
         config = self.endpoints.config()
@@ -159,6 +189,23 @@ class Engine:
     def evicts(self, *blocks: int) -> None:
         event = BlockRemoved(block_hashes=[bytes(blocks)], medium="GPU", group_idx=0)
         self.publisher.publish(KVEventBatch(ts=time.time(), events=[event]))
+
+    def copies(self, *blocks: int) -> None:
+        """Blocks are on the host, too; of each vLLM tells its hash."""
+        events = [
+            BlockStored(
+                block_hashes=[bytes(blocks[:end])],
+                parent_block_hash=None,
+                token_ids=[],
+                block_size=0,
+                lora_id=None,
+                medium="CPU",
+                lora_name=None,
+                group_idx=0,
+            )
+            for end in range(1, len(blocks) + 1)
+        ]
+        self.publisher.publish(KVEventBatch(ts=time.time(), events=events))
 
     async def heard(self, batches: int) -> None:
         """Wait until so many batches have been heard. A subscriber may come late: then the next
@@ -203,6 +250,22 @@ async def test_an_engine_s_blocks_are_told_by_our_names(engine_maker: list[Engin
     await engine.heard(engine.listener._next_batch + 2)
     engine.listener.tell()
     assert engine.sent[1:] == [KvChanges("w", "1", 1, removed=[KvRemoved(told(1, 2, 3, 4), 3)])]
+    listening.cancel()
+
+
+async def test_an_engine_s_copies_on_the_host_are_told_beside_them(
+    engine_maker: list[Engine],
+) -> None:
+    engine = Engine()
+    engine_maker.append(engine)
+    listening = asyncio.create_task(engine.listener.run())
+    await asyncio.sleep(0.2)
+    engine.stores(1, 2, 3)
+    engine.copies(1, 2, 3)
+    await engine.heard(2)
+    engine.listener.tell()
+    both = KvChanges("w", "1", 0, [told(1, 2, 3)], reset=True, host_stored=[told(1, 2, 3)])
+    assert engine.sent == [both]
     listening.cancel()
 
 

@@ -12,6 +12,7 @@ from transfer.renewal import Renewals
 from transfer.settings import (
     dispatch_margin_s,
     kv_transfer_config,
+    own_statistics,
     progress_delay_us,
     transfer_environment,
 )
@@ -174,6 +175,26 @@ def test_every_engine_may_hold_and_read() -> None:
     assert config["kv_load_failure_policy"] == "recompute"
     assert config["kv_connector_extra_config"]["kv_lease_duration"] == 12
     assert config["kv_connector_extra_config"]["nixl_progress_delay_us"] == 100
+
+
+def test_with_room_on_its_host_an_engine_has_vllm_s_offloading_behind_our_connector() -> None:
+    alone = kv_transfer_config("e", lease_s=12, pins=True)
+    config = kv_transfer_config("e", lease_s=12, pins=True, host_bytes=3 << 30)
+    assert (config["kv_connector"], config["engine_id"]) == ("MultiConnector", "e")
+    assert (config["kv_role"], config["kv_load_failure_policy"]) == ("kv_both", "recompute")
+    ours, host = config["kv_connector_extra_config"]["connectors"]
+    # vLLM gives the engine's id to each of them itself.
+    assert ours | {"engine_id": "e"} == alone
+    assert host["kv_connector"] == "OffloadingConnector"
+    assert host["kv_connector_extra_config"]["cpu_bytes_to_use"] == 3 << 30
+
+
+def test_of_several_connectors_statistics_ours_are_found() -> None:
+    ours: dict[str, object] = {"source_engine": [], "pinned_blocks": [3]}
+    assert own_statistics(ours) == ours
+    assert own_statistics({"PythiaConnector": ours, "OffloadingConnector": {"data": {}}}) == ours
+    assert own_statistics({"OffloadingConnector": {"data": {}}}) == {}
+    assert own_statistics({}) == {}
 
 
 @pytest.mark.parametrize("wrong", [{"lease_s": 5}, {"lease_s": 0}, {"nixl_progress_delay_us": -1}])

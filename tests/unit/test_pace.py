@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from coordinator.protocol import CallContext, Finished, Prefilled, Started
-from tests.unit.test_core import LONG, Bed
+from coordinator.core import Core
+from coordinator.limits import Placement
+from coordinator.protocol import CallContext, Finished, KvChanges, Prefilled, Started
+from tests.unit.test_core import LIMITS, LONG, Bed, hashes, ready
 
 
 def served(
@@ -31,6 +33,24 @@ def test_prefill_and_step_times_are_learned(roles: tuple[str, ...]) -> None:
     speeds = bed.core.speeds
     assert speeds.prefill_s(LONG) == pytest.approx(2.0, rel=0.1)
     assert speeds.step_s(1, LONG) == pytest.approx(0.25, rel=0.1)
+
+
+def test_prompts_that_come_from_a_host_say_nothing_of_computing() -> None:
+    bed = Bed()
+    bed.core = Core(LIMITS, Placement(), "core")
+    bed.api()
+    bed.say("d", ready("d", kv_host_blocks=500))
+    guess_s = bed.core.speeds.prefill_s(LONG)
+    for number in range(9):
+        # Of the cache nothing is left.
+        bed.say("d", KvChanges("d", "1", number, reset=True, host_stored=[hashes(LONG)]))
+        plan = bed.plan(f"c{number}", LONG)
+        assert (plan.decode.worker, plan.prefill) == ("d", None)
+        assert bed.core._state.calls["api", f"c{number}"].loaded_blocks == LONG // 16 - 1
+        bed.now_s += 2.0
+        bed.say("api", Started("api", f"c{number}", 1))
+        bed.say("api", Finished("api", f"c{number}", 1, "stop", 2))
+    assert bed.core.speeds.prefill_s(LONG) == guess_s
 
 
 def test_short_answers_and_calls_that_fail_say_nothing_of_steps() -> None:

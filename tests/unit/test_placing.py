@@ -43,7 +43,10 @@ class Bed:
         self.state.block_size = BLOCK
         self.standing = Standing(LIMITS, self.placement)
         pace = Pace(Learner(WorkflowLimits()))
-        self.placing = Placing(self.state, self.index, self.standing, self.placement, None, pace)
+        self.hosts = KvIndex()
+        self.placing = Placing(
+            self.state, self.index, self.standing, self.placement, None, pace, self.hosts
+        )
 
     def worker(self, name: str, role: Role = "decode", kv_blocks: int = 100) -> Worker:
         facts = EngineFacts("0", "m", "f", BLOCK, kv_blocks, 10_000, 8, 2048)
@@ -132,6 +135,26 @@ def test_the_joint_choice_among_a_few_is_that_among_all() -> None:
         # What was compared differs, what came of it does not.
         assert replace(found, seen=None) == replace(everywhere, seen=None)
         assert found.decode == holder, "w028 has the role prefill and the smaller name"
+
+
+@pytest.mark.parametrize("policy", ["least_kv", "pythia"])
+@pytest.mark.parametrize("few", [8, 64])
+def test_who_has_the_most_on_its_host_is_compared_however_loaded(policy: str, few: int) -> None:
+    bed = Bed(Placement(policy=policy, compared_workers=few, cached_weight=2.0))  # type: ignore[arg-type]
+    for number in range(32):
+        bed.take(bed.worker(f"w{number:03}"), 5)
+    bed.take(bed.state.workers["w030"], 20)
+    hashes = chain(*range(1, 50))
+    ask = bed.ask(49 * BLOCK)
+    found = bed.near(ask, hashes)
+    assert isinstance(found, Choice)
+    assert found.decode != "w030"
+    bed.hosts.add("w030", 1000)
+    bed.hosts.stored("w030", hashes)
+    found = bed.near(ask, hashes)
+    assert isinstance(found, Choice)
+    assert found.decode == "w030"
+    assert found.uncached_tokens == BLOCK
 
 
 def test_when_nobody_has_room_nobody_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:

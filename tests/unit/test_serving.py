@@ -142,7 +142,7 @@ async def until(condition: Any) -> None:
 
 
 @asynccontextmanager
-async def serving() -> AsyncIterator[tuple[Worker, PlayedEngine, Api]]:
+async def serving(kv_host_gib: float = 0.0) -> AsyncIterator[tuple[Worker, PlayedEngine, Api]]:
     context = zmq.Context()
     engine: Any = PlayedEngine()
     config = WorkerConfig(
@@ -151,6 +151,7 @@ async def serving() -> AsyncIterator[tuple[Worker, PlayedEngine, Api]]:
         coordinator="tcp://127.0.0.1:1",
         model="m",
         served_model_name="m",
+        kv_host_gib=kv_host_gib,
     )
     worker = Worker(config, engine, context)
     running = asyncio.create_task(worker.run())
@@ -210,6 +211,26 @@ async def test_a_prefill_reads_by_a_handle_once_and_says_what_came() -> None:
         message, _ = await api.hear(PrefillDone)
         assert (message.cached_tokens, message.moved_tokens) == (36, 20)
         assert worker.sources.report()[0].in_flight_bytes == 0
+
+
+async def test_what_comes_from_the_host_s_memory_was_cached_and_has_not_moved() -> None:
+    async with serving(kv_host_gib=1.0) as (worker, engine, api):
+        await meet(worker, engine)
+        assert worker.facts.kv_host_blocks > 0
+        await api.decode("r")
+        await api.decode("s", handles.encode(HANDLE))
+        await until(lambda: "s~1" in engine.given)
+        outputs = [output(name, 1, [1]) for name in ("r", "s")]
+        for each in outputs:
+            each.prefill_stats = PrefillStats()
+            each.prefill_stats.set(40, 16, 20)
+        engine.on_step(outputs, 0.0)
+        _, frames = await api.hear(Deltas)
+        told = [
+            out.prefill_stats for out in MsgpackDecoder(EngineCoreOutputs).decode(frames).outputs
+        ]
+        found = [(each.num_local_cached_tokens, each.num_external_cached_tokens) for each in told]
+        assert found == [(36, 0), (16, 20)]
 
 
 async def test_what_is_cached_only_is_answered_for_beside_the_call_itself() -> None:

@@ -13,7 +13,15 @@ import msgspec
 import pytest
 
 from cluster.simulator.engine import STEPS_MAX_S, Engine
-from cluster.simulator.engine_types import Ended, EngineRequest, FirstToken, Output, Pull
+from cluster.simulator.engine_types import (
+    Ended,
+    EngineRequest,
+    FirstToken,
+    HostLoad,
+    Output,
+    Pull,
+)
+from cluster.simulator.host_memory import HostMemory
 from cluster.simulator.records import Gaps
 from cluster.simulator.setup import EngineOptions
 from coordinator.cost import Efficiency, Hardware, ModelShape, StepCost
@@ -43,9 +51,14 @@ def step_s(*chunks: tuple[int, int], decodes: int = 0, context: int = 0) -> floa
 class Driven:
     """An engine that is driven from one moment at which it has something to do to the next."""
 
-    def __init__(self, kv_blocks: int = 101, options: EngineOptions = OPTIONS) -> None:
+    def __init__(
+        self,
+        kv_blocks: int = 101,
+        options: EngineOptions = OPTIONS,
+        host: HostMemory | None = None,
+    ) -> None:
         self.gaps = Gaps()
-        self.engine = Engine(COST, options, kv_blocks, self.gaps)
+        self.engine = Engine(COST, options, kv_blocks, self.gaps, host)
 
     def submit(self, name: str, prompt: int, outputs: int, at_s: float, **fields: Any) -> None:
         text = str(fields.pop("text", name))
@@ -74,6 +87,14 @@ def chain(text: str, blocks: int) -> bytes:
             block = hashes[-1] + f"{name}{number}".encode()
             hashes.append(blake2b(block, digest_size=8).digest())
     return b"".join(hashes[1 : blocks + 1])
+
+
+def loaded(driven: Driven, outputs: list[Output]) -> list[Output]:
+    """What comes once the load that was asked for is over."""
+    load = only(outputs, HostLoad)
+    driven.engine.advance(load.ready_s)
+    driven.engine.pulled(load.id, True, load.ready_s)
+    return driven.until(load.ready_s + 9.0)
 
 
 def only(outputs: list[Output], kind: type[T]) -> T:
@@ -578,3 +599,79 @@ def test_growing_gaps_are_those_one_by_one() -> None:
     assert twice.count == 2 * together.count
     assert twice.quantile(0.5) == together.quantile(0.5)
     assert twice.mean_s == pytest.approx(0.01 + 0.0001 * 249.5)
+
+
+# --- the host's memory --------------------------------------------------------------------
+
+
+def test_what_was_evicted_is_loaded_from_the_host() -> None:
+    driven = Driven(kv_blocks=11, host=HostMemory(100, 0.25))
+    driven.submit("a", 24, 1, at_s=0.0)
+    driven.submit("b", 36, 1, at_s=2.0)
+    assert not [o for o in driven.until(5.0) if isinstance(o, HostLoad)]
+    assert driven.engine.pool.cached_of(chain("a", 6)) == 1
+    driven.submit("again", 25, 2, at_s=5.0, text="a")
+    asked = driven.until(5.0)
+    # One block is in the cache, and the last token is computed in any case.
+    assert only(asked, HostLoad) == HostLoad("again", 5.0, 5.0 + 5 * 0.25)
+    first = only(loaded(driven, asked), FirstToken)
+    assert first.at_s == pytest.approx(6.25 + step_s((1, 24)))
+    assert (first.local_cached_tokens, first.moved_tokens, first.computed_tokens) == (24, 0, 1)
+    assert driven.used(20.0) == 0
+
+
+def test_loads_come_one_after_the_other_and_others_are_computed_meanwhile() -> None:
+    driven = Driven(kv_blocks=41, host=HostMemory(100, 1.0))
+    for name in "ab":
+        driven.submit(name, 40, 1, at_s=0.0)
+    driven.until(3.0)
+    driven.submit("large", 157, 1, at_s=3.0)
+    driven.until(6.0)
+    for name in "ab":
+        driven.submit(f"{name}2", 33, 1, at_s=6.0, text=name)
+    driven.submit("c", 5, 1, at_s=6.0)
+    outputs = driven.until(7.0)
+    ready = {o.id: o.ready_s for o in outputs if isinstance(o, HostLoad)}
+    assert ready == {"a2": 14.0, "b2": 22.0}
+    assert [o.id for o in outputs if isinstance(o, FirstToken)] == ["c"]
+
+
+def test_the_host_forgets_what_was_used_longest_ago_the_ends_first() -> None:
+    host = HostMemory(8, 0.1)
+    driven = Driven(kv_blocks=11, host=host)
+    for number, name in enumerate("abc"):
+        driven.submit(name, 16, 1, at_s=float(number))
+    driven.until(9.0)
+    assert [host.pool.cached_of(chain(name, 4)) for name in "abc"] == [0, 4, 4]
+    host.store(chain("d", 2))
+    assert [host.pool.cached_of(chain(name, 4)) for name in "bcd"] == [2, 4, 2]
+    host.store(chain("e", 20))
+    assert host.pool.cached_of(chain("e", 20)) == 8
+
+
+def test_what_is_read_from_elsewhere_is_not_loaded_but_kept() -> None:
+    host = HostMemory(100, 0.1)
+    driven = Driven(kv_blocks=11, host=host)
+    host.store(chain("a", 6))
+    driven.submit("a", 25, 1, at_s=0.0, pull_tokens=25)
+    outputs = driven.until(0.0)
+    assert only(outputs, Pull).tokens == 25
+    driven.engine.pulled("a", True, 1.0)
+    assert only(driven.until(3.0), FirstToken).moved_tokens == 25
+    # Of a prompt of which only the cached part is wanted nothing is loaded either.
+    driven.submit("b", 36, 1, at_s=4.0)
+    driven.until(6.0)
+    driven.submit("c", 25, 1, at_s=6.0, text="a", cached_only=True, hold=True)
+    assert not [o for o in driven.until(6.0) if isinstance(o, HostLoad)]
+
+
+def test_an_aborted_load_leaves_nothing() -> None:
+    host = HostMemory(100, 1.0)
+    driven = Driven(kv_blocks=11, host=host)
+    host.store(chain("a", 6))
+    driven.submit("a", 25, 1, at_s=0.0)
+    assert only(driven.until(0.0), HostLoad).ready_s == 6.0
+    driven.engine.abort("a", 1.0)
+    driven.engine.pulled("a", True, 6.0)
+    driven.until(9.0)
+    assert driven.used(9.0) == 0

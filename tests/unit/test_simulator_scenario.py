@@ -51,6 +51,14 @@ def test_a_small_file_is_enough(tmp_path: Path) -> None:
     assert setup.kv_blocks() * setup.options.block_size > 500_000
 
 
+def test_workers_may_have_room_on_their_hosts(tmp_path: Path) -> None:
+    text = GOOD.replace("decode: 6", "decode: 6, kv_host_gib: 64, host_bytes_per_s: 40e9")
+    setup = load(written(tmp_path, text)).setup
+    assert setup.host_blocks() == int(64 * 2**30 / setup.block_bytes())
+    assert setup.host_bytes_per_s == 40e9
+    assert load(written(tmp_path, GOOD)).setup.host_memory() is None
+
+
 def test_it_survives_the_way_to_another_process(tmp_path: Path) -> None:
     links = "network: {links: {rdma: {latency_s: 1e-5, bytes_per_s: 25e9}}}\nfaults: {loss: 0.01}\n"
     scenario = load(written(tmp_path, GOOD + links))

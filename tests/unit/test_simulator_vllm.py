@@ -25,7 +25,14 @@ pytest.importorskip("vllm")
 pytest.importorskip("nixl")
 
 import torch
-from vllm.config import CacheConfig, KVTransferConfig, ModelConfig, SchedulerConfig, VllmConfig
+from vllm.config import (
+    CacheConfig,
+    KVEventsConfig,
+    KVTransferConfig,
+    ModelConfig,
+    SchedulerConfig,
+    VllmConfig,
+)
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
@@ -60,7 +67,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def vllm_scheduler(folder: Path, policy: str, blocks: int) -> Scheduler:
+def vllm_scheduler(folder: Path, policy: str, blocks: int, host_bytes: int = 0) -> Scheduler:
     config = VllmConfig(
         model_config=ModelConfig(
             model=str(folder), skip_tokenizer_init=True, dtype="float16", max_model_len=MODEL_LEN
@@ -75,7 +82,8 @@ def vllm_scheduler(folder: Path, policy: str, blocks: int) -> Scheduler:
             policy=policy,
         ),
         cache_config=CacheConfig(block_size=BLOCK, enable_prefix_caching=True),
-        kv_transfer_config=KVTransferConfig(**kv_transfer_config("engine")),
+        kv_transfer_config=KVTransferConfig(**kv_transfer_config("engine", host_bytes=host_bytes)),
+        kv_events_config=KVEventsConfig(enable_kv_cache_events=True, publisher="null"),
     )
     config.cache_config.num_gpu_blocks = blocks
     spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32)
@@ -149,8 +157,8 @@ class Text:
 class Real:
     """vLLM's scheduler, and what the world around an engine would tell it."""
 
-    def __init__(self, folder: Path, policy: str, blocks: int) -> None:
-        self.scheduler = vllm_scheduler(folder, policy, blocks)
+    def __init__(self, folder: Path, policy: str, blocks: int, host_bytes: int = 0) -> None:
+        self.scheduler = vllm_scheduler(folder, policy, blocks, host_bytes)
         self.texts: dict[str, Text] = {}
         self.output: Any = None
         self.aborts: list[str] = []
