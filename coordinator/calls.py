@@ -815,7 +815,8 @@ class Calls:
         assert call.computing is not None
         prompt_blocks = call.prompt_tokens // self._state.block_size
         uncached_blocks = -(-call.uncached_tokens // self._state.block_size)
-        call.promised_from = max(0, prompt_blocks - uncached_blocks - call.pulled_blocks)
+        elsewhere = call.pulled_blocks + call.loaded_blocks
+        call.promised_from = max(0, prompt_blocks - uncached_blocks - elsewhere)
         self._index.stored(call.computing.name, call.submit.block_hashes)
 
     def _break_promise(self, call: Call) -> None:

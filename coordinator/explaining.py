@@ -182,7 +182,7 @@ def _explained(request: str, kept: _Kept, block_size: int) -> Explained:
 def _planned(plan: _Plan, block_size: int) -> Planned:
     choice = plan.choice
     found = options(choice.seen) if choice.seen is not None else []
-    # What was chosen may be one of several that are as good.
+    # The cheapest of all may be one that would break what was promised of the time between tokens.
     chosen = (choice.decode, choice.prefill, choice.pull)
     found.sort(key=lambda each: (each.decode, each.prefill, each.pull) != chosen)
     return Planned(
@@ -243,7 +243,7 @@ def _words_of(plan: Planned) -> list[str]:
         name = f"{way.decode}, prompt on {way.prefill}" if way.prefill else way.decode
         name += f", pulled from {way.pull}" if way.pull else ""
         more_s = way.total_s - chosen.total_s
-        # Of nearly equal ones one is drawn, so that an alternative may be a little cheaper.
+        # One that would break what was promised of the time between tokens may be cheaper.
         compared = f"{abs(more_s):.3f} s {'more' if more_s >= 0.0 else 'less'}"
         lines.append(f"  alternative {name}: {compared}: {_parts(way)}")
     return lines

@@ -50,6 +50,7 @@ class KvSync:
             self._index.removed(name, gone.chain, gone.kept_blocks)
         for chain in message.host_stored:
             self._hosts.stored(name, chain)
+        worker.host_full |= bool(message.host_removed)
         for gone in message.host_removed:
             self._hosts.removed(name, gone.chain, gone.kept_blocks)
         self._state.counters["kv_changes"] += 1

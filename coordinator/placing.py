@@ -60,6 +60,14 @@ class Placing:
         workers = self._state.workers
         hashes = call.submit.block_hashes
 
+        if (
+            self._placer is None
+            and len(workers) > self._placement.compared_workers
+            and self._placement.policy in FEW_COMPARED
+        ):
+            decision = self._near(ask, hashes, now_s)
+            if decision is not None:
+                return decision
         hosted = self._hosts.longest_prefix(hashes) if len(self._hosts) else {}
 
         def cached() -> dict[str, int]:
@@ -67,13 +75,6 @@ class Placing:
 
         if self._placer is not None:
             return self._placer.place(call, ask, workers.values(), cached, now_s)
-        if (
-            len(workers) > self._placement.compared_workers
-            and self._placement.policy in FEW_COMPARED
-        ):
-            decision = self._near(ask, hashes, now_s)
-            if decision is not None:
-                return decision
         state = self._state
         outlook = self._outlook(now_s, hosted)
         return place(
@@ -86,11 +87,13 @@ class Placing:
 
     def _host(self, worker: str) -> Host:
         """Both forget what was used longest ago: a host that is no larger than the cache forgets
-        with it, one that is larger as much later."""
+        with it, one that is larger as much later. It may be full of what the index does not know:
+        of what lies behind a gap, or was told in messages that were lost."""
         blocks = self._hosts.capacity(worker)
         if not blocks:
             return NO_HOST
-        return Host(self._hosts.room(worker), min(1.0, self._index.capacity(worker) / blocks))
+        room = 0 if self._state.workers[worker].host_full else self._hosts.room(worker)
+        return Host(room, min(1.0, self._index.capacity(worker) / blocks))
 
     def _usable(self, held: dict[str, int], hosted: dict[str, int]) -> dict[str, int]:
         """What counts as held. All but ``pythia`` know only cached from not, and what is loaded
@@ -119,6 +122,7 @@ class Placing:
         if len(self._hosts):
             hosted = self._hosts.longest_prefix(hashes, 4 * few, names)
             names |= dict.fromkeys(hosted)
+            held = self._index.longest_prefix(hashes, 4 * few, names)
         near = [state.workers[name] for name in names]
         decision = place(
             ask,

@@ -233,6 +233,8 @@ class Worker:
     kv_blocks_used: int = 0
     """What its engine said at the last beat, less what ended since."""
     kv_blocks_reserved: int = 0
+    host_full: bool = False
+    """Its host's memory has forgotten something, so that more pushes out more."""
     decodes: dict[CallKey, Call] = field(default_factory=dict)
     """Calls that it decodes, from plan to end."""
     prefills: dict[CallKey, Call] = field(default_factory=dict)

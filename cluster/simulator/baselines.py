@@ -184,6 +184,7 @@ BASELINES: Mapping[str, Baseline] = {
     "pythia-rebalance": Baseline(
         "the same, roles are kept apart and follow the demand that is expected",
         "split",
+        {"prefill_workers_decode": False},
         ratio="forecast",
     ),
     "pythia-rebalance-shared": Baseline(
@@ -262,6 +263,7 @@ BASELINES: Mapping[str, Baseline] = {
     "rebalance-oracle": Baseline(
         "pythia-rebalance that knows the mix to come",
         "split",
+        {"prefill_workers_decode": False},
         ratio="forecast",
         future=KnownFuture,
     ),

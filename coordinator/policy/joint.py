@@ -226,7 +226,7 @@ def _glances(
     places: Mapping[str, _Place],
     outlook: Outlook,
 ) -> list[tuple[_Place, Glance]]:
-    """Of the chosen worker, others that were nearly as good, and some more."""
+    """Of the chosen worker, others that were the best so far, and some more."""
     names = dict.fromkeys([chosen, *(name for _, name, _, _ in found[:SHOWN_MOST])])
     for name in places:
         if len(names) >= SHOWN_MOST:
@@ -286,7 +286,7 @@ class _Costs:
         """By how much this call makes steps longer."""
         self._step_s, self._sequence_s, self._context_s = step_s, sequence_s, context_s
         self.alone_s = self._output_tokens * (step_s + self._longer_s)
-        """To decode it alone: the same everywhere, so it makes nothing nearly equal."""
+        """To decode it alone: the same everywhere."""
         self._later = 0.0
 
     def place(self, worker: WorkerView) -> _Place:

@@ -17,8 +17,18 @@ from vllm.distributed.kv_events import BlockRemoved, BlockStored, KVEventBatch, 
 from cluster import kv_listener
 from cluster.kv_listener import Endpoints, KvListener
 from coordinator.blocks import hash_blocks, salt_of
-from coordinator.protocol import KvChanges, KvRemoved, KvResync, Leaving, Prefilled, Started
-from tests.unit.test_core import Bed, ready
+from coordinator.core import Core
+from coordinator.limits import Placement
+from coordinator.protocol import (
+    Finished,
+    KvChanges,
+    KvRemoved,
+    KvResync,
+    Leaving,
+    Prefilled,
+    Started,
+)
+from tests.unit.test_core import LIMITS, Bed, ready
 
 WAIT_S = 30.0
 BLOCK = 4
@@ -139,6 +149,35 @@ def test_what_is_on_hosts_is_known_beside_what_is_cached() -> None:
     assert (held(made, 1), hosted(made, 1), hosted(made, 7)) == (0, 0, 1)
     made.say("decode-1", Leaving("decode-1", "1"))
     assert hosted(made, 7) == 0
+
+
+def test_a_host_that_has_forgotten_something_is_full_whatever_is_known_of_it() -> None:
+    made = Bed()
+    made.cluster("prefill")
+    made.say("decode-1", ready("decode-1", kv_host_blocks=500))
+    made.say("decode-1", said(0, host_stored=[chain(1, 2, 3)], reset=True))
+    placing = made.core._calls._placing
+    assert placing._host("decode-1").room == 497
+    made.say("decode-1", said(1, host_removed=[KvRemoved(chain(1, 2, 3), 0)]))
+    assert hosted(made, 1) == 0
+    assert placing._host("decode-1").room == 0
+    made.say("decode-1", said(2, reset=True))
+    assert placing._host("decode-1").room == 0, "what was lost is there still"
+
+
+def test_what_would_have_been_loaded_is_not_held_after_all() -> None:
+    """Of a call that is given up before its worker has anything of it."""
+    made = Bed()
+    made.core = Core(LIMITS, Placement(disaggregated="never"), "core")
+    made.api()
+    made.say("decode-1", ready("decode-1", kv_host_blocks=500))
+    prompt = chain(*range(20))
+    made.say("decode-1", said(0, host_stored=[prompt[: 15 * 8]], reset=True))
+    made.plan("r", 320, block_hashes=prompt)
+    assert made.core._state.calls["api", "r"].loaded_blocks == 15
+    assert held(made, *range(20)) == 20
+    made.say("api", Finished("api", "r", 1, "abort", 0))
+    assert held(made, *range(20)) == 0
 
 
 def test_a_worker_without_room_on_its_host_has_nothing_there() -> None:
