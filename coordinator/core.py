@@ -513,9 +513,7 @@ class Core:
         state.counters["workers_registered"] += 1
         state.deadlines.set(("worker", name), self._suspect_s(worker))
         state.room_changed = True
-        self._index.add(name, facts.kv_blocks)
-        if facts.kv_host_blocks > 0:
-            self._hosts.add(name, facts.kv_host_blocks)
+        self._kv_sync.add(worker)
         self._standing.add(worker)
         for _, api in sorted(state.apis.items()):
             state.send(api.peer, worker_up(worker))
@@ -600,8 +598,6 @@ class Core:
         del state.workers[worker.name]
         state.deadlines.drop(("worker", worker.name))
         state.counters[f"workers_{phase.value}"] += 1
-        self._index.forget(worker.name)
-        self._hosts.forget(worker.name)
         self._kv_sync.forget(worker)
         self._standing.remove(worker)
         for _, api in sorted(state.apis.items()):

@@ -25,8 +25,15 @@ class KvSync:
         """The number of the next message; not there before the first reset."""
         self._asked_s: dict[str, float] = {}
 
+    def add(self, worker: Worker) -> None:
+        """A worker is there, and nothing is known of its cache."""
+        self._index.add(worker.name, worker.facts.kv_blocks)
+        if worker.facts.kv_host_blocks > 0:
+            self._hosts.add(worker.name, worker.facts.kv_host_blocks)
+
     def forget(self, worker: Worker) -> None:
         """A worker is gone."""
+        self._clear(worker)
         self._expected.pop(worker.name, None)
         self._asked_s.pop(worker.name, None)
 
@@ -34,11 +41,8 @@ class KvSync:
         """What a worker says of its cache. Nonsense counts as not heard."""
         name = worker.name
         if message.reset and _well_formed(message):
-            self._index.forget(name)
-            self._index.add(name, worker.facts.kv_blocks)
-            self._hosts.forget(name)
-            if worker.facts.kv_host_blocks > 0:
-                self._hosts.add(name, worker.facts.kv_host_blocks)
+            self._clear(worker)
+            self.add(worker)
             self._expected[name] = message.sequence
         if message.sequence != self._expected.get(name) or not _well_formed(message):
             self._ask(worker, now_s)
@@ -58,6 +62,10 @@ class KvSync:
     def check(self) -> None:
         """Assert that only workers that are registered are known."""
         assert self._expected.keys() | self._asked_s.keys() <= self._state.workers.keys()
+
+    def _clear(self, worker: Worker) -> None:
+        self._index.forget(worker.name)
+        self._hosts.forget(worker.name)
 
     def _ask(self, worker: Worker, now_s: float) -> None:
         """Once a beat: the answer takes a while, and may be lost."""

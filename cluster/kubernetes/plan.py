@@ -298,8 +298,8 @@ def _set(
 
 def differences(entry: WorkerEntry, other: WorkerEntry) -> list[str]:
     """The keys in which two pods of one set may not differ, and these do."""
-    keys = ["role", "engine", "environment", "data_port", "metrics_port", "health_port", "fixed"]
-    keys.append("kv_host_gib")
+    ports = "data_port", "metrics_port", "health_port"
+    keys = ["role", "engine", "environment", *ports, "fixed", "kv_host_gib"]
     found = [key for key in keys if getattr(entry, key) != getattr(other, key)]
     return found + ["devices"] * (len(entry.devices) != len(other.devices))
 

@@ -8,13 +8,12 @@ evicted is told at the next look.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from coordinator.protocol import BLOCK_HASH_BYTES, KV_CHAINS_MAX, KvChanges, KvRemoved
 
 CHAINS_REMEMBERED = 256
 """For a core that has lost count."""
-
 
 CachedOf = Callable[[bytes], int]
 
@@ -39,8 +38,8 @@ class CacheNews:
         ended: list[bytes],
         evicted: list[bytes],
         cached_of: CachedOf,
-        host_evicted: list[bytes] | None = None,
-        hosted_of: CachedOf | None = None,
+        host_evicted: Sequence[bytes] = (),
+        hosted_of: CachedOf = lambda chain: 0,
     ) -> list[KvChanges]:
         """What is to be said now. ``ended``: what has been cached since the last look;
         ``evicted``: chains of which something was lost; ``cached_of``: how many of a chain's
@@ -49,12 +48,8 @@ class CacheNews:
         reset, self._told = not self._told, True
         self._known.extend(ready)
         ready = list(self._known) if reset else ready
-        stored, removed = _told(ready, [] if reset else evicted, cached_of)
-        host_stored: list[bytes] = []
-        host_removed: list[KvRemoved] = []
-        if hosted_of is not None:
-            gone = [] if reset else host_evicted or []
-            host_stored, host_removed = _told(ready, gone, hosted_of)
+        stored, removed = _told(ready, () if reset else evicted, cached_of)
+        host_stored, host_removed = _told(ready, () if reset else host_evicted, hosted_of)
         most = max(len(stored), len(removed), len(host_stored), len(host_removed))
         parts = max(-(-most // KV_CHAINS_MAX), int(reset))
         changes: list[KvChanges] = []
@@ -68,7 +63,7 @@ class CacheNews:
 
 
 def _told(
-    ready: list[bytes], evicted: list[bytes], cached_of: CachedOf
+    ready: Sequence[bytes], evicted: Sequence[bytes], cached_of: CachedOf
 ) -> tuple[list[bytes], list[KvRemoved]]:
     """What is there of the first, and is not of the second."""
     stored: list[bytes] = []

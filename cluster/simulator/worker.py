@@ -188,13 +188,9 @@ class Worker:
     def _beat(self) -> Message:
         ended, self.engine.cached_chains = self.engine.cached_chains, []
         pool, host = self.engine.pool, self.engine.host
-        told = ended, pool.evicted(), pool.cached_of
-        if host is None:
-            changes = self._news.look(*told)
-        else:
-            changes = self._news.look(*told, host.pool.evicted(), host.pool.cached_of)
-        for change in changes:
-            self._control.send(change)
+        hosted = (host.pool.evicted(), host.pool.cached_of) if host is not None else ()
+        for changes in self._news.look(ended, pool.evicted(), pool.cached_of, *hosted):
+            self._control.send(changes)
         beat, links = self._idle_beat, self.reader.report()
         if beat is not None and beat.links is links:
             return beat

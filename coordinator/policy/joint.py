@@ -346,8 +346,8 @@ class _Costs:
         worker = place.worker
         each_s = worker.gauge.decoding + self._later
         forgotten_s = self._forgotten_s(worker, self._prompt_tokens)
-        ready_s, others_s, pull = place.waiting_s + place.own_s, place.own_s * each_s, ""
-        ready_s += place.load_s
+        ready_s = place.waiting_s + place.load_s + place.own_s
+        others_s, pull = place.own_s * each_s, ""
         for source in sources:
             if source.blocks <= place.cached:
                 break
