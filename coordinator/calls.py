@@ -66,6 +66,7 @@ from coordinator.protocol import (
 )
 from coordinator.pulls import Pulls
 from coordinator.retention import Retention
+from coordinator.rooms import Rooms
 from coordinator.standing import Standing
 from coordinator.state import Api, Call, CallKey, CallPhase, State, Worker
 from coordinator.view import call_status
@@ -142,7 +143,8 @@ class Calls:
         self._index = index
         self._standing = standing
         self._pace = pace
-        self._placing = Placing(state, index, standing, placement, placer, pace, hosts)
+        self._rooms = Rooms(state, standing)
+        self._placing = Placing(state, index, standing, placement, placer, pace, hosts, self._rooms)
         self._pulls = Pulls(state, index, standing, pace)
         self._moves = Moves(state, standing, self._place_again)
         self.placement = placement
@@ -555,17 +557,15 @@ class Calls:
         for worker in (decode, prefill):
             if worker is not None and self._errands.open:
                 self._errands.planned(worker)
-        key = call.key
-        call.decode, call.decode_blocks = decode, choice.decode_blocks
-        decode.decodes[key] = call
-        decode.kv_blocks_reserved += choice.decode_blocks
+        # What is moved has not waited, nor does anything begin.
+        moved = call.moved_attempt == call.attempt - 1
+        computes = not (choice.pull or choice.loaded_blocks or moved)
+        self._rooms.decode(
+            call, decode, choice.decode_blocks, computes=computes and prefill is None
+        )
         if prefill is not None:
-            call.prefill, call.prefill_blocks = prefill, choice.prefill_blocks
-            prefill.prefills[key] = call
-            prefill.kv_blocks_reserved += choice.prefill_blocks
+            self._rooms.prefill(call, prefill, choice.prefill_blocks, computes=computes)
             prefill.prefilling += 1
-            self._standing.touch(prefill)
-        self._standing.touch(decode)
         if choice.pull:
             self._pulls.planned(call, choice)
         call.computing = prefill or decode
@@ -573,7 +573,7 @@ class Calls:
         call.uncached_tokens = choice.uncached_tokens
         call.cached_blocks = choice.cached_blocks
         call.loaded_blocks = choice.loaded_blocks
-        if self.placement.single_flight:
+        if self.placement.single_flight and computes:
             self._promise(call)
         self._pace.planned(call, now_s)
         self._prefetches.planned(call)
@@ -588,8 +588,6 @@ class Calls:
             pull_tokens=call.pull_tokens,
         )
         call.overdue = 0
-        # What is moved has not waited, nor does anything begin.
-        moved = call.moved_attempt == call.attempt - 1
         entry = None if moved else self.queue.planned(call, now_s)
         self.explanations.planned(call, choice, entry, len(self.queue), now_s)
         if call.submit.group:
@@ -644,6 +642,7 @@ class Calls:
         self._computed(call, now_s)
         self._release_prefill(call)
         self._pulls.release(call)
+        self._rooms.decodes(call)
         self._pace.started(call, now_s)
         self._index.stored(call.decode.name, call.submit.block_hashes)
         self._retention.decoding(call, now_s)
@@ -847,10 +846,7 @@ class Calls:
     def _release_prefill(self, call: Call) -> None:
         """Give back the room on the prefill worker."""
         self._computed(call, None)
-        if call.prefill is not None:
-            del call.prefill.prefills[call.key]
-            self._give_back(call.prefill, call.prefill_blocks)
-            call.prefill, call.prefill_blocks = None, 0
+        self._rooms.leave_prefill(call)
 
     def _release(self, call: Call, now_s: float) -> None:
         """Give back all room; nothing happens if there is none."""
@@ -858,17 +854,10 @@ class Calls:
         self._release_prefill(call)
         self._pulls.forgotten(call)
         self._moves.forgotten(call)
-        if call.decode is not None:
-            del call.decode.decodes[call.key]
-            self._pace.released(call, call.decode, now_s)
-            self._give_back(call.decode, call.decode_blocks)
-            call.decode, call.decode_blocks = None, 0
-
-    def _give_back(self, worker: Worker, blocks: int) -> None:
-        worker.kv_blocks_reserved -= blocks
-        worker.kv_blocks_used = max(0, worker.kv_blocks_used - blocks)
-        self._standing.touch(worker)
-        self._state.room_changed = True
+        decode = call.decode
+        self._rooms.leave_decode(call)
+        if decode is not None:
+            self._pace.released(call, decode, now_s)
 
     def _learn(self, call: Call, message: Finished) -> None:
         """Count what happened, and correct the index where it believed too much.

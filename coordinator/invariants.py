@@ -15,6 +15,7 @@ from coordinator.limits import Placement
 from coordinator.pairs import Pairs
 from coordinator.protocol import Role
 from coordinator.roles import Roles
+from coordinator.rooms import checked_blocks
 from coordinator.state import COUNTERS, Call, CallPhase, State, Worker, WorkerPhase
 
 LIVE_PHASES = frozenset(
@@ -79,7 +80,7 @@ def _check_call(call: Call, state: State) -> None:
         assert state.workers.get(call.prefill.name) is call.prefill, f"{key} is on a lost worker"
         assert call.phase in planned, key
     else:
-        assert call.prefill_blocks == 0
+        assert call.prefill_blocks == call.prefill_strides == 0
         assert call.phase is not CallPhase.PREFILLING, key
     if call.computing is not None:
         assert call.computing in (call.prefill, call.decode), key
@@ -138,9 +139,8 @@ def _check_worker(worker: Worker, state: State, placement: Placement) -> None:
     everyone = state.calls.values()
     assert worker.decodes == {call.key: call for call in everyone if call.decode is worker}
     assert worker.prefills == {call.key: call for call in everyone if call.prefill is worker}
-    reserved = sum(call.decode_blocks for call in worker.decodes.values())
+    reserved = checked_blocks(worker)
     assert worker.pulls == {call.key: call for call in everyone if call.pull is worker}
-    reserved += sum(call.prefill_blocks for call in worker.prefills.values())
     reserved += sum(call.pull_blocks for call in worker.pulls.values())
     moving = {call.key: call.relocation for call in everyone if call.relocation is not None}
     arriving = {key: each for key, each in moving.items() if each.target is worker}

@@ -21,11 +21,14 @@ from coordinator.policy.placement import (
     Ask,
     Choice,
     Decision,
+    Spared,
     decode_blocks,
+    none_spared,
     place,
     prefill_blocks,
 )
 from coordinator.policy.placer import Placer
+from coordinator.rooms import Rooms
 from coordinator.standing import Standing
 from coordinator.state import Call, State
 
@@ -45,6 +48,7 @@ class Placing:
         placer: Placer | None,
         pace: Pace,
         hosts: KvIndex,
+        rooms: Rooms,
     ) -> None:
         """``index``: who holds which blocks in its cache; ``hosts``: on its host."""
         self._state = state
@@ -54,18 +58,21 @@ class Placing:
         self._placement = placement
         self._placer = placer
         self._pace = pace
+        self._rooms = rooms
 
     def decide(self, call: Call, ask: Ask, now_s: float) -> Decision:
         """For the call that is first in the queue."""
         workers = self._state.workers
         hashes = call.submit.block_hashes
 
+        # What goes on elsewhere brings all that it has.
+        spared = self._rooms.spared(call) if call.decode is None else none_spared
         if (
             self._placer is None
             and len(workers) > self._placement.compared_workers
             and self._placement.policy in FEW_COMPARED
         ):
-            decision = self._near(ask, hashes, now_s)
+            decision = self._near(ask, hashes, spared, now_s)
             if decision is not None:
                 return decision
         hosted = self._hosts.longest_prefix(hashes) if len(self._hosts) else {}
@@ -76,9 +83,15 @@ class Placing:
         if self._placer is not None:
             return self._placer.place(call, ask, workers.values(), cached, now_s)
         state = self._state
-        outlook = self._outlook(now_s, hosted)
         return place(
-            ask, workers.values(), cached, state.limits, self._placement, state.block_size, outlook
+            ask,
+            workers.values(),
+            cached,
+            state.limits,
+            self._placement,
+            state.block_size,
+            self._outlook(now_s, hosted),
+            spared,
         )
 
     def _outlook(self, now_s: float, hosted: dict[str, int]) -> Outlook:
@@ -102,17 +115,22 @@ class Placing:
             return {name: max(held.get(name, 0), hosted.get(name, 0)) for name in (held | hosted)}
         return held
 
-    def _near(self, ask: Ask, hashes: bytes, now_s: float) -> Decision | None:
+    def _near(self, ask: Ask, hashes: bytes, spared: Spared, now_s: float) -> Decision | None:
         """What comes of comparing a few; None if that settles nothing."""
         state, standing, placement = self._state, self._standing, self._placement
         standing.renew()
         decoders, prefillers = standing.decoders, standing.prefillers
         if ask.avoid or not decoders or standing.largest_tokens <= ask.prompt_tokens:
             return None
-        if decoders.full(decode_blocks(ask, placement, state.block_size)):
-            return NO_ROOM
         few = max(1, placement.compared_workers // 8)
-        names = dict.fromkeys(decoders.first(few))
+        full = decoders.full(decode_blocks(ask, placement, state.block_size))
+        if full:
+            # Only who has some of it reserved can have room for the rest.
+            names = {name: None for name in state.workers if spared(name)}
+            if not names:
+                return NO_ROOM
+        else:
+            names = dict.fromkeys(decoders.first(few))
         names |= dict.fromkeys(prefillers.first(few))
         if ask.sibling in state.workers:
             names[ask.sibling] = None
@@ -132,8 +150,11 @@ class Placing:
             placement,
             state.block_size,
             self._outlook(now_s, hosted),
+            spared,
         )
-        if isinstance(decision, Choice):
+        if full and decision is NO_ROOM:
+            settled = True
+        elif isinstance(decision, Choice):
             # Of ``least_kv``: others may have a link.
             settled = decision.reason != NO_PREFILL_WORKER or not prefillers
         else:

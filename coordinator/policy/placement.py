@@ -75,6 +75,13 @@ class Impossible(msgspec.Struct, frozen=True, gc=False):
 
 
 Decision = Choice | Wait | Impossible
+Spared = Callable[[str], int]
+
+
+def none_spared(_: str) -> int:
+    """Nothing that a call needs is reserved for others."""
+    return 0
+
 
 NOTHING = Outlook(Speeds(), 0.0, lambda worker: 0, 0.0)
 """What is known before anything is: a guess of speeds, and that caches do not matter."""
@@ -120,12 +127,14 @@ def place(
     placement: Placement,
     block_size: int,
     outlook: Outlook | None = None,
+    spared: Spared = none_spared,
 ) -> Decision:
     """Choose workers for a call.
 
     ``workers``: all registered ones, with blocks of ``block_size`` tokens. ``cached``: how
     many leading blocks of the prompt each holds; asked for only when there is a choice.
-    ``outlook``: what ``pythia`` knows of times, if anything.
+    ``outlook``: what ``pythia`` knows of times, if anything; ``spared``: of the blocks that the
+    call needs on a worker, those that are reserved for others already.
     """
     prompt_tokens = ask.prompt_tokens
     no_decoders = not any(worker.up and worker.role != "prefill" for worker in workers)
@@ -143,7 +152,7 @@ def place(
     blocks = decode_blocks(ask, placement, block_size)
     roomy = [
         worker
-        for worker in _with_room(_without(able, ask) or able, blocks, placement)
+        for worker in _with_room(_without(able, ask) or able, blocks, placement, spared)
         if len(worker.decodes) < limits.calls_per_worker
     ]
     if not roomy:
@@ -152,7 +161,7 @@ def place(
     if placement.policy == "pythia":
         others = () if no_decoders else _without(workers, ask)
         known = outlook or NOTHING
-        return _jointly(ask, others, roomy, held, limits, placement, block_size, known)
+        return _jointly(ask, others, roomy, held, limits, placement, block_size, known, spared)
     decode = _sibling(ask, roomy) or DECODE_CHOICES[placement.policy](
         ask, roomy, blocks, held, placement, block_size
     )
@@ -177,7 +186,7 @@ def place(
         and worker.name in decode.warm_sources
         and worker.tokens_max > prompt_tokens
     ]
-    return _with_prefill(ask, local, linked, held, limits, placement, block_size)
+    return _with_prefill(ask, local, linked, held, limits, placement, block_size, spared)
 
 
 def _jointly(
@@ -189,6 +198,7 @@ def _jointly(
     placement: Placement,
     block_size: int,
     outlook: Outlook,
+    spared: Spared,
 ) -> Choice:
     """Decode worker and way to have the prompt's KV there, chosen together."""
     alone = ask.aggregated or placement.disaggregated == "never"
@@ -198,7 +208,7 @@ def _jointly(
     if not alone:
         prefillers = [
             worker
-            for worker in _with_room(workers, needed, placement)
+            for worker in _with_room(workers, needed, placement, spared)
             if worker.role != "decode"
             and worker.up
             and worker.tokens_max > ask.prompt_tokens
@@ -255,6 +265,7 @@ def _with_prefill(
     limits: Limits,
     placement: Placement,
     block_size: int,
+    spared: Spared,
 ) -> Decision:
     """Add one of the prefill workers that ``local.decode`` can pull from."""
     if not linked:
@@ -262,7 +273,7 @@ def _with_prefill(
     blocks = prefill_blocks(ask, block_size)
     roomy = [
         worker
-        for worker in _with_room(linked, blocks, placement)
+        for worker in _with_room(linked, blocks, placement, spared)
         if worker.prefilling < limits.prefills_per_worker
     ]
     if not roomy:
@@ -296,17 +307,23 @@ def _without(workers: Collection[WorkerView], ask: Ask) -> Collection[WorkerView
 
 
 def _with_room(
-    workers: Collection[WorkerView], blocks: int, placement: Placement
+    workers: Collection[WorkerView], blocks: int, placement: Placement, spared: Spared
 ) -> Collection[WorkerView]:
-    """Those that have so many blocks free; one with nothing reserved always has."""
+    """Those that have so many blocks free, or already reserved; one with nothing reserved always
+    has."""
     if not placement.reserve:
         return workers
     return [
         worker
         for worker in workers
         if worker.kv_blocks_reserved == 0
-        or (
-            worker.kv_blocks_reserved + blocks <= worker.usable_blocks
-            and worker.kv_blocks_used + blocks <= worker.usable_blocks
-        )
+        or _fits(worker, blocks)
+        or _fits(worker, blocks - spared(worker.name))
     ]
+
+
+def _fits(worker: WorkerView, blocks: int) -> bool:
+    return (
+        worker.kv_blocks_reserved + blocks <= worker.usable_blocks
+        and worker.kv_blocks_used + blocks <= worker.usable_blocks
+    )

@@ -23,6 +23,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from coordinator import rooms
 from coordinator.core import Core
 from coordinator.limits import Limits, Placement, Ratio
 from coordinator.protocol import (
@@ -115,6 +116,12 @@ REACTIVE = Placement(
 ROLES: dict[str, Role] = {"p": "prefill", "d": "decode", "e": "decode", "m": "mixed"}
 IMPOSTOR = b"impostor"
 T = TypeVar("T")
+
+
+@pytest.fixture(autouse=True)
+def short_prompts_have_something_in_common(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rooms, "STRIDE_TOKENS", 8)
+
 
 PROFILE = settings(
     max_examples=500,

@@ -23,6 +23,7 @@ class Seen:
     batch_slots: int = 8
     usable_blocks: int = 100
     kv_blocks_reserved: int = 0
+    kv_blocks_shared: int = 0
     kv_blocks_used: int = 0
     load: Load = field(default_factory=Load)
     waiting: int = 0

@@ -22,7 +22,7 @@ from coordinator.protocol import (
 )
 from coordinator.workflow.foresight import Figures
 from tests.simulation.pull_everything import pulling_core
-from tests.unit.test_core import LIMITS, LONG, PLACEMENT, Bed
+from tests.unit.test_core import LIMITS, LONG, PLACEMENT, Bed, hashes
 
 BLOCKS = (LONG - 1) // 16
 NAMES = ("decode-0", "decode-1")
@@ -138,6 +138,15 @@ def test_a_late_peer_is_left_alone_for_a_while() -> None:
     assert bed.pulls("d") == ""
     bed.wait(9.5, "api", *NAMES)
     assert bed.pulls("e") == source
+
+
+def test_nobody_finds_what_is_still_being_pulled(bed: PullBed) -> None:
+    _, decode, _ = planned(bed)
+    index = bed.core._index
+    assert decode not in index.longest_prefix(hashes(LONG))
+    bed.pulled(BLOCKS * 16)
+    bed.say("api", Started("api", "b", 1))
+    assert index.longest_prefix(hashes(LONG))[decode] == LONG // 16
 
 
 def test_what_a_peer_has_lost_is_not_looked_for_again(bed: PullBed) -> None:

@@ -17,6 +17,7 @@ from coordinator.pace import Pace
 from coordinator.placing import Placing
 from coordinator.policy.placement import NO_ROOM, Ask, Choice, Decision, place
 from coordinator.protocol import CallContext, EngineFacts, Load, Ready, Role, Submit
+from coordinator.rooms import Rooms
 from coordinator.standing import Standing
 from coordinator.state import Api, Call, State, Worker, WorkerPhase
 from coordinator.workflow.learner import Learner
@@ -45,7 +46,14 @@ class Bed:
         pace = Pace(Learner(WorkflowLimits()))
         self.hosts = KvIndex()
         self.placing = Placing(
-            self.state, self.index, self.standing, self.placement, None, pace, self.hosts
+            self.state,
+            self.index,
+            self.standing,
+            self.placement,
+            None,
+            pace,
+            self.hosts,
+            Rooms(self.state, self.standing),
         )
 
     def worker(self, name: str, role: Role = "decode", kv_blocks: int = 100) -> Worker:

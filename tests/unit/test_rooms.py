@@ -1,0 +1,109 @@
+"""Room for prompts that begin alike: once for all, as long as one of them is there."""
+
+from __future__ import annotations
+
+import msgspec
+
+from coordinator.core import Core
+from coordinator.protocol import CallContext, Finished, Plan, Prefilled, Started
+from tests.unit.test_core import LIMITS, PLACEMENT, Bed
+
+STRIDE = 32
+"""Blocks of 16 tokens."""
+PROMPT_TOKENS = 1100
+"""68 full blocks, of which 64 can be in common, and with the output's 71 in all."""
+ALONE = 71 - 2 * STRIDE
+
+
+def bed(**placement: object) -> Bed:
+    made = Bed()
+    made.core = Core(LIMITS, msgspec.structs.replace(PLACEMENT, **placement), "core")
+    return made
+
+
+def chain(name: int, common: int = 0) -> bytes:
+    """Hashes of a prompt whose first ``common`` blocks are like those of all others."""
+    blocks = [1 + at if at < common else 1000 * name + at for at in range(68)]
+    return b"".join(block.to_bytes(8, "little") for block in blocks)
+
+
+def ask(made: Bed, number: int, common: int, **more: object) -> Plan:
+    return made.plan(f"c{number}", PROMPT_TOKENS, block_hashes=chain(number, common), **more)
+
+
+def end(made: Bed, number: int) -> None:
+    made.say("api", Finished("api", f"c{number}", 1, "stop", 4))
+
+
+def test_what_calls_have_in_common_is_reserved_once() -> None:
+    made = bed()
+    made.cluster("decode")
+    ask(made, 1, 68)
+    assert made.reserved() == [71]
+    ask(made, 2, 68)
+    assert made.reserved() == [71 + ALONE]
+    # Of a stride that is in common in part nothing counts.
+    made.submit("c3", PROMPT_TOKENS, block_hashes=chain(3, STRIDE + 8))
+    assert not made.heard(Plan)
+    end(made, 1)
+    assert made.reserved() == [71], "the other one still has all of it"
+    end(made, 2)
+    assert made.only(Plan).request == "c3"
+    assert made.reserved() == [71]
+    end(made, 3)
+    assert made.reserved() == [0]
+
+
+def test_prompts_that_differ_take_room_each() -> None:
+    made = bed()
+    made.cluster("decode")
+    ask(made, 1, 0)
+    made.submit("c2", PROMPT_TOKENS, block_hashes=chain(2))
+    assert not made.heard(Plan)
+    end(made, 1)
+    assert made.only(Plan).request == "c2"
+
+
+def test_what_is_moved_is_in_common_when_it_has_come() -> None:
+    made = bed(disaggregated="always")
+    made.cluster("prefill", "decode")
+    ask(made, 1, 68)
+    assert made.reserved() == [71, 69]
+    made.submit("c2", PROMPT_TOKENS, block_hashes=chain(2, 68))
+    assert not made.heard(Plan), "an engine that reads it twice has it twice"
+    made.say("api", Prefilled("api", "c1", 1))
+    made.say("api", Started("api", "c1", 1))
+    assert made.only(Plan).request == "c2"
+    assert made.reserved() == [71 + ALONE, 69]
+    end(made, 1)
+    end(made, 2)
+    assert made.reserved() == [0, 0]
+
+
+def test_a_lost_worker_takes_what_was_in_common_with_it() -> None:
+    made = bed()
+    made.cluster("decode")
+    ask(made, 1, 68)
+    ask(made, 2, 68)
+    made.worker("decode-0", incarnation="2")
+    assert {plan.request for plan in made.heard(Plan)} == {"c1", "c2"}
+    assert made.reserved() == [71 + ALONE]
+
+
+def test_other_tenants_prompts_are_not_in_common() -> None:
+    made = bed()
+    made.cluster("decode")
+    ask(made, 1, 68)
+    other = bytes(byte ^ 0x55 for byte in chain(1, 68))
+    made.submit("c2", PROMPT_TOKENS, block_hashes=other, context=CallContext(tenant="t"))
+    assert not made.heard(Plan)
+
+
+def test_in_a_large_cluster_that_is_full_those_that_have_the_beginning_are_asked() -> None:
+    made = bed(compared_workers=1)
+    made.cluster("decode", "decode")
+    ask(made, 1, 68)
+    ask(made, 2, 0)
+    assert ask(made, 3, 68).decode.worker == made.row("c1").decode
+    made.submit("c4", PROMPT_TOKENS, block_hashes=chain(4))
+    assert not made.heard(Plan)
