@@ -287,7 +287,7 @@ class _Costs:
         self._step_s, self._sequence_s, self._context_s = step_s, sequence_s, context_s
         self.alone_s = self._output_tokens * (step_s + self._longer_s)
         """To decode it alone: the same everywhere."""
-        self._later = 0.0
+        self._later = self._arriving = 0.0
 
     def place(self, worker: WorkerView) -> _Place:
         """What does not depend on the way."""
@@ -319,8 +319,13 @@ class _Costs:
             share += place.share
             prompts_per_s += place.prompts_per_s
         count = len(places)
-        calls = waiting_s * prompts_per_s / count**2 / (1.0 - min(BUSY_MOST, share / count))
-        self._later = self._placement.work_price * calls
+        free = 1.0 - min(BUSY_MOST, share / count)
+        self._arriving = self._placement.work_price * prompts_per_s / count / free
+        self._later = self._arriving * waiting_s / count
+
+    def later(self, compute_s: float) -> float:
+        """How many calls that come later wait for each second of so much work."""
+        return self._later + 0.5 * self._arriving * compute_s
 
     def sources(self, peers: Collection[WorkerView], pull_s: float) -> list[Source]:
         """The best peers to read from, those that hold the most first."""
@@ -344,17 +349,17 @@ class _Costs:
     def way(self, place: _Place, sources: Sequence[Source]) -> _Way:
         """To compute the prompt there for another worker."""
         worker = place.worker
-        each_s = worker.gauge.decoding + self._later
+        decoding = worker.gauge.decoding
         forgotten_s = self._forgotten_s(worker, self._prompt_tokens)
         ready_s = place.waiting_s + place.load_s + place.own_s
-        others_s, pull = place.own_s * each_s, ""
+        others_s, pull = place.own_s * (decoding + self.later(place.own_s)), ""
         for source in sources:
             if source.blocks <= place.cached:
                 break
             if source.name in worker.warm_sources:
                 moving_s = self._moving_s(source.name, worker, source.blocks - place.cached)
                 came_s = max(source.ready_s + moving_s, place.waiting_s) + source.rest_s
-                pay_s = source.rest_s * each_s + source.others_s
+                pay_s = source.rest_s * (decoding + self.later(source.rest_s)) + source.others_s
                 if came_s + pay_s < ready_s + others_s:
                     ready_s, others_s, pull = came_s, pay_s, source.name
         others_s += forgotten_s
@@ -368,8 +373,9 @@ class _Costs:
         cost more than ``most`` may be missed."""
         decode = place.worker
         here_s = self._decode_s(place)
-        times = 1.0 + decode.gauge.decoding + self._later
-        local = (here_s + place.waiting_s + place.load_s + place.own_s * times, "", "")
+        each = 1.0 + decode.gauge.decoding
+        own_s = place.own_s * (each + self.later(place.own_s))
+        local = (here_s + place.waiting_s + place.load_s + own_s, "", "")
         for source in sources:
             if source.blocks <= place.cached:
                 break
@@ -378,7 +384,8 @@ class _Costs:
             if source.name in decode.warm_sources:
                 moving_s = self._moving_s(source.name, decode, source.blocks - place.cached)
                 ready_s = max(source.ready_s + moving_s, place.waiting_s)
-                seconds = here_s + ready_s + source.rest_s * times + source.others_s
+                rest_s = source.rest_s * (each + self.later(source.rest_s))
+                seconds = here_s + ready_s + rest_s + source.others_s
                 if seconds < local[0]:
                     local = seconds, "", source.name
         found = [local]
@@ -469,7 +476,8 @@ class _Costs:
             host = self._hosts.of(worker.name) if self._hosts is not None else NO_HOST
             again_s = self._again_s(worker, lost_blocks, new_blocks, host)
             seconds = self._placement.forgotten * again_s * (1.0 + gauge.decoding + self._later)
-        over_blocks = (gauge.context_tokens + tokens) / block_size - worker.usable_blocks
+        over_blocks = (gauge.context_tokens + tokens) / block_size
+        over_blocks -= worker.usable_blocks + worker.kv_blocks_shared
         if over_blocks > 0.0:
             seconds += OVERFLOW_WEIGHT * over_blocks * self._block_s
         return seconds
@@ -497,7 +505,7 @@ class _Costs:
         moving_s = 0.0
         computes = place if way is None else way.place
         compute_s = computes.own_s if source is None else source.rest_s
-        waiting_s, later_s = computes.waiting_s, compute_s * self._later
+        waiting_s, later_s = computes.waiting_s, compute_s * self.later(compute_s)
         if way is not None:
             moving_s = self._moving_s(way.name, place.worker, self._blocks - place.cached)
             first_s = max(way.ready_s + moving_s, place.waiting_s)
