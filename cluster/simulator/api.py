@@ -163,9 +163,11 @@ class Api:
         max_output_tokens: int,
         outcome: str,
         context: CallContext,
+        group: str = "",
     ) -> None:
         """Ask the core for a plan. ``max_output_tokens``: the client's limit; ``outcome``: how
-        the call ends when its record's output has been said."""
+        the call ends when its record's output has been said; ``group``: of the calls that are
+        one request with several answers."""
         now_s = self._events.now_s
         submit = Submit(
             api=self.name,
@@ -174,6 +176,8 @@ class Api:
             prompt_tokens=record.prompt_tokens,
             max_output_tokens=max_output_tokens,
             block_hashes=block_hashes,
+            aggregated=bool(group),
+            group=group,
             context=context,
         )
         call = Call(submit, chain, record.output_tokens, outcome, record, now_s)

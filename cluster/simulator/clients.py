@@ -165,6 +165,7 @@ class Clients:
             limit,
             "length" if self._limited or wanted > limit else "stop",
             context_of(run, call),
+            call.group,
         )
         now_s = self._events.now_s
         if self._aborted and now_s < self._aborts_until_s and self._rng.random() < self._aborted:

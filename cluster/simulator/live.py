@@ -281,6 +281,7 @@ class LiveReplay:
                     "parent": context.parent,
                     "final": context.final,
                 },
+                **({"cache_salt": run.tenant} if run.tenant else {}),
                 **self._extra,
             }
         )

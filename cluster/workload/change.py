@@ -101,6 +101,35 @@ def anonymous(workload: Workload) -> Workload:
     return replace(workload, runs=runs)
 
 
+def of_tenant(workload: Workload, tenant: str) -> Workload:
+    """The same runs, all of one tenant."""
+    return replace(workload, runs=tuple(replace(run, tenant=tenant) for run in workload.runs))
+
+
+def with_samples(workload: Workload, samples: int, *, together: bool) -> Workload:
+    """Every call wants several answers to its prompt, and what follows waits for all of them.
+    ``together``: they are asked for in one request, else in one each."""
+    _positive("samples", samples)
+
+    def repeated(run: Run) -> Run:
+        calls = [
+            replace(
+                call,
+                index=call.index * samples + sample,
+                parents=tuple(
+                    parent * samples + other for parent in call.parents for other in range(samples)
+                ),
+                group=f"{run.id}/{call.index}" if together else "",
+            )
+            for call in run.calls
+            for sample in range(samples)
+        ]
+        return replace(run, calls=tuple(calls))
+
+    runs = map(repeated, workload.runs)
+    return replace(workload, runs=linked(runs, workload.block_tokens))
+
+
 def with_pauses_cut(workload: Workload, longest_s: float) -> Workload:
     """No pause between calls is longer than ``longest_s``: traces of people who went home have
     pauses of hours, in which a cluster has nothing to do for anybody."""

@@ -13,6 +13,7 @@ import msgspec
 
 from cluster.workload.spans import Spans
 from coordinator.protocol import CallContext
+from coordinator.tenant import tenant_of
 
 BLOCK_TOKENS = 64
 """Block size of workloads whose source has none."""
@@ -32,7 +33,8 @@ class Call(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     ``blocks``: ids of the prompt's full blocks. ``continued``: ids of the blocks that follow
     them in the prompt of the call that extends this one, up to the block in which this
     call's output ends: what its decoding leaves in the cache for that call. Empty if nobody
-    extends it.
+    extends it. ``group``: of the run's calls those that are one request with several answers
+    have the same one.
     """
 
     index: int
@@ -46,6 +48,7 @@ class Call(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     stage: str = ""
     continued: Spans = ()
     final: bool = False
+    group: str = ""
 
 
 class Run(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
@@ -53,6 +56,7 @@ class Run(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
 
     ``scope``: within it equal block ids mean equal prefixes. It is the run's own for ids that
     are its own (session scope), and the same for all runs whose ids are comparable (global).
+    ``tenant``: whose it is, as the salt of its requests; empty if all are of one.
     """
 
     id: str
@@ -60,6 +64,7 @@ class Run(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     arrival_s: float
     scope: str
     calls: tuple[Call, ...]
+    tenant: str = ""
 
 
 class Workload(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
@@ -92,9 +97,9 @@ def call_count(workload: Workload) -> int:
 
 def context_of(run: Run, call: Call) -> CallContext:
     """Who speaks, as a client would say it: agents by kind, the last parent's as parent. Of a
-    run without a workflow nothing is said."""
+    run without a workflow only whose it is is said."""
     if not run.workflow:
-        return CallContext()
+        return CallContext(tenant=tenant_of(run.tenant))
     parent = run.calls[call.parents[-1]] if call.parents else None
     return CallContext(
         workflow=run.workflow,
@@ -102,6 +107,7 @@ def context_of(run: Run, call: Call) -> CallContext:
         agent=call.kind or call.agent,
         parent=(parent.kind or parent.agent) if parent else "",
         final=call.final,
+        tenant=tenant_of(run.tenant),
     )
 
 

@@ -3,7 +3,8 @@
 Traces say which blocks a prompt has, not which of them were generated. They are those
 between the end of one call's prompt and the end of its output in the prompt of the first
 later call that begins with all of its blocks. Where that prompt has no room for the output
-(agents drop their reasoning), nothing is credited.
+(agents drop their reasoning), nothing is credited. Of several answers to one prompt only the
+first is what it goes on with.
 """
 
 from __future__ import annotations
@@ -49,13 +50,16 @@ def linked(runs: Iterable[Run], block_tokens: int) -> tuple[Run, ...]:
         ancestors = _ancestors(run.calls)
         for call in run.calls:
             blocks = total(call.blocks)
+            answered: set[tuple[int, int]] = set()
             for waiting in scope.candidates(call.blocks):
                 other_position, index = waiting[2:]
                 if other_position == position and not ancestors[call.index] >> index & 1:
                     continue
                 other = runs[other_position].calls[index]
                 if blocks > waiting[1] == shared(call.blocks, other.blocks):
-                    continued[other_position, index] = _output_blocks(call, other, block_tokens)
+                    if (other_position, waiting[1]) not in answered:
+                        continued[other_position, index] = _output_blocks(call, other, block_tokens)
+                    answered.add((other_position, waiting[1]))
                     scope.forget(waiting)
             if blocks:
                 first, count = call.blocks[-1]

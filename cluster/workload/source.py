@@ -14,7 +14,8 @@ pause (in seconds, before ``pace``); ``runs`` and ``calls`` (per run) limit, ``p
 out runs with longer prompts (in tokens, after scaling); ``sample`` of the runs that are left are
 drawn; ``rate`` runs per second arrive, with ``burst`` (variation of gaps) in bursts; ``closed``
 runs are kept going; ``speed`` replays recorded arrivals; ``anonymous`` clients do not say which
-run or agent calls; ``seed`` is all the chance there is.
+run or agent calls; ``tenant`` says whose runs they are; each call asks for ``samples`` answers, or
+is sent ``repeats`` times at once; ``seed`` is all the chance there is.
 Generators also take ``width``, ``stages`` and ``rounds``, and generate ``runs`` runs of
 ``calls`` calls. Of ServeGen's windows ``model``, ``first`` (number of a window), ``windows`` (how
 many) and ``share`` (of the requests) say which; see ``servegen``.
@@ -38,11 +39,13 @@ from cluster.workload.change import (
     Recorded,
     anonymous,
     limited,
+    of_tenant,
     sampled,
     scaled,
     with_arrivals,
     with_pace,
     with_pauses_cut,
+    with_samples,
 )
 from cluster.workload.common import read_common
 from cluster.workload.dag import read_dag
@@ -65,6 +68,7 @@ MARKS = {"meta": "common", "hash_ids": "mooncake", "turns": "dag_jsonl", "sessio
 
 T = TypeVar("T", bound=msgspec.Struct)
 Above0 = Annotated[float, msgspec.Meta(gt=0, le=1e9)]
+AtMost64 = Annotated[int, msgspec.Meta(ge=1, le=64)]
 AtLeast1 = Annotated[int, msgspec.Meta(ge=1, le=2**31)]
 
 
@@ -84,6 +88,9 @@ class Changes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     closed: AtLeast1 | None = None
     speed: Above0 | None = None
     anonymous: bool = False
+    tenant: str = ""
+    samples: AtMost64 = 1
+    repeats: AtMost64 = 1
 
 
 def open_workload(spec: str) -> Workload:
@@ -157,6 +164,12 @@ def _changed(spec: str, workload: Workload, changes: Changes) -> Workload:
         workload = with_pace(workload, changes.pace)
     if changes.anonymous:
         workload = anonymous(workload)
+    if changes.tenant:
+        workload = of_tenant(workload, changes.tenant)
+    if changes.samples > 1:
+        workload = with_samples(workload, changes.samples, together=True)
+    if changes.repeats > 1:
+        workload = with_samples(workload, changes.repeats, together=False)
     return _arriving(spec, workload, changes)
 
 

@@ -20,9 +20,11 @@ from cluster.workload.change import (
     Recorded,
     limited,
     mixed,
+    of_tenant,
     scaled,
     with_arrivals,
     with_pace,
+    with_samples,
 )
 from cluster.workload.form import Call, Run, Workload, WorkloadError, context_of
 from cluster.workload.lineage import linked
@@ -32,6 +34,7 @@ from cluster.workload.replay import Due, Replay
 from cluster.workload.spans import SeenBlocks, Spans, after, cut, merged, shared, total
 from coordinator.blocks import hash_blocks
 from coordinator.protocol import BLOCK_HASH_BYTES
+from coordinator.tenant import tenant_of
 
 
 def call(
@@ -448,6 +451,28 @@ def test_pace_shortens_pauses_and_arrivals() -> None:
     faster = with_pace(workload, 3.0)
     assert faster.runs[0].arrival_s == 3.0
     assert faster.runs[0].calls[1].think_s == 2.0
+
+
+def test_runs_can_be_a_tenants_who_is_known_by_the_digest_of_a_salt() -> None:
+    workload = of_tenant(workload_of(run_of(call(0))), "acme")
+    run = workload.runs[0]
+    assert context_of(run, run.calls[0]).tenant == tenant_of("acme")
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_calls_are_asked_for_several_answers_and_what_follows_waits_for_all(
+    together: bool,
+) -> None:
+    before = run_of(call(0, 128, 64, ((0, 2),)), call(1, 256, parents=(0,), blocks=((0, 4),)))
+    run = with_samples(workload_of(before), 3, together=together).runs[0]
+    assert [one.index for one in run.calls] == list(range(6))
+    assert [one.parents for one in run.calls] == [()] * 3 + [(0, 1, 2)] * 3
+    groups = [one.group for one in run.calls]
+    assert len(set(groups)) == (2 if together else 1)
+    assert groups[0] == groups[2] != "" if together else not any(groups)
+    # One of them is what goes on; and nobody of several ends the run alone.
+    assert sum(bool(one.continued) for one in run.calls[:3]) == 1
+    assert not any(one.final for one in run.calls)
 
 
 def test_mixed_workloads_share_no_blocks_and_are_in_order() -> None:

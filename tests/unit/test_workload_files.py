@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster.workload.change import of_tenant, with_samples
 from cluster.workload.common import read_common, write_common
 from cluster.workload.dag import read_dag
 from cluster.workload.form import Call, Run, Workload, WorkloadError
@@ -343,6 +344,9 @@ def test_a_generator_is_named_with_its_options() -> None:
     slow, fast = (open_workload(f"{spec}&rate={rate}") for rate in (0.5, 5))
     assert [run.calls for run in slow.runs] == [run.calls for run in fast.runs]
     assert slow.runs[2].arrival_s == pytest.approx(10 * fast.runs[2].arrival_s)
+    sampled = open_workload(f"{spec}&samples=2&tenant=t")
+    assert sampled == with_samples(of_tenant(workload, "t"), 2, together=True)
+    assert open_workload(f"{spec}&repeats=2") == with_samples(workload, 2, together=False)
 
 
 @pytest.mark.parametrize(
@@ -357,6 +361,8 @@ def test_a_generator_is_named_with_its_options() -> None:
         ("generator:chain?runs=1&rate=1&closed=2", "rate and closed exclude"),
         ("generator:chain?runs=1&burst=2", "burst needs a rate"),
         ("generator:chain?runs=1&scale=7", "7 does not divide"),
+        ("generator:chain?runs=1&samples=0", "samples: Expected `int` >= 1"),
+        ("generator:chain?runs=1&repeats=65", "repeats: Expected `int` <= 64"),
         ("mooncak:file", "no format 'mooncak', did you mean 'mooncake'?"),
         ("/no/such/file.jsonl?rate=1", "No such file"),
         (f"{DATA / 'whowhen.jsonl'}?width=2", "no option 'width'"),
