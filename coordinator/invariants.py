@@ -80,7 +80,7 @@ def _check_call(call: Call, state: State) -> None:
         assert state.workers.get(call.prefill.name) is call.prefill, f"{key} is on a lost worker"
         assert call.phase in planned, key
     else:
-        assert call.prefill_blocks == call.prefill_strides == 0
+        assert call.prefill_blocks == call.prefill_stretches == 0
         assert call.phase is not CallPhase.PREFILLING, key
     if call.computing is not None:
         assert call.computing in (call.prefill, call.decode), key

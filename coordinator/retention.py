@@ -188,11 +188,15 @@ class Retention:
             return [tail for tail in self._of_run.get(run, ()) if tail.begins(hashes)]
         size, lengths = BLOCK_HASH_BYTES, self._lengths
         blocks = len(hashes) // size
-        for length in range(blocks, max(0, blocks - LOOKED_BACK), -1):
-            if length in lengths:
-                tail = self._loose.get(hashes[(length - 1) * size : length * size])
-                if tail is not None and tail.blocks <= blocks:
-                    return [tail]
+        within = range(max(0, blocks - LOOKED_BACK) + 1, blocks + 1)
+        if len(lengths) < LOOKED_BACK:
+            known = sorted(length for length in lengths if length in within)
+        else:
+            known = [length for length in within if length in lengths]
+        for length in reversed(known):
+            tail = self._loose.get(hashes[(length - 1) * size : length * size])
+            if tail is not None and tail.blocks <= blocks:
+                return [tail]
         return []
 
     def decoding(self, call: Call, now_s: float) -> None:

@@ -236,7 +236,7 @@ class Worker:
     kv_blocks_shared: int = 0
     """What calls would have reserved beyond that if their prompts had nothing in common."""
     beginnings: dict[int, int] = field(default_factory=dict)
-    """How many calls have each stride of prompts that is in common; see ``Rooms``."""
+    """How many calls have each stretch of prompts that is in common; see ``Rooms``."""
     host_full: bool = False
     """Its host's memory has forgotten something, so that more pushes out more."""
     decodes: dict[CallKey, Call] = field(default_factory=dict)
@@ -427,11 +427,11 @@ class Call:
     """Attempt and phase in which it was found to get nowhere, and since when."""
     decode: Worker | None = None
     decode_blocks: int = 0
-    """Reserved there for this call alone, beside the strides that it may have in common."""
-    decode_strides: int = 0
+    """Reserved there for this call alone, beside the stretches that it may have in common."""
+    decode_stretches: int = 0
     prefill: Worker | None = None
     prefill_blocks: int = 0
-    prefill_strides: int = 0
+    prefill_stretches: int = 0
     pull: Worker | None = None
     """Who is to name what it has cached, or holds it until it is read."""
     pull_blocks: int = 0

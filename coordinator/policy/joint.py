@@ -204,12 +204,14 @@ def cheapest(
     ways = sorted(ways)[:PREFILLERS_TRIED]
     found: list[tuple[float, str, str, str]] = []
     most = float("inf")
-    able = [worker for worker in roomy if not costs.held_up(places[worker.name])]
-    for decode in able or roomy:
-        # What cannot be among the best any more is not looked into.
-        seconds, prefill, pull = costs.of(places[decode.name], ways, sources, most)
+    able = [places[worker.name] for worker in roomy if not costs.held_up(places[worker.name])]
+    able = able or [places[worker.name] for worker in roomy]
+    # Who holds the most is first: what cannot be the best any more then is not looked into.
+    able.sort(key=_cached, reverse=True)
+    for place in able:
+        seconds, prefill, pull = costs.of(place, ways, sources, most)
         if seconds <= most:
-            found.append((seconds, decode.name, prefill, pull))
+            found.append((seconds, place.worker.name, prefill, pull))
             most = seconds
     # Ties go to the smallest names.
     found.sort()
@@ -218,6 +220,10 @@ def cheapest(
     blocks = next((source.blocks for source in sources if source.name == pull), 0)
     seen = Seen(costs, ways, sources, _glances(name, found, places, outlook))
     return Found(places[name].worker, computes, seconds + costs.alone_s, pull, blocks, seen)
+
+
+def _cached(place: _Place) -> int:
+    return place.cached + place.loaded
 
 
 def _glances(
@@ -372,7 +378,9 @@ class _Costs:
         then, an empty name: the same, and from whose cache it is pulled, if from any. Ways that
         cost more than ``most`` may be missed."""
         decode = place.worker
-        here_s = self._decode_s(place)
+        here_s = self._decode_s(place, most)
+        if here_s > most:
+            return here_s, "", ""
         each = 1.0 + decode.gauge.decoding
         own_s = place.own_s * (each + self.later(place.own_s))
         local = (here_s + place.waiting_s + place.load_s + own_s, "", "")
@@ -454,9 +462,9 @@ class _Costs:
             return LINK_FIXED_S + size_bytes / LINK_BYTES_PER_S
         return link.fixed_s + (size_bytes + link.in_flight_bytes) / link.bytes_per_s
 
-    def _decode_s(self, place: _Place) -> float:
+    def _decode_s(self, place: _Place, most: float) -> float:
         """By how much decoding takes longer beside those that are there, and what that costs
-        them."""
+        them; a part of it if that is more than ``most``."""
         decode, output_tokens = place.worker, self._output_tokens
         gauge, batch = decode.gauge, len(decode.decodes)
         step_s = self._step_s + self._sequence_s * batch + self._longer_s
@@ -464,6 +472,8 @@ class _Costs:
         together = min(gauge.left_tokens, output_tokens * batch)
         own_s = output_tokens * step_s - self.alone_s
         seconds = own_s + together * self._longer_s
+        if seconds > most:
+            return seconds
         return seconds + self._forgotten_s(decode, self._prompt_tokens + output_tokens)
 
     def _forgotten_s(self, worker: WorkerView, tokens: float) -> float:

@@ -120,7 +120,7 @@ T = TypeVar("T")
 
 @pytest.fixture(autouse=True)
 def short_prompts_have_something_in_common(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rooms, "STRIDE_TOKENS", 8)
+    monkeypatch.setattr(rooms, "STRETCH_TOKENS", 8)
 
 
 PROFILE = settings(

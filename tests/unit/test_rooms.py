@@ -8,11 +8,11 @@ from coordinator.core import Core
 from coordinator.protocol import CallContext, Finished, Plan, Prefilled, Started
 from tests.unit.test_core import LIMITS, PLACEMENT, Bed
 
-STRIDE = 32
+STRETCH = 32
 """Blocks of 16 tokens."""
 PROMPT_TOKENS = 1100
 """68 full blocks, of which 64 can be in common, and with the output's 71 in all."""
-ALONE = 71 - 2 * STRIDE
+ALONE = 71 - 2 * STRETCH
 
 
 def bed(**placement: object) -> Bed:
@@ -42,8 +42,8 @@ def test_what_calls_have_in_common_is_reserved_once() -> None:
     assert made.reserved() == [71]
     ask(made, 2, 68)
     assert made.reserved() == [71 + ALONE]
-    # Of a stride that is in common in part nothing counts.
-    made.submit("c3", PROMPT_TOKENS, block_hashes=chain(3, STRIDE + 8))
+    # Of a stretch that is in common in part nothing counts.
+    made.submit("c3", PROMPT_TOKENS, block_hashes=chain(3, STRETCH + 8))
     assert not made.heard(Plan)
     end(made, 1)
     assert made.reserved() == [71], "the other one still has all of it"
