@@ -26,10 +26,11 @@ PLANS_MOST = 32
 class Turn(msgspec.Struct, frozen=True, gc=False):
     """How long a call waited for its plan, and by what it was ordered.
 
-    ``waited_for``: ``nothing``, ``room`` on workers, ``others`` that went first, or ``runs`` that
-    had begun. ``behind``: calls that waited then. ``priority``, then ``due_s`` after it came,
-    decide; ``due_s`` grows with what its run has left: ``own_s`` of this call, ``after_s`` of what
-    follows, ``beside_s`` of what else is under way. ``known``: its workflow says what follows.
+    ``waited_for``: ``nothing``, ``room`` on workers, ``others`` that went first, ``runs`` that had
+    begun, or the ``prefix`` that another call brought to the worker. ``behind``: calls that waited
+    then. ``priority``, then ``due_s`` after it came, decide; ``due_s`` grows with what its run has
+    left: ``own_s`` of this call, ``after_s`` of what follows, ``beside_s`` of what else is under
+    way. ``known``: its workflow says what follows.
     ``tenant_s``: what its tenant had been served.
     """
 
@@ -223,6 +224,7 @@ WAITED_FOR = {
     "room": "for room on the workers",
     "others": "while other calls went first",
     "runs": "while runs that had begun needed the KV memory",
+    "prefix": "for the beginning of its prompt, which another call brought to the worker",
 }
 
 

@@ -85,6 +85,11 @@ def _check_call(call: Call, state: State) -> None:
     if call.computing is not None:
         assert call.computing in (call.prefill, call.decode), key
         assert call.phase in planned, key
+    if call.follows is not None:
+        assert call.phase is CallPhase.QUEUED, key
+        assert call.follows.phase in planned, f"{key} follows a call that brings nothing"
+        assert call.follows.followers[key] is call
+    assert all(follower.follows is call for follower in call.followers.values()), key
     _check_pull(call, state)
     _check_relocation(call, state)
 

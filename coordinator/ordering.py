@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator
+from itertools import chain
 
 import msgspec
 
@@ -44,12 +45,18 @@ class Entry(msgspec.Struct, gc=False):
     rank: Rank
     since_s: float
     door: bool = False
+    wants_room_s: float = 0.0
+    """Since when it has waited for room, or for its turn."""
+    longest_s: float = 0.0
+    """How long it may wait."""
     waits: bool = False
     waited_s: float = 0.0
     served_s: float = 0.0
     """What its tenant had been served when it was planned."""
     waited_for: str = "nothing"
-    """Or ``room``, ``others``, ``runs``."""
+    """Or ``room``, ``others``, ``runs``, ``prefix``."""
+    aside: bool = False
+    """It waits for what another call brings, not for room."""
 
 
 class Ordering:
@@ -74,6 +81,7 @@ class Ordering:
         """How many live calls each run has; of one that was cancelled, too."""
         self._active: OrderedDict[Run, None] = OrderedDict()
         """Runs under way, about the longest silent first."""
+        self._aside: dict[CallKey, Call] = {}
         self._door: deque[tuple[float, CallKey]] = deque()
         """Calls at the door as they came, gone ones among them."""
         self._typical_s = 0.0
@@ -84,10 +92,10 @@ class Ordering:
         self._refreshed_s = float("-inf")
 
     def __len__(self) -> int:
-        return len(self._queue)
+        return len(self._queue) + len(self._aside)
 
     def __iter__(self) -> Iterator[Call]:
-        return iter(self._queue)
+        return chain(self._queue, self._aside.values())
 
     def rank(self, call: Call) -> Rank:
         """Of a live call."""
@@ -104,10 +112,12 @@ class Ordering:
         entry = self._entries.get(call.key)
         if entry is None:
             entry = self._opened(call, now_s)
-        entry.since_s, entry.waited_for = now_s, "nothing"
+        entry.since_s, entry.wants_room_s, entry.waited_for = now_s, now_s, "nothing"
         run = entry.run
         entry.door = self._gated and run is not None and not run.begun and call.plans == 0
+        entry.longest_s = self._state.limits.queue_s
         if entry.door:
+            entry.longest_s += self._state.limits.admission_s
             self._door.append((now_s, call.key))
         if run is not None:
             self._of_run.setdefault(run, {})[call.key] = call
@@ -115,11 +125,25 @@ class Ordering:
 
     def longest_s(self, call: Call) -> float:
         """How long a call that begins to wait may wait."""
-        limits = self._state.limits
-        return limits.queue_s + (limits.admission_s if self._entries[call.key].door else 0.0)
+        return self._entries[call.key].longest_s
+
+    def set_aside(self, call: Call) -> None:
+        """Who is next waits for what another call brings, and lets others go before it."""
+        entry = self._entries[call.key]
+        self._queue.remove(entry.tenant, entry.rank, entry.door)
+        entry.door, entry.aside, entry.waited_for = False, True, "prefix"
+        self._aside[call.key] = call
+
+    def recalled(self, call: Call, now_s: float) -> float:
+        """It waits where it did before. Until when it may."""
+        entry = self._entries[call.key]
+        del self._aside[call.key]
+        entry.aside, entry.wants_room_s = False, now_s
+        self._queue.push(entry.tenant, entry.rank, call, entry.door)
+        return entry.since_s + entry.longest_s
 
     def remove(self, call: Call) -> None:
-        """A waiting call is planned, or over."""
+        """A waiting call is planned, or over; it is not set aside."""
         entry = self._entries[call.key]
         self._queue.remove(entry.tenant, entry.rank, entry.door)
         entry.waits = False
@@ -145,15 +169,15 @@ class Ordering:
     def _idle(self) -> bool:
         """Fewer calls are planned than there are workers: runs that are under way but pause must
         not keep others from workers that have nothing to do."""
-        planned = len(self._state.calls) - len(self._queue)
+        planned = len(self._state.calls) - len(self)
         return planned < len(self._state.workers)
 
     def blocked(self, call: Call, now_s: float) -> None:
         """Who is next finds no room."""
         entry = self._entries[call.key]
-        if entry.waited_for != "runs":
+        if entry.waited_for not in ("runs", "prefix"):
             entry.waited_for = "room"
-        late = now_s - entry.since_s >= PATIENCE_S
+        late = now_s - entry.wants_room_s >= PATIENCE_S
         if self._gated and entry.run is not None and entry.run.begun and late:
             self.gate.crowded(self._under_way(now_s), len(self._state.workers), now_s)
 
@@ -225,7 +249,8 @@ class Ordering:
         calls = self._state.calls
         assert self._entries.keys() == calls.keys()
         waiting = {key for key, entry in self._entries.items() if entry.waits}
-        assert waiting == {call.key for call in self._queue}
+        assert waiting == {call.key for call in self}
+        assert self._aside.keys() == {key for key in waiting if self._entries[key].aside}
         of_run = {key for runs in self._of_run.values() for key in runs}
         assert of_run == {key for key in waiting if self._entries[key].run is not None}
         live = Counter(entry.run for entry in self._entries.values() if entry.run is not None)
@@ -301,6 +326,8 @@ class Ordering:
             return
         for call in waiting.values():
             entry = self._entries[call.key]
+            if entry.aside:
+                continue
             own, after, _, known = entry.effort
             beside = max(0.0, self._left_s[run] - own - after)
             entry.effort = Effort(own, after, beside, known)

@@ -6,29 +6,37 @@ a stretch of blocks that a call computes where it is kept is common from its pla
 is read from when the call begins to decode; until then it is the call's alone. What two calls
 read at the same time is there twice, in engines and here.
 
-Prompts are compared at some marks, the same for all and the farther apart the farther behind, so
-that a long prompt has a few dozen stretches. A stretch is known by the hash of its last block,
-which stands for all before it; what a prompt has in common with others is found by bisection.
+Prompts are compared at some marks, the same for all and the farther apart the farther behind, and
+at their end, so that a long prompt has a few dozen stretches. A stretch is known by the hash of its
+last block, which stands for all before it; what a prompt has in common with others is found by
+bisection.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import NamedTuple
 
 from coordinator.standing import Standing
-from coordinator.state import Call, State, Worker
+from coordinator.state import Call, CallPhase, State, Worker
 
 STRETCH_TOKENS = 512
 """The first stretches', a block at least."""
-STRETCHES_ALIKE = 4
-"""Each is then longer by a fourth of what is before it."""
+STRETCHES_ALIKE = 8
+"""Each is then longer by an eighth of what is before it."""
 MARKED_BLOCKS = 1 << 20
-"""What is behind them in a prompt is its own."""
-PLACE_BITS = 6
+"""What is behind them in a prompt is one stretch."""
+PLACE_BITS = 7
 """A stretch's place is part of its key, so that a hash that occurs twice does no harm."""
+
+
+class Stretches(NamedTuple):
+    """Of all of a prompt's full blocks. ``ends``: blocks before each, and in all."""
+
+    keys: list[int]
+    ends: list[int]
 
 
 class Rooms:
@@ -40,20 +48,35 @@ class Rooms:
 
     def spared(self, call: Call) -> Callable[[str], int]:
         """Of the blocks that a call would need on a worker, those that others have reserved."""
-        workers, known = self._state.workers, list[Sequence[int]]()
+        workers, known = self._state.workers, list[Stretches]()
 
         def spared(name: str) -> int:
             worker = workers[name]
             if not worker.beginnings:
                 return 0
-            marks = marks_of(worker)
             if not known:
                 # All engines have blocks of one size.
-                known.append(_stretches(call, marks))
-            common = _common(known[0], worker.beginnings)
-            return marks[common]
+                known.append(_stretches(call, worker))
+            keys, ends = known[0]
+            return ends[_common(keys, worker.beginnings)]
 
         return spared
+
+    def leader(self, call: Call, worker: Worker, known_blocks: int) -> Call | None:
+        """Who is bringing to a worker what a call has in common with it, some hundred tokens beyond
+        the first ``known_blocks`` of its prompt."""
+        keys, ends = _stretches(call, worker)
+        at = max(_common(keys, worker.beginnings), bisect_right(ends, known_blocks) - 1)
+        least_blocks = STRETCH_TOKENS // worker.facts.block_size
+        if at == len(keys) or ends[at + 1] < known_blocks + least_blocks:
+            return None
+        for other in worker.decodes.values():
+            # What it computed itself would be in common already.
+            if other.phase is not CallPhase.DECODING:
+                its_keys, _ = _stretches(other, worker)
+                if its_keys[at : at + 1] == keys[at : at + 1]:
+                    return other
+        return None
 
     def decode(self, call: Call, worker: Worker, blocks: int, *, computes: bool) -> None:
         """A call will be decoded there. ``computes``: all of its prompt that the worker lacks
@@ -70,16 +93,15 @@ class Rooms:
         """Its KV has come: others may have it in common now."""
         worker, first = call.decode, call.decode_stretches
         assert worker is not None
-        marks = marks_of(worker)
-        last = bisect_right(marks, marks[first] + call.decode_blocks - 1) - 1
-        stretches = _stretches(call, marks)[:last]
-        if len(stretches) > first and stretches[first] not in worker.beginnings:
-            new_blocks = _join(stretches, first, worker.beginnings, marks)
-            blocks = marks[len(stretches)] - marks[first]
+        keys, ends = _stretches(call, worker)
+        last = bisect_right(ends, ends[first] + call.decode_blocks - 1) - 1
+        if last > first and keys[first] not in worker.beginnings:
+            new_blocks = _join(keys, ends, first, last, worker.beginnings)
+            blocks = ends[last] - ends[first]
             worker.kv_blocks_shared += blocks - new_blocks
             worker.kv_blocks_reserved -= blocks - new_blocks
             call.decode_blocks -= blocks
-            call.decode_stretches = len(stretches)
+            call.decode_stretches = last
             self._standing.touch(worker)
 
     def leave_decode(self, call: Call) -> None:
@@ -98,23 +120,23 @@ class Rooms:
 
     def _take(self, call: Call, worker: Worker, blocks: int, computes: bool) -> tuple[int, int]:
         """What the call has reserved for itself alone, and how many stretches with others."""
-        marks = marks_of(worker)
-        stretches = _stretches(call, marks)[: bisect_right(marks, blocks - 1) - 1]
+        keys, ends = _stretches(call, worker)
+        count = bisect_right(ends, blocks - 1) - 1
         if not computes:
-            del stretches[_common(stretches, worker.beginnings) :]
-        new_blocks = _join(stretches, 0, worker.beginnings, marks)
-        alone = blocks - marks[len(stretches)]
+            count = min(count, _common(keys, worker.beginnings))
+        new_blocks = _join(keys, ends, 0, count, worker.beginnings)
+        alone = blocks - ends[count]
         worker.kv_blocks_reserved += alone + new_blocks
-        worker.kv_blocks_shared += marks[len(stretches)] - new_blocks
+        worker.kv_blocks_shared += ends[count] - new_blocks
         self._standing.touch(worker)
-        return alone, len(stretches)
+        return alone, count
 
     def _give_back(self, call: Call, worker: Worker, alone: int, count: int) -> None:
-        marks = marks_of(worker)
-        freed_blocks = _leave(_stretches(call, marks)[:count], worker.beginnings, marks)
+        keys, ends = _stretches(call, worker)
+        freed_blocks = _leave(keys, ends, count, worker.beginnings)
         blocks = alone + freed_blocks
         worker.kv_blocks_reserved -= blocks
-        worker.kv_blocks_shared -= marks[count] - freed_blocks
+        worker.kv_blocks_shared -= ends[count] - freed_blocks
         worker.kv_blocks_used = max(0, worker.kv_blocks_used - blocks)
         self._standing.touch(worker)
         self._state.room_changed = True
@@ -122,25 +144,21 @@ class Rooms:
 
 def checked_blocks(worker: Worker) -> int:
     """What calls have reserved there, summed up anew; AssertionError if that is not kept."""
-    marks = marks_of(worker)
     taken = [(call, call.decode_blocks, call.decode_stretches) for call in worker.decodes.values()]
     taken += [
         (call, call.prefill_blocks, call.prefill_stretches) for call in worker.prefills.values()
     ]
-    users = Counter(
-        stretch for call, _, count in taken for stretch in _stretches(call, marks)[:count]
-    )
+    users: dict[int, int] = {}
+    alone_blocks = common_blocks = shared_blocks = 0
+    for call, alone, count in taken:
+        keys, ends = _stretches(call, worker)
+        new_blocks = _join(keys, ends, 0, count, users)
+        alone_blocks += alone
+        common_blocks += new_blocks
+        shared_blocks += ends[count] - new_blocks
     assert worker.beginnings == users, worker.name
-    places = [stretch % (1 << PLACE_BITS) for stretch in users]
-    common_blocks = sum(marks[place + 1] - marks[place] for place in places)
-    shared_blocks = sum(marks[count] for _, _, count in taken) - common_blocks
     assert worker.kv_blocks_shared == shared_blocks, worker.name
-    return sum(alone for _, alone, _ in taken) + common_blocks
-
-
-def marks_of(worker: Worker) -> Sequence[int]:
-    """Blocks before each mark: of no stretch, of one, of two and so on."""
-    return _marks(max(1, STRETCH_TOKENS // worker.facts.block_size))
+    return alone_blocks + common_blocks
 
 
 @cache
@@ -149,23 +167,26 @@ def _marks(stretch_blocks: int) -> tuple[int, ...]:
     while marks[-1] < MARKED_BLOCKS:
         longer = marks[-1] // STRETCHES_ALIKE // stretch_blocks * stretch_blocks
         marks.append(marks[-1] + max(stretch_blocks, longer))
-    assert len(marks) <= 1 << PLACE_BITS
+    assert len(marks) < 1 << PLACE_BITS
     return tuple(marks)
 
 
-def _stretches(call: Call, marks: Sequence[int]) -> list[int]:
-    """Keys of those in the prompt's full blocks."""
+def _stretches(call: Call, worker: Worker) -> Stretches:
     hashes = memoryview(call.submit.block_hashes).cast("Q")
-    full = marks[1 : bisect_right(marks, len(hashes))]
-    return [hashes[mark - 1] << PLACE_BITS | place for place, mark in enumerate(full)]
+    marks = _marks(max(1, STRETCH_TOKENS // worker.facts.block_size))
+    ends = list(marks[: bisect_right(marks, len(hashes))])
+    if ends[-1] < len(hashes):
+        ends.append(len(hashes))
+    keys = [hashes[end - 1] << PLACE_BITS | place for place, end in enumerate(ends) if place]
+    return Stretches(keys, ends)
 
 
-def _common(stretches: Sequence[int], beginnings: dict[int, int]) -> int:
+def _common(keys: Sequence[int], beginnings: dict[int, int]) -> int:
     """How many of them some call has; who has one has all before it."""
-    low, high = 0, len(stretches)
+    low, high = 0, len(keys)
     while low < high:
         middle = (low + high) // 2
-        if stretches[middle] in beginnings:
+        if keys[middle] in beginnings:
             low = middle + 1
         else:
             high = middle
@@ -173,26 +194,26 @@ def _common(stretches: Sequence[int], beginnings: dict[int, int]) -> int:
 
 
 def _join(
-    stretches: Sequence[int], first: int, beginnings: dict[int, int], marks: Sequence[int]
+    keys: Sequence[int], ends: Sequence[int], first: int, last: int, beginnings: dict[int, int]
 ) -> int:
-    """Have those from the ``first`` on, too; blocks of those that nobody had."""
+    """Have those from ``first`` to before ``last``, too; blocks of those that nobody had."""
     new_blocks = 0
-    for at in range(first, len(stretches)):
-        users = beginnings.get(stretches[at], 0)
-        beginnings[stretches[at]] = users + 1
+    for at in range(first, last):
+        users = beginnings.get(keys[at], 0)
+        beginnings[keys[at]] = users + 1
         if not users:
-            new_blocks += marks[at + 1] - marks[at]
+            new_blocks += ends[at + 1] - ends[at]
     return new_blocks
 
 
-def _leave(stretches: Sequence[int], beginnings: dict[int, int], marks: Sequence[int]) -> int:
+def _leave(keys: Sequence[int], ends: Sequence[int], count: int, beginnings: dict[int, int]) -> int:
     """Blocks of those that nobody has any more."""
     freed_blocks = 0
-    for at, stretch in enumerate(stretches):
-        users = beginnings[stretch] - 1
+    for at in range(count):
+        users = beginnings[keys[at]] - 1
         if users:
-            beginnings[stretch] = users
+            beginnings[keys[at]] = users
         else:
-            del beginnings[stretch]
-            freed_blocks += marks[at + 1] - marks[at]
+            del beginnings[keys[at]]
+            freed_blocks += ends[at + 1] - ends[at]
     return freed_blocks

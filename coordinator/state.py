@@ -425,6 +425,11 @@ class Call:
     """How often the API process was asked, its phase having taken too long, without an answer."""
     stuck_s: tuple[int, CallPhase, float] | None = None
     """Attempt and phase in which it was found to get nowhere, and since when."""
+    follows: Call | None = None
+    """Who is bringing to a worker what it would have computed once more; it waits for that."""
+    followers: dict[CallKey, Call] = field(default_factory=dict)
+    follows_until_s: float = float("inf")
+    """Till when it may follow others, once it has begun to."""
     decode: Worker | None = None
     decode_blocks: int = 0
     """Reserved there for this call alone, beside the stretches that it may have in common."""
@@ -535,6 +540,7 @@ COUNTERS = (
     "calls_cancelled",
     "calls_failed",
     "calls_finished",
+    "calls_followed",
     "calls_gone",
     "calls_rejected",
     "calls_stopped",

@@ -173,7 +173,7 @@ def test_unreserved_calls_may_fill_a_worker_beyond_its_memory() -> None:
     made.cluster("decode")
     for number in range(3):
         assert made.plan(f"c{number}", 1400).decode.worker == "decode-0"
-    assert made.status("decode-0").kv_blocks_reserved == 90 + 2 * (90 - 64)
+    assert made.status("decode-0").kv_blocks_reserved == 87 + 3 * 3
 
 
 # --- roles ------------------------------------------------------------------------------------

@@ -5,14 +5,14 @@ from __future__ import annotations
 import msgspec
 
 from coordinator.core import Core
-from coordinator.protocol import CallContext, Finished, Plan, Prefilled, Started
+from coordinator.protocol import Beat, CallContext, Finished, Load, Plan, Prefilled, Started
 from tests.unit.test_core import LIMITS, PLACEMENT, Bed
 
 STRETCH = 32
 """Blocks of 16 tokens."""
 PROMPT_TOKENS = 1100
-"""68 full blocks, of which 64 can be in common, and with the output's 71 in all."""
-ALONE = 71 - 2 * STRETCH
+"""68 full blocks, and with the output's 71 in all."""
+ALONE = 71 - 68
 
 
 def bed(**placement: object) -> Bed:
@@ -42,11 +42,12 @@ def test_what_calls_have_in_common_is_reserved_once() -> None:
     assert made.reserved() == [71]
     ask(made, 2, 68)
     assert made.reserved() == [71 + ALONE]
-    # Of a stretch that is in common in part nothing counts.
+    # Of a stretch that is in common in part nothing counts: 39 more are too many.
     made.submit("c3", PROMPT_TOKENS, block_hashes=chain(3, STRETCH + 8))
     assert not made.heard(Plan)
     end(made, 1)
     assert made.reserved() == [71], "the other one still has all of it"
+    assert made.row("c3").phase == "queued"
     end(made, 2)
     assert made.only(Plan).request == "c3"
     assert made.reserved() == [71]
@@ -107,3 +108,56 @@ def test_in_a_large_cluster_that_is_full_those_that_have_the_beginning_are_asked
     assert ask(made, 3, 68).decode.worker == made.row("c1").decode
     made.submit("c4", PROMPT_TOKENS, block_hashes=chain(4))
     assert not made.heard(Plan)
+
+
+# --- who waits for what another call brings -------------------------------------------------------
+
+
+def following(**placement: object) -> tuple[Bed, Plan]:
+    """A call that waits for what the other one brings: its prompt is computed on a worker that has
+    no room for it once more, and the other one that could knows nothing of it."""
+    made = bed(disaggregated="always", **placement)
+    made.cluster("prefill", "prefill", "decode")
+    first = made.plan("c1", 600, block_hashes=chain(1, 68)[: 37 * 8])
+    assert first.prefill is not None
+    name = first.prefill.worker
+    made.say(name, Beat(name, "1", Load(kv_blocks_used=90)))
+    made.submit("c2", 600, block_hashes=chain(1, 68)[: 37 * 8])
+    return made, first
+
+
+def test_a_call_waits_for_what_another_one_brings_and_would_be_computed_again() -> None:
+    made, first = following()
+    assert not made.heard(Plan)
+    assert made.core.counters["calls_followed"] == 1
+    assert made.row("c2").phase == "queued"
+    made.say("api", Prefilled("api", "c1", 1))
+    assert not made.heard(Plan)
+    made.say("api", Started("api", "c1", 1))
+    second = made.only(Plan)
+    assert (second.request, second.decode) == ("c2", first.decode)
+
+
+def test_without_single_flight_nobody_waits_for_others() -> None:
+    made, _ = following(single_flight=False)
+    assert made.only(Plan).request == "c2"
+
+
+def test_who_follows_goes_its_own_way_when_the_other_one_ends() -> None:
+    made, _ = following()
+    made.say("api", Finished("api", "c1", 1, "abort"))
+    assert made.only(Plan).request == "c2"
+
+
+def test_who_follows_goes_its_own_way_after_a_while() -> None:
+    made, _ = following()
+    made.wait(6.0, "api", "prefill-0", "prefill-1", "decode-2")
+    assert "c2" in {plan.request for plan in made.heard(Plan)}
+
+
+def test_who_follows_can_end() -> None:
+    made, _ = following()
+    made.say("api", Finished("api", "c2", 1, "abort"))
+    made.say("api", Started("api", "c1", 1))
+    end(made, 1)
+    assert set(made.reserved()) == {0}
