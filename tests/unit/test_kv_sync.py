@@ -20,7 +20,6 @@ from coordinator.blocks import hash_blocks, salt_of
 from coordinator.core import Core
 from coordinator.limits import Placement
 from coordinator.protocol import (
-    Finished,
     KvChanges,
     KvRemoved,
     KvResync,
@@ -165,8 +164,7 @@ def test_a_host_that_has_forgotten_something_is_full_whatever_is_known_of_it() -
     assert placing._host("decode-1").room == 0, "what was lost is there still"
 
 
-def test_what_would_have_been_loaded_is_not_held_after_all() -> None:
-    """Of a call that is given up before its worker has anything of it."""
+def test_what_is_still_to_be_loaded_is_not_held() -> None:
     made = Bed()
     made.core = Core(LIMITS, Placement(disaggregated="never"), "core")
     made.api()
@@ -175,9 +173,9 @@ def test_what_would_have_been_loaded_is_not_held_after_all() -> None:
     made.say("decode-1", said(0, host_stored=[prompt[: 15 * 8]], reset=True))
     made.plan("r", 320, block_hashes=prompt)
     assert made.core._state.calls["api", "r"].loaded_blocks == 15
-    assert held(made, *range(20)) == 20
-    made.say("api", Finished("api", "r", 1, "abort", 0))
     assert held(made, *range(20)) == 0
+    made.say("api", Started("api", "r", 1))
+    assert held(made, *range(20)) == 20
 
 
 def test_a_worker_without_room_on_its_host_has_nothing_there() -> None:
