@@ -42,6 +42,7 @@ def _table(plan: Planned) -> Table:
         table.add_column(name, justify="right")
     table.add_column("forgotten", justify="right")
     table.add_column("cached tokens", justify="right")
+    table.add_column("loaded tokens", justify="right")
     for number, way in enumerate(plan.ways):
         seconds = (
             way.total_s,
@@ -58,6 +59,7 @@ def _table(plan: Planned) -> Table:
             (way.prefill or way.decode) + (f", from {way.pull}" if way.pull else ""),
             *(f"{each:.3f}" for each in seconds),
             f"{way.cached_tokens:,}",
+            f"{way.loaded_tokens:,}",
             style="bold" if number == 0 else None,
         )
     return table

@@ -71,8 +71,8 @@ class Job(msgspec.Struct, gc=False):
     started_s: float = 0.0
     probe: int = 0
     source: str = ""
-    reads: bool = False
-    """Another engine's KV is read for it."""
+    read_tokens: int = 0
+    """Of its prompt, what another engine holds to be read; only what the cache lacks of it is."""
     first_token: bool = False
     """It samples the first token, for the client to get."""
     last: bool = False
@@ -271,7 +271,8 @@ class Worker:
         request = self._probe_request(message.seed, message.prompt_tokens)
         self.sources.trying(message.source, handle)
         job = Job("probe_read", b"", f"probe-read-{message.probe}", 0, message.prompt_tokens)
-        job.probe, job.source, job.reads = message.probe, handle.remote_engine_id, True
+        job.probe, job.source = message.probe, handle.remote_engine_id
+        job.read_tokens = handle.remote_num_tokens
         await self._submit(decode_request(request, job.request, 0, handle), job)
 
     def _welcomed(self, core: str) -> None:
@@ -432,10 +433,11 @@ class Worker:
             return  # sent twice: the first one is being worked on
         handle = None
         if message.handle:
-            job.reads = True
             try:
                 handle = self._accept(message.handle)
                 self.sources.started(job.engine_id, handle)
+                if not self.sources.is_own(handle):
+                    job.read_tokens = handle.remote_num_tokens
             except handles.HandleError as error:
                 self._fail(api, call, attempt, f"handle refused: {error}", handle_refused=True)
                 return
@@ -492,7 +494,8 @@ class Worker:
         except handles.HandleError as error:
             self._answer(who, protocol.Sampled(message.call, error=f"handle refused: {error}"))
             return
-        job.kind, job.source, job.reads = "probe_read", handle.remote_engine_id, True
+        job.kind, job.source = "probe_read", handle.remote_engine_id
+        job.read_tokens = handle.remote_num_tokens
         await self._submit(decode_request(request, name, 0, handle), job)
 
     def _answer(self, who: bytes, message: protocol.WorkerToExaminer) -> None:
@@ -558,8 +561,8 @@ class Worker:
             if job is None:
                 continue  # aborted while the step ran
             stats = output.prefill_stats
-            if stats is not None and self.config.kv_host_gib and not job.reads:
-                _count_as_cached(stats)
+            if stats is not None and self.config.kv_host_gib:
+                _count_as_cached(stats, job.read_tokens)
             if job.kind == "role":
                 self._role_set(job, output)
             elif job.kind == "decode":
@@ -681,9 +684,11 @@ class Worker:
             self.stopping.set()
 
 
-def _count_as_cached(stats: PrefillStats) -> None:
+def _count_as_cached(stats: PrefillStats, read_tokens: int) -> None:
     """To vLLM whatever a connector brings comes from elsewhere. What came from this host's memory,
-    as nothing was to be read, was cached here."""
+    as nothing of ``read_tokens`` was left to be read, was cached here."""
+    if stats.num_local_cached_tokens < read_tokens:
+        return
     stats.num_local_cached_tokens += stats.num_external_cached_tokens
     stats.num_external_cached_tokens = 0
 

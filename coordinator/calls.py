@@ -148,7 +148,7 @@ class Calls:
         self._pace = pace
         self._rooms = Rooms(state, standing)
         self._placing = Placing(state, index, standing, placement, placer, pace, hosts, self._rooms)
-        self._pulls = Pulls(state, index, standing, pace)
+        self._pulls = Pulls(state, index, standing, pace, hosts)
         self._moves = Moves(state, standing, self._place_again)
         self.placement = placement
         self._tracker = tracker

@@ -48,7 +48,8 @@ class Turn(msgspec.Struct, frozen=True, gc=False):
 
 class Planned(msgspec.Struct, frozen=True, gc=False):
     """One plan. ``ways``: the chosen one first, then the alternatives, the cheapest first; empty
-    where the policy compares no times."""
+    where the policy compares no times. ``loaded_tokens``: from the host of whoever computes the
+    prompt."""
 
     attempt: int
     at_s: float
@@ -62,6 +63,7 @@ class Planned(msgspec.Struct, frozen=True, gc=False):
     ways: list[Option]
     pull: str = ""
     pulled_tokens: int = 0
+    loaded_tokens: int = 0
 
 
 class Explained(msgspec.Struct, frozen=True, gc=False):
@@ -199,6 +201,7 @@ def _planned(plan: _Plan, block_size: int) -> Planned:
         ways=found,
         pull=choice.pull,
         pulled_tokens=choice.pulled_blocks * block_size,
+        loaded_tokens=choice.loaded_blocks * block_size,
     )
 
 
@@ -237,6 +240,8 @@ def _words_of(plan: Planned) -> list[str]:
         where += f", its prompt computed on {plan.prefill}"
     if plan.pull:
         where += f", {plan.pulled_tokens} tokens of it pulled from {plan.pull}"
+    if plan.loaded_tokens:
+        where += f", {plan.loaded_tokens} tokens of it loaded from its host"
     if not plan.ways:
         return [*lines, f"{where}: {plan.reason}"]
     chosen, *others = plan.ways
@@ -270,8 +275,9 @@ def _parts(way: Option) -> str:
         first += f" ({way.waiting_s:.3f} behind other prompts)"
     if way.prefill or way.pull:
         first += f" ({way.moving_s:.3f} to move KV)"
+    loaded = f"{way.loaded_tokens} loaded, " if way.loaded_tokens else ""
     return (
-        f"{first} with {way.cached_tokens} tokens cached, decoding {way.decode_s:.3f}, "
+        f"{first} with {way.cached_tokens} tokens cached, {loaded}decoding {way.decode_s:.3f}, "
         f"others {way.others_s:.3f}, later calls {way.later_s:.3f}, "
         f"forgotten {way.forgotten_s:.3f}"
     )

@@ -10,6 +10,8 @@ failure and by the other policies, which are here to be compared with.
 
 from __future__ import annotations
 
+import msgspec
+
 from coordinator.kv_index import KvIndex
 from coordinator.limits import Placement
 from coordinator.pace import Pace
@@ -62,6 +64,12 @@ class Placing:
 
     def decide(self, call: Call, ask: Ask, now_s: float) -> Decision:
         """For the call that is first in the queue."""
+        decision = self._decide(call, ask, now_s)
+        if isinstance(decision, Choice) and self._counted_as_held:
+            return self._apart(decision, ask, call.submit.block_hashes)
+        return decision
+
+    def _decide(self, call: Call, ask: Ask, now_s: float) -> Decision:
         workers = self._state.workers
         hashes = call.submit.block_hashes
 
@@ -108,12 +116,30 @@ class Placing:
         room = 0 if self._state.workers[worker].host_full else self._hosts.room(worker)
         return Host(room, min(1.0, self._index.capacity(worker) / blocks))
 
+    @property
+    def _counted_as_held(self) -> bool:
+        """What hosts have counts as held: all policies but ``pythia`` know only cached from not,
+        and what is loaded is not computed."""
+        return len(self._hosts) > 0 and self._placement.policy != "pythia"
+
     def _usable(self, held: dict[str, int], hosted: dict[str, int]) -> dict[str, int]:
-        """What counts as held. All but ``pythia`` know only cached from not, and what is loaded
-        is not computed."""
-        if hosted and self._placement.policy != "pythia":
+        """What counts as held."""
+        if hosted and self._counted_as_held:
             return {name: max(held.get(name, 0), hosted.get(name, 0)) for name in (held | hosted)}
         return held
+
+    def _apart(self, choice: Choice, ask: Ask, hashes: bytes) -> Choice:
+        """What counted as held told apart: it is in a cache, or loaded."""
+        computing = choice.prefill or choice.decode
+        held = self._index.longest_prefix(hashes, 0, (choice.decode, computing))
+        own_blocks = (ask.prompt_tokens - choice.uncached_tokens) // self._state.block_size
+        loaded_blocks = max(0, own_blocks - held.get(computing, 0))
+        return msgspec.structs.replace(
+            choice,
+            cached_blocks=min(choice.cached_blocks, held.get(choice.decode, 0)),
+            # Engines read what a peer holds for them, or what their host has.
+            loaded_blocks=0 if choice.pull else loaded_blocks,
+        )
 
     def _near(self, ask: Ask, hashes: bytes, spared: Spared, now_s: float) -> Decision | None:
         """What comes of comparing a few; None if that settles nothing."""

@@ -3,7 +3,7 @@
 A pull is the beginning of a plan. The peer is asked to hold what it has cached; its blocks
 count there until they are where they are needed, as those of a prefill worker do. A pull that
 comes to nothing, or to less, costs time and no more: the rest is computed as if it had never
-been cached.
+been cached, but for what comes from a host where nothing is read.
 
 No room is asked for on the peer: what it is to hold is in its cache, mostly in use by calls that
 count there already. It counts as far as there is room.
@@ -24,9 +24,13 @@ from coordinator.state import Call, CallPhase, State
 class Pulls:
     """The accounts of all pulls."""
 
-    def __init__(self, state: State, index: KvIndex, standing: Standing, pace: Pace) -> None:
+    def __init__(
+        self, state: State, index: KvIndex, standing: Standing, pace: Pace, hosts: KvIndex
+    ) -> None:
+        """``index``: who holds which blocks in its cache; ``hosts``: on its host."""
         self._state = state
         self._index = index
+        self._hosts = hosts
         self._standing = standing
         self._pace = pace
 
@@ -67,11 +71,17 @@ class Pulls:
             self._compute_rest(call, 0, now_s)
 
     def _compute_rest(self, call: Call, tokens: int, now_s: float) -> None:
-        """Of what was to be pulled only ``tokens`` are: the rest is computed."""
-        block_size = self._state.block_size
+        """Of what was to be pulled only ``tokens`` are: the rest is computed. Where that is nothing
+        the engine loads what its host has."""
+        if call.computing is None:
+            return
+        block_size, name = self._state.block_size, call.computing.name
         own_tokens = call.pull_tokens - call.pulled_blocks * block_size
+        if tokens <= own_tokens:
+            hosted = self._hosts.longest_prefix(call.submit.block_hashes, 0, (name,))
+            own_tokens = max(own_tokens, hosted.get(name, 0) * block_size)
         lost_tokens = call.pull_tokens - max(tokens, own_tokens)
-        if lost_tokens > 0 and call.computing is not None:
+        if lost_tokens > 0:
             call.pulled_blocks -= lost_tokens // block_size
             call.pull_tokens -= lost_tokens
             call.computing.prefill_tokens += lost_tokens

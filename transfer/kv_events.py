@@ -17,7 +17,7 @@ What an engine keeps in its host's memory is told in the same way, beside it.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -84,7 +84,8 @@ class Node:
         self.name = name
         self.parent = parent
         self.depth: int = parent.depth + 1 if parent is not None else 1
-        self.children = 0
+        self.children: dict[Node, None] = {}
+        """What goes on from it and is there."""
         self.grown = grown
         """In which look it came."""
         self.there = True
@@ -93,23 +94,30 @@ class Node:
         """It was in a chain that was told."""
 
     def chain(self, told: bool = False) -> bytes:
-        """Names from the first block to this one; ``told``: they are told now."""
+        """Names from the first block to this one; ``told``: they are told now, as being there, and
+        none if one is not."""
         names = bytearray(self.depth * BLOCK_HASH_BYTES)
         node: Node | None = self
         while node is not None:
+            if told and not node.there:
+                # What is behind a gap counts as not told when that is filled.
+                return b""
             end = node.depth * BLOCK_HASH_BYTES
             names[end - BLOCK_HASH_BYTES : end] = node.name
             node.told = node.told or told
             node = node.parent
         return bytes(names)
 
-    @property
-    def whole(self) -> bool:
-        """Its whole chain is there."""
-        node: Node | None = self
-        while node is not None and node.there:
-            node = node.parent
-        return node is None
+    def untold(self) -> list[Node]:
+        """The ends of what is there from this block on. Nobody has been told of any of it."""
+        ends, left = [], [self]
+        while left:
+            node = left.pop()
+            node.told = False
+            left += reversed(node.children)
+            if not node.children:
+                ends.append(node)
+        return ends
 
 
 class Tier:
@@ -143,29 +151,30 @@ class Tier:
         self._looks += 1
         for node in ready:
             del self._fresh[node]
-        return [node.chain(told=True) for node in ready if node.whole], removed
+        return _told(ready), removed
 
     def everything(self) -> list[bytes]:
         """All chains that are there. Then nothing is fresh."""
         self._fresh.clear()
         self._removed.clear()
-        ends = [node for node in self.nodes.values() if not node.children]
-        return [node.chain(told=True) for node in ends if node.whole]
+        return _told(node for node in self.nodes.values() if not node.children)
 
     def put(self, key: Hashable, name: bytes, parent: Node | None) -> Node:
-        """A block is there, after ``parent``."""
+        """A block is there, after ``parent``; if it was a gap, so is what lies behind it."""
         node = self.nodes.get(key)
-        if node is None and (node := self._gaps.pop(key, None)) is not None:
-            node.there, node.parent, node.grown = True, parent, self._looks
-        elif node is None:
-            node = Node(key, name, parent, self._looks)
-        if key not in self.nodes:
-            self.nodes[key] = node
-            if parent is not None:
-                parent.children += 1
-                self._fresh.pop(parent, None)
-            self._fresh[node] = None
-            self._back(name)
+        if node is not None:
+            return node
+        node = self._gaps.pop(key, None) or Node(key, name, parent, self._looks)
+        node.there, node.parent = True, parent
+        self.nodes[key] = node
+        if parent is not None:
+            parent.children[node] = None
+            self._fresh.pop(parent, None)
+        # Whoever heard of the gap has forgotten all that goes on from it.
+        for end in node.untold():
+            end.grown = self._looks
+            self._fresh[end] = None
+        self._back(name)
         return node
 
     def _back(self, name: bytes) -> None:
@@ -188,7 +197,7 @@ class Tier:
         self._fresh.pop(node, None)
         above = node.parent
         if above is not None:
-            above.children -= 1
+            del above.children[node]
             if not above.children and not above.there:
                 self._gaps.pop(above.key, None)
             elif not above.children and not above.told:
@@ -206,6 +215,11 @@ class Tier:
                 first = begin
         self._removed[first.name] = first, last
         return node
+
+
+def _told(ends: Iterable[Node]) -> list[bytes]:
+    """Their chains, of those that are whole."""
+    return [chain for node in ends if (chain := node.chain(told=True))]
 
 
 class News(NamedTuple):

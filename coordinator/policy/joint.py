@@ -117,7 +117,8 @@ class Option(msgspec.Struct, frozen=True, gc=False):
     ``total_s`` is the sum that was compared: ``first_token_s`` (in which ``waiting_s`` behind
     other prompts and ``moving_s`` to whoever decodes), ``decode_s``, and what it costs others:
     ``others_s`` those that are there, ``later_s`` those that come meanwhile, ``forgotten_s``
-    computing again what caches give up.
+    computing again what caches give up. ``cached_tokens`` are in the cache of ``decode``,
+    ``loaded_tokens`` come from the host of whoever computes the prompt.
     """
 
     decode: str
@@ -132,6 +133,7 @@ class Option(msgspec.Struct, frozen=True, gc=False):
     forgotten_s: float
     cached_tokens: int
     pull: str = ""
+    loaded_tokens: int = 0
 
 
 class Found(NamedTuple):
@@ -544,6 +546,7 @@ class _Costs:
             others_s=others_s,
             later_s=later_s,
             forgotten_s=again_s,
-            cached_tokens=(place.cached + place.loaded) * self._block_size,
+            cached_tokens=place.cached * self._block_size,
             pull=source.name if source is not None else "",
+            loaded_tokens=computes.loaded * self._block_size if source is None else 0,
         )

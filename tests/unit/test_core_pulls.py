@@ -11,18 +11,20 @@ from coordinator.protocol import (
     Checked,
     CheckedPhase,
     Finished,
+    KvChanges,
     Leaving,
     Placed,
     Plan,
     Prefilled,
     Pulled,
+    Role,
     ShowFigures,
     Started,
     WorkflowAnswer,
 )
 from coordinator.workflow.foresight import Figures
 from tests.simulation.pull_everything import pulling_core
-from tests.unit.test_core import LIMITS, LONG, PLACEMENT, Bed, hashes
+from tests.unit.test_core import LIMITS, LONG, PLACEMENT, Bed, Told, hashes, ready
 
 BLOCKS = (LONG - 1) // 16
 NAMES = ("decode-0", "decode-1")
@@ -138,6 +140,31 @@ def test_a_late_peer_is_left_alone_for_a_while() -> None:
     assert bed.pulls("d") == ""
     bed.wait(9.5, "api", *NAMES)
     assert bed.pulls("e") == source
+
+
+class HostBed(BusyBed):
+    """Workers keep blocks on their hosts."""
+
+    def worker(self, name: str, role: Role = "decode", incarnation: str = "1") -> Told:
+        return self.say(name, ready(name, role, incarnation, kv_host_blocks=500))
+
+
+@pytest.mark.parametrize(("tokens", "found"), [(0, 40), (16, 1), (60 * 16, 60)])
+def test_of_what_is_not_pulled_at_all_what_the_host_has_is_not_computed(
+    tokens: int, found: int
+) -> None:
+    bed = HostBed()
+    bed.cluster("decode", "decode")
+    source = bed.plan("a", 1400).decode.worker
+    bed.say("api", Started("api", "a", 1))
+    (target,) = set(NAMES) - {source}
+    bed.say(target, KvChanges(target, "1", 0, reset=True, host_stored=[hashes(40 * 16)]))
+    plan = bed.plan("b", 1400)
+    assert (plan.decode.worker, plan.pull_worker) == (target, Placed(source, "1"))
+    bed.say("api", Pulled("api", "b", 1, tokens))
+    call = bed.core._state.calls["api", "b"]
+    assert call.computing is not None
+    assert call.uncached_tokens == call.computing.prefill_tokens == 1400 - found * 16
 
 
 def test_nobody_finds_what_is_still_being_pulled(bed: PullBed) -> None:

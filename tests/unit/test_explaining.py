@@ -27,6 +27,7 @@ from coordinator.protocol import (
     Failed,
     Finished,
     Hello,
+    KvChanges,
     Message,
     Plan,
     Prefilled,
@@ -49,13 +50,14 @@ LIMITS = Limits(explained_calls=3)
 class Bed:
     """A core with a prefill worker and two decode workers whose links are warm."""
 
-    def __init__(self, placement: Placement | None = None) -> None:
+    def __init__(self, placement: Placement | None = None, **facts: int) -> None:
+        its_facts = msgspec.structs.replace(FACTS, **facts)
         self.core = Core(LIMITS, placement or Placement(), "core")
         self.now_s = 100.0
         pending = self.core.handle(b"api", Hello("api"), self.now_s)
         for name in ("prefill-0", "decode-0", "decode-1"):
             role: Any = name.partition("-")[0]
-            ready = Ready(name, "1", role, f"tcp://{name}", FACTS)
+            ready = Ready(name, "1", role, f"tcp://{name}", its_facts)
             pending += self.core.handle(name.encode(), ready, self.now_s)
         while pending:
             send = pending.pop(0)
@@ -137,6 +139,25 @@ def test_numbers_stay_as_they_were_when_the_call_was_planned() -> None:
     for number in range(2):
         bed.call(f"later-{number}", 20_000)
     assert bed.explained("r").plans[0].ways[0] == before
+
+
+def test_what_comes_from_the_host_is_told_beside_what_is_cached() -> None:
+    bed = Bed(kv_host_blocks=4000)
+    known = b"".join(block.to_bytes(8, "little") for block in range(400))
+    told = KvChanges("decode-1", "1", 0, [known[: 100 * 8]], reset=True, host_stored=[known])
+    bed.core.handle(b"decode-1", told, bed.now_s)
+    bed.planned(Submit("api", "r", 1, 8000, 100, known))
+    found = bed.explained("r")
+    (planned,) = found.plans
+    assert (planned.decode, planned.prefill, planned.pull) == ("decode-1", "", "")
+    tokens = planned.cached_tokens, planned.loaded_tokens, planned.computed_tokens
+    assert tokens == (1600, 4800, 1600)
+    chosen, *others = planned.ways
+    assert (chosen.cached_tokens, chosen.loaded_tokens) == (1600, 4800)
+    assert {way.loaded_tokens for way in others if way.prefill or way.decode != "decode-1"} == {0}
+    words = " ".join(found.words)
+    assert "decoded on decode-1, 4800 tokens of it loaded from its host, because" in words
+    assert "with 1600 tokens cached, 4800 loaded, decoding" in words
 
 
 def test_what_happened_is_told_next_to_what_was_estimated() -> None:
@@ -257,5 +278,6 @@ def test_the_command_prints_words_a_table_and_numbers() -> None:
     assert shown.exit_code == 0, shown.output
     assert "because that costs" in shown.output
     assert "what was compared for attempt 1" in shown.output
+    assert "loaded tokens" in shown.output
     assert json.loads(as_json.output)["phase"] == "finished"
     assert unknown.exit_code != 0

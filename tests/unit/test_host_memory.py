@@ -98,7 +98,7 @@ class Hosted(Real):
         """What whoever is told all counts on."""
         tier = self.translation.host
         assert tier is not None
-        return {node.key for node in tier.nodes.values() if node.whole}
+        return {node.key for node in tier.nodes.values() if node.chain(told=True)}
 
     @property
     def on_host(self) -> set[object]:

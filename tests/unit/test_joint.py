@@ -273,7 +273,7 @@ def test_what_a_host_has_is_loaded_and_not_computed() -> None:
     new_tokens = 8000 - 6400
     own_s = start_s + new_tokens * (token_s + pair_s * (6400 + 0.5 * new_tokens))
     assert option.decode == "e"
-    assert option.cached_tokens == 6400
+    assert (option.cached_tokens, option.loaded_tokens) == (0, 6400)
     assert option.first_token_s == pytest.approx(load_s + own_s)
 
 

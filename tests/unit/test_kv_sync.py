@@ -26,9 +26,10 @@ from coordinator.protocol import (
     KvResync,
     Leaving,
     Prefilled,
+    Role,
     Started,
 )
-from tests.unit.test_core import LIMITS, Bed, ready
+from tests.unit.test_core import LIMITS, Bed, Told, ready
 
 WAIT_S = 30.0
 BLOCK = 4
@@ -165,8 +166,7 @@ def test_a_host_that_has_forgotten_something_is_full_whatever_is_known_of_it() -
     assert placing._host("decode-1").room == 0, "what was lost is there still"
 
 
-def test_what_would_have_been_loaded_is_not_held_after_all() -> None:
-    """Of a call that is given up before its worker has anything of it."""
+def test_what_is_still_to_be_loaded_is_not_held() -> None:
     made = Bed()
     made.core = Core(LIMITS, Placement(disaggregated="never"), "core")
     made.api()
@@ -175,9 +175,29 @@ def test_what_would_have_been_loaded_is_not_held_after_all() -> None:
     made.say("decode-1", said(0, host_stored=[prompt[: 15 * 8]], reset=True))
     made.plan("r", 320, block_hashes=prompt)
     assert made.core._state.calls["api", "r"].loaded_blocks == 15
-    assert held(made, *range(20)) == 20
-    made.say("api", Finished("api", "r", 1, "abort", 0))
     assert held(made, *range(20)) == 0
+    made.say("api", Started("api", "r", 1))
+    assert held(made, *range(20)) == 20
+
+
+class HostBed(Bed):
+    """Workers keep blocks on their hosts."""
+
+    def worker(self, name: str, role: Role = "decode", incarnation: str = "1") -> Told:
+        return self.say(name, ready(name, role, incarnation, kv_host_blocks=500))
+
+
+def test_what_was_on_the_host_only_is_not_missed_in_the_cache() -> None:
+    """By a policy that counts it as cached, of a prompt that came from elsewhere."""
+    made = HostBed()
+    made.cluster("prefill", "decode")
+    prompt = chain(*range(20))
+    made.say("decode-1", said(0, host_stored=[prompt[: 5 * 8]], reset=True))
+    assert made.plan("r", 320, block_hashes=prompt).prefill is not None
+    made.say("api", Prefilled("api", "r", 1))
+    made.say("api", Started("api", "r", 1))
+    made.say("api", Finished("api", "r", 1, "stop", 4, local_cached_tokens=0))
+    assert held(made, *range(20)) == 20
 
 
 def test_a_worker_without_room_on_its_host_has_nothing_there() -> None:

@@ -165,6 +165,39 @@ def test_who_has_the_most_on_its_host_is_compared_however_loaded(policy: str, fe
     assert found.uncached_tokens == BLOCK
 
 
+@pytest.mark.parametrize("few", [1, 64])
+@pytest.mark.parametrize("policy", ["pythia", "least_kv", "cost"])
+def test_what_only_a_host_has_is_loaded_and_not_cached(policy: str, few: int) -> None:
+    bed = Bed(Placement(policy=policy, compared_workers=few, disaggregated="never"))  # type: ignore[arg-type]
+    for name in ("a", "b"):
+        bed.worker(name)
+    hashes = chain(*range(1, 50))
+    bed.hosts.add("b", 1000)
+    bed.hosts.stored("b", hashes[: 30 * 8])
+    bed.index.stored("b", hashes[: 10 * 8])
+    found = bed.near(bed.ask(49 * BLOCK), hashes)
+    assert isinstance(found, Choice)
+    parts = found.cached_blocks, found.loaded_blocks, found.uncached_tokens
+    assert (found.decode, parts) == ("b", (10, 20, 19 * BLOCK))
+
+
+def test_a_prefill_worker_loads_what_only_its_host_has() -> None:
+    bed = Bed(Placement(policy="least_kv", disaggregated="always"))
+    bed.worker("d")
+    bed.worker("p", "prefill")
+    bed.warm()
+    hashes = chain(*range(1, 50))
+    for name in ("d", "p"):
+        bed.hosts.add(name, 1000)
+    bed.hosts.stored("d", hashes)
+    bed.hosts.stored("p", hashes[: 30 * 8])
+    bed.index.stored("p", hashes[: 10 * 8])
+    found = bed.near(bed.ask(49 * BLOCK), hashes)
+    assert isinstance(found, Choice)
+    parts = found.cached_blocks, found.loaded_blocks, found.uncached_tokens
+    assert (found.prefill, parts) == ("p", (0, 20, 19 * BLOCK))
+
+
 def test_when_nobody_has_room_nobody_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     bed = cluster()
     for worker in bed.state.workers.values():

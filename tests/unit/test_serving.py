@@ -233,6 +233,29 @@ async def test_what_comes_from_the_host_s_memory_was_cached_and_has_not_moved() 
         assert found == [(36, 0), (16, 20)]
 
 
+async def test_what_the_host_adds_to_what_need_not_be_read_has_not_moved() -> None:
+    """A handle of no more than the cache has, and one of the engine's own."""
+    async with serving(kv_host_gib=1.0) as (worker, engine, api):
+        await meet(worker, engine)
+        own = msgspec.structs.replace(
+            HANDLE, remote_engine_id=engine.engine_id, remote_request_id="q~1"
+        )
+        await api.decode("r", handles.encode(HANDLE))
+        await api.decode("s", handles.encode(own))
+        await until(lambda: "s~1" in engine.given)
+        outputs = [output(name, 1, [1]) for name in ("r", "s")]
+        for each, cached_tokens in zip(outputs, (48, 0), strict=True):
+            each.prefill_stats = PrefillStats()
+            each.prefill_stats.set(80, cached_tokens, 16)
+        engine.on_step(outputs, 0.0)
+        _, frames = await api.hear(Deltas)
+        told = [
+            out.prefill_stats for out in MsgpackDecoder(EngineCoreOutputs).decode(frames).outputs
+        ]
+        found = [(each.num_local_cached_tokens, each.num_external_cached_tokens) for each in told]
+        assert found == [(64, 0), (16, 0)]
+
+
 async def test_what_is_cached_only_is_answered_for_beside_the_call_itself() -> None:
     async with serving() as (worker, engine, api):
         await api.say(Prefill("r", -1, worker.incarnation, cached_only=True), engine_request())
