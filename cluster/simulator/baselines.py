@@ -282,11 +282,6 @@ BASELINES: Mapping[str, Baseline] = {
     "pythia-no-output-reservation": Baseline(
         "room is reserved for the prompt and one token only", "split", {"reserve_output_tokens": 1}
     ),
-    "pythia-no-prefill-bound": Baseline(
-        "any number of prompts is sent to a prefill worker",
-        "split",
-        limits={"prefills_per_worker": UNBOUNDED},
-    ),
     "pythia-no-load": Baseline(
         "decode workers are chosen in turn, not by load and caches",
         "split",

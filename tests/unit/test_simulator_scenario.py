@@ -293,7 +293,7 @@ def test_there_are_calibrations() -> None:
     assert "llama-3.1-8b-h200-tp1" in shipped()
 
 
-@pytest.mark.parametrize("name", ["quick", "faults", "mechanisms"])
+@pytest.mark.parametrize("name", ["quick", "faults", "mechanisms", "scarce", "slow-links"])
 def test_examples_need_no_traces(name: str) -> None:
     scenario = load(EXAMPLES / f"{name}.yaml")
     assert set(scenario.compare) <= set(BASELINES)
