@@ -45,7 +45,7 @@ class BaselineError(Exception):
 class Baseline(msgspec.Struct, frozen=True):
     """One way to run a cluster.
 
-    ``placement`` and ``limits``: fields that differ from the cluster's own. ``roles``: of its
+    ``placement``: fields that differ from the cluster's own. ``roles``: of its
     workers; ``split`` into prefill and decode. ``ratio``: whether they turn; ``own`` is as the
     cluster's file says, which also has the thresholds for ``reactive``, and those of ``rebalance``
     for ``forecast``. ``placers``: who decide instead of the policy, one for each core of a replay;
@@ -57,7 +57,6 @@ class Baseline(msgspec.Struct, frozen=True):
     description: str
     roles: Literal["mixed", "split"]
     placement: Changes = {}
-    limits: Changes = {}
     ratio: Literal["own", "static", "reactive", "forecast"] = "own"
     placers: MakePlacers | None = None
     predictions: Literal["own", "random"] = "own"
@@ -158,18 +157,15 @@ def _limits(baseline: Baseline, limits: Limits) -> Changes:
     Who knows the future may let calls wait as long as it likes.
     """
     if baseline.placers is not None:
-        return {"queue_s": limits.call_s, "queue_calls": UNBOUNDED} | dict(baseline.limits)
+        return {"queue_s": limits.call_s, "queue_calls": UNBOUNDED}
     if baseline.placement.get("reserve", True):
-        return baseline.limits
-    patience = {
+        return {}
+    return {
+        "calls_per_worker": UNBOUNDED,
+        "prefills_per_worker": UNBOUNDED,
         "prefill_s": limits.queue_s + limits.prefill_s,
         "first_token_s": limits.queue_s + limits.first_token_s,
     }
-    return (
-        {"calls_per_worker": UNBOUNDED, "prefills_per_worker": UNBOUNDED}
-        | patience
-        | dict(baseline.limits)
-    )
 
 
 # Others are faster with some room that they never give away.
