@@ -153,7 +153,7 @@ class Calls:
         self.placement = placement
         self._tracker = tracker
         self._placer = placer
-        self._follows = placement.single_flight and placer is None
+        self._follows = placement.single_flight and placement.policy == "pythia" and placer is None
         self._arrivals = 0
         self._rate = CompletionRate()
         self.groups: dict[tuple[str, str], Group] = {}

@@ -116,7 +116,7 @@ def test_in_a_large_cluster_that_is_full_those_that_have_the_beginning_are_asked
 def following(**placement: object) -> tuple[Bed, Plan]:
     """A call that waits for what the other one brings: its prompt is computed on a worker that has
     no room for it once more, and the other one that could knows nothing of it."""
-    made = bed(disaggregated="always", **placement)
+    made = bed(policy="pythia", disaggregated="always", **placement)
     made.cluster("prefill", "prefill", "decode")
     first = made.plan("c1", 600, block_hashes=chain(1, 68)[: 37 * 8])
     assert first.prefill is not None
