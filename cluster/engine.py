@@ -283,6 +283,8 @@ def engine_facts(
         kv_bytes_per_block=bytes_per_block,
         kv_lease_s=kv_lease_s,
         partial_reads=_reads_in_part(config),
+        computes_once=cache.enable_prefix_caching is not False
+        and not scheduler.long_prefill_token_threshold,
         kv_host_blocks=host_bytes // bytes_per_block,
     )
 

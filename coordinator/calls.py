@@ -384,7 +384,7 @@ class Calls:
             if isinstance(decision, Choice):
                 leader = self._leader(call, decision, now_s)
                 if leader is not None:
-                    self._follow(call, leader, now_s)
+                    self._follow(call, leader, decision, now_s)
                     continue
                 self.queue.remove(call)
                 self._plan(call, decision, now_s)
@@ -398,20 +398,27 @@ class Calls:
 
     def _leader(self, call: Call, choice: Choice, now_s: float) -> Call | None:
         """Who is bringing to the chosen worker what this call would have computed once more."""
-        moves = choice.prefill or choice.pull
+        moves = choice.prefill or choice.pull or choice.loaded_blocks
         if not moves or not self._follows or now_s >= call.follows_until_s:
             return None
+        if self.queue.at_door(call):
+            # It would not count as under way.
+            return None
         worker = self._state.workers[choice.decode]
-        spared_tokens = call.prompt_tokens - choice.uncached_tokens
-        return self._rooms.leader(call, worker, spared_tokens // self._state.block_size)
+        known_tokens = call.prompt_tokens - choice.uncached_tokens
+        return self._rooms.leader(call, worker, known_tokens // self._state.block_size)
 
-    def _follow(self, call: Call, leader: Call, now_s: float) -> None:
-        """A waiting call is placed anew when another one's KV is there, or will not come, and soon
-        in any case."""
+    def _follow(self, call: Call, leader: Call, choice: Choice, now_s: float) -> None:
+        """A waiting call is placed anew when another one's KV is there, or will not come; at last
+        when it has waited for as long as all would wait for what it computes once more."""
         assert isinstance(self.queue, Ordering)
+        known_tokens = call.prompt_tokens - choice.uncached_tokens
+        worker = self._state.workers[choice.prefill or choice.decode]
+        compute_s = self._pace.speeds.prefill_s(choice.uncached_tokens, known_tokens)
+        wait_s = min(FOLLOWED_S, compute_s * (1 + worker.gauge.decoding))
         self.queue.set_aside(call)
         call.follows = leader
-        call.follows_until_s = min(call.follows_until_s, now_s + FOLLOWED_S)
+        call.follows_until_s = min(call.follows_until_s, now_s + wait_s)
         leader.followers[call.key] = call
         self._set_due(call, call.follows_until_s)
         self._state.counters["calls_followed"] += 1

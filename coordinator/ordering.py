@@ -127,11 +127,15 @@ class Ordering:
         """How long a call that begins to wait may wait."""
         return self._entries[call.key].longest_s
 
+    def at_door(self, call: Call) -> bool:
+        """A waiting call's run has not begun."""
+        return self._entries[call.key].door
+
     def set_aside(self, call: Call) -> None:
         """Who is next waits for what another call brings, and lets others go before it."""
         entry = self._entries[call.key]
         self._queue.remove(entry.tenant, entry.rank, entry.door)
-        entry.door, entry.aside, entry.waited_for = False, True, "prefix"
+        entry.aside, entry.waited_for = True, "prefix"
         self._aside[call.key] = call
 
     def recalled(self, call: Call, now_s: float) -> float:
@@ -175,7 +179,9 @@ class Ordering:
     def blocked(self, call: Call, now_s: float) -> None:
         """Who is next finds no room."""
         entry = self._entries[call.key]
-        if entry.waited_for not in ("runs", "prefix"):
+        aside_s = entry.wants_room_s - entry.since_s
+        followed = entry.waited_for == "prefix" and now_s - entry.wants_room_s < aside_s
+        if entry.waited_for != "runs" and not followed:
             entry.waited_for = "room"
         late = now_s - entry.wants_room_s >= PATIENCE_S
         if self._gated and entry.run is not None and entry.run.begun and late:

@@ -10,6 +10,8 @@ failure and by the other policies, which are here to be compared with.
 
 from __future__ import annotations
 
+from itertools import islice
+
 import msgspec
 
 from coordinator.kv_index import KvIndex
@@ -25,6 +27,7 @@ from coordinator.policy.placement import (
     Decision,
     Spared,
     decode_blocks,
+    fits,
     none_spared,
     place,
     prefill_blocks,
@@ -80,7 +83,7 @@ class Placing:
             and len(workers) > self._placement.compared_workers
             and self._placement.policy in FEW_COMPARED
         ):
-            decision = self._near(ask, hashes, spared, now_s)
+            decision = self._near(call, ask, spared, now_s)
             if decision is not None:
                 return decision
         hosted = self._hosts.longest_prefix(hashes) if len(self._hosts) else {}
@@ -141,18 +144,26 @@ class Placing:
             loaded_blocks=0 if choice.pull else loaded_blocks,
         )
 
-    def _near(self, ask: Ask, hashes: bytes, spared: Spared, now_s: float) -> Decision | None:
+    def _near(self, call: Call, ask: Ask, spared: Spared, now_s: float) -> Decision | None:
         """What comes of comparing a few; None if that settles nothing."""
         state, standing, placement = self._state, self._standing, self._placement
         standing.renew()
         decoders, prefillers = standing.decoders, standing.prefillers
         if ask.avoid or not decoders or standing.largest_tokens <= ask.prompt_tokens:
             return None
+        hashes = call.submit.block_hashes
         few = max(1, placement.compared_workers // 8)
-        full = decoders.full(decode_blocks(ask, placement, state.block_size))
+        needed = decode_blocks(ask, placement, state.block_size)
+        full = decoders.full(needed)
         if full:
             # Only who has some of it reserved can have room for the rest.
-            names = {name: None for name in state.workers if spared(name)}
+            begun = self._rooms.begun(call, 4 * placement.compared_workers)
+            roomy = (
+                name
+                for name in begun
+                if name in decoders and fits(state.workers[name], needed - spared(name, needed))
+            )
+            names = dict.fromkeys(islice(roomy, few))
             if not names:
                 return NO_ROOM
         else:

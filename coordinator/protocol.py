@@ -127,6 +127,8 @@ class EngineFacts(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     kv_lease_s: float = 30.0
     partial_reads: bool = True
     """What it has cached of how a prompt begins can be read by others, and that of others by it."""
+    computes_once: bool = True
+    """It keeps a prefix cache, and no part of a step is all that a prompt gets."""
     kv_host_blocks: int = 0
     """Blocks that its host's memory holds, beside those of its cache."""
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import islice
 from typing import NamedTuple
 
 from coordinator.standing import Standing
@@ -28,8 +29,8 @@ STRETCHES_ALIKE = 8
 """Each is then longer by an eighth of what is before it."""
 MARKED_BLOCKS = 1 << 20
 """What is behind them in a prompt is one stretch."""
-PLACE_BITS = 7
-"""A stretch's place is part of its key, so that a hash that occurs twice does no harm."""
+END_BITS = 32
+"""Where a stretch ends is part of its key: what has one key has one length, whatever the hashes."""
 
 
 class Stretches(NamedTuple):
@@ -45,12 +46,14 @@ class Rooms:
     def __init__(self, state: State, standing: Standing) -> None:
         self._state = state
         self._standing = standing
+        self._begun: dict[int, dict[str, None]] = {}
+        """Workers that have a first stretch, by its key."""
 
-    def spared(self, call: Call) -> Callable[[str], int]:
-        """Of the blocks that a call would need on a worker, those that others have reserved."""
+    def spared(self, call: Call) -> Callable[[str, int], int]:
+        """Of so many blocks that a call would need on a worker, those that others have reserved."""
         workers, known = self._state.workers, list[Stretches]()
 
-        def spared(name: str) -> int:
+        def spared(name: str, blocks: int) -> int:
             worker = workers[name]
             if not worker.beginnings:
                 return 0
@@ -58,9 +61,15 @@ class Rooms:
                 # All engines have blocks of one size.
                 known.append(_stretches(call, worker))
             keys, ends = known[0]
-            return ends[_common(keys, worker.beginnings)]
+            return ends[min(_common(keys, worker.beginnings), _sharable(ends, blocks))]
 
         return spared
+
+    def begun(self, call: Call, most: int) -> list[str]:
+        """Some workers that have the beginning of a prompt reserved."""
+        worker = next(iter(self._state.workers.values()), None)
+        keys = _stretches(call, worker).keys if worker is not None else []
+        return list(islice(self._begun.get(keys[0], ()), most)) if keys else []
 
     def leader(self, call: Call, worker: Worker, known_blocks: int) -> Call | None:
         """Who is bringing to a worker what a call has in common with it, some hundred tokens beyond
@@ -94,9 +103,11 @@ class Rooms:
         worker, first = call.decode, call.decode_stretches
         assert worker is not None
         keys, ends = _stretches(call, worker)
-        last = bisect_right(ends, ends[first] + call.decode_blocks - 1) - 1
+        last = _sharable(ends, ends[first] + call.decode_blocks)
         if last > first and keys[first] not in worker.beginnings:
             new_blocks = _join(keys, ends, first, last, worker.beginnings)
+            self._begun.setdefault(keys[0], {})[worker.name] = None
+            self._state.room_changed = True
             blocks = ends[last] - ends[first]
             worker.kv_blocks_shared += blocks - new_blocks
             worker.kv_blocks_reserved -= blocks - new_blocks
@@ -121,10 +132,12 @@ class Rooms:
     def _take(self, call: Call, worker: Worker, blocks: int, computes: bool) -> tuple[int, int]:
         """What the call has reserved for itself alone, and how many stretches with others."""
         keys, ends = _stretches(call, worker)
-        count = bisect_right(ends, blocks - 1) - 1
-        if not computes:
+        count = _sharable(ends, blocks)
+        if not (computes and worker.computes_once):
             count = min(count, _common(keys, worker.beginnings))
         new_blocks = _join(keys, ends, 0, count, worker.beginnings)
+        if count:
+            self._begun.setdefault(keys[0], {})[worker.name] = None
         alone = blocks - ends[count]
         worker.kv_blocks_reserved += alone + new_blocks
         worker.kv_blocks_shared += ends[count] - new_blocks
@@ -134,6 +147,11 @@ class Rooms:
     def _give_back(self, call: Call, worker: Worker, alone: int, count: int) -> None:
         keys, ends = _stretches(call, worker)
         freed_blocks = _leave(keys, ends, count, worker.beginnings)
+        if count and keys[0] not in worker.beginnings:
+            workers = self._begun[keys[0]]
+            workers.pop(worker.name, None)
+            if not workers:
+                del self._begun[keys[0]]
         blocks = alone + freed_blocks
         worker.kv_blocks_reserved -= blocks
         worker.kv_blocks_shared -= ends[count] - freed_blocks
@@ -167,7 +185,6 @@ def _marks(stretch_blocks: int) -> tuple[int, ...]:
     while marks[-1] < MARKED_BLOCKS:
         longer = marks[-1] // STRETCHES_ALIKE // stretch_blocks * stretch_blocks
         marks.append(marks[-1] + max(stretch_blocks, longer))
-    assert len(marks) < 1 << PLACE_BITS
     return tuple(marks)
 
 
@@ -177,8 +194,14 @@ def _stretches(call: Call, worker: Worker) -> Stretches:
     ends = list(marks[: bisect_right(marks, len(hashes))])
     if ends[-1] < len(hashes):
         ends.append(len(hashes))
-    keys = [hashes[end - 1] << PLACE_BITS | place for place, end in enumerate(ends) if place]
+    keys = [hashes[end - 1] << END_BITS | end for end in ends[1:]]
     return Stretches(keys, ends)
+
+
+def _sharable(ends: Sequence[int], blocks: int) -> int:
+    """How many stretches of a call that takes so many blocks it may have with others: at least one
+    block is its own."""
+    return bisect_right(ends, blocks - 1) - 1
 
 
 def _common(keys: Sequence[int], beginnings: dict[int, int]) -> int:

@@ -34,6 +34,9 @@ class Order:
     def __len__(self) -> int:
         return len(self._keys)
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._of
+
     def put(self, name: str, number: float) -> None:
         """``name`` has this number from now on."""
         key = number, name
@@ -76,6 +79,9 @@ class Side:
 
     def __len__(self) -> int:
         return len(self.by_load)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.by_load
 
     def remove(self, name: str) -> None:
         """A worker is gone or does something else."""

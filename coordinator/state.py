@@ -218,6 +218,8 @@ class Worker:
     """Of a prompt's KV it can read, and others can read from it, the beginning alone."""
     turned_s: float = float("-inf")
     """When its role last changed since it registered."""
+    chunk_tokens: int = 0
+    """Of one prompt, what it has been told to compute in a step at most; 0: no bound."""
     phase: WorkerPhase = WorkerPhase.UP
     up: bool = True
     """May get new work."""
@@ -277,6 +279,12 @@ class Worker:
     def facts(self) -> EngineFacts:
         """What its engine is."""
         return self.ready.facts
+
+    @property
+    def computes_once(self) -> bool:
+        """Of prompts that begin alike and come together its engine computes the beginning once:
+        one after the other, not in parts side by side."""
+        return self.facts.computes_once and not self.chunk_tokens
 
     def beat(self, load: Load, links: list[LinkLoad]) -> None:
         """What its engine says of itself, and the worker of its links."""

@@ -233,6 +233,7 @@ class Turns:
     def _tell(self, worker: Worker, role: Role, number: int) -> None:
         settings = self.settings
         chunk = settings.prefill_chunk_tokens if role == "prefill" else settings.decode_chunk_tokens
+        worker.chunk_tokens = chunk
         message = SetRole(worker.incarnation, number, role, chunk)
         self._state.send(worker.peer, message)
 

@@ -726,6 +726,9 @@ class Calls:
     def _hashes(self, request: EngineCoreRequest) -> bytes:
         if not self.block_size or not request.prompt_token_ids:
             return b""
+        if request.sampling_params and request.sampling_params.skip_reading_prefix_cache:
+            # Its engine will find nothing, whatever is cached.
+            return b""
         lora = request.lora_request.lora_name if request.lora_request else ""
         images = "".join(feature.identifier for feature in request.mm_features or ())
         salt = salt_of(request.cache_salt or "", lora, images)

@@ -75,10 +75,10 @@ class Impossible(msgspec.Struct, frozen=True, gc=False):
 
 
 Decision = Choice | Wait | Impossible
-Spared = Callable[[str], int]
+Spared = Callable[[str, int], int]
 
 
-def none_spared(_: str) -> int:
+def none_spared(_name: str, _blocks: int) -> int:
     """Nothing that a call needs is reserved for others."""
     return 0
 
@@ -317,12 +317,13 @@ def _with_room(
         worker
         for worker in workers
         if worker.kv_blocks_reserved == 0
-        or _fits(worker, blocks)
-        or _fits(worker, blocks - spared(worker.name))
+        or fits(worker, blocks)
+        or fits(worker, blocks - spared(worker.name, blocks))
     ]
 
 
-def _fits(worker: WorkerView, blocks: int) -> bool:
+def fits(worker: WorkerView, blocks: int) -> bool:
+    """A worker has so many blocks free."""
     return (
         worker.kv_blocks_reserved + blocks <= worker.usable_blocks
         and worker.kv_blocks_used + blocks <= worker.usable_blocks

@@ -62,6 +62,10 @@ class CallQueue:
         del self._calls[key]
         del self._ranks[bisect_left(self._ranks, key)]
 
+    def at_door(self, call: Call) -> bool:
+        """There is no door."""
+        return False
+
     def blocked(self, call: Call, now_s: float) -> None:
         """Who is next finds no room: nothing follows from that."""
 

@@ -6,7 +6,7 @@ import msgspec
 
 from coordinator.core import Core
 from coordinator.protocol import Beat, CallContext, Finished, Load, Plan, Prefilled, Started
-from tests.unit.test_core import LIMITS, PLACEMENT, Bed
+from tests.unit.test_core import LIMITS, PLACEMENT, Bed, ready
 
 STRETCH = 32
 """Blocks of 16 tokens."""
@@ -113,6 +113,46 @@ def test_in_a_large_cluster_that_is_full_those_that_have_the_beginning_are_asked
 # --- who waits for what another call brings -------------------------------------------------------
 
 
+def test_an_engine_that_computes_prompts_side_by_side_has_them_each() -> None:
+    made = bed()
+    made.api()
+    made.say("w", ready("w", computes_once=False))
+    ask(made, 1, 68)
+    made.submit("c2", PROMPT_TOKENS, block_hashes=chain(2, 68))
+    assert not made.heard(Plan)
+
+
+def test_a_prompt_that_is_another_ones_beginning_has_a_block_of_its_own() -> None:
+    made = bed(disaggregated="always")
+    made.cluster("prefill", "decode")
+    made.plan("c1", 70 * 16, block_hashes=chain(1, 68) + bytes(16))
+    # All but one of its stretches are there; what it adds must fit.
+    made.submit("c2", 64 * 16, block_hashes=chain(1, 68)[: 64 * 8])
+    assert max(made.reserved()) <= 90
+
+
+def test_equal_hashes_of_prompts_that_differ_in_length_do_no_harm() -> None:
+    made = bed()
+    made.cluster("decode")
+    for number, blocks in enumerate((33, 40)):
+        hashes = chain(1, 68)[: 32 * 8] + bytes(8 * (blocks - 33)) + b"the same"
+        made.plan(f"c{number}", blocks * 16 + 1, block_hashes=hashes)
+    end(made, 0)
+    end(made, 1)
+    assert made.reserved() == [0]
+
+
+def test_a_full_large_cluster_decodes_nothing_on_prefill_workers() -> None:
+    made = bed(compared_workers=1, disaggregated="always")
+    made.cluster("prefill", "decode")
+    ask(made, 1, 68)
+    made.submit("c2", PROMPT_TOKENS, block_hashes=chain(2, 68))
+    assert not made.heard(Plan)
+    made.say("api", Prefilled("api", "c1", 1))
+    made.say("api", Started("api", "c1", 1))
+    assert made.only(Plan).decode.worker == "decode-1"
+
+
 def following(**placement: object) -> tuple[Bed, Plan]:
     """A call that waits for what the other one brings: its prompt is computed on a worker that has
     no room for it once more, and the other one that could knows nothing of it."""
@@ -138,6 +178,12 @@ def test_a_call_waits_for_what_another_one_brings_and_would_be_computed_again() 
     assert (second.request, second.decode) == ("c2", first.decode)
 
 
+def test_nobody_waits_longer_than_computing_it_takes_all() -> None:
+    made, _ = following()
+    made.wait(1.0, "api", "prefill-0", "prefill-1", "decode-2")
+    assert "c2" in {plan.request for plan in made.heard(Plan)}, "600 tokens are soon computed"
+
+
 def test_without_single_flight_nobody_waits_for_others() -> None:
     made, _ = following(single_flight=False)
     assert made.only(Plan).request == "c2"
@@ -147,12 +193,6 @@ def test_who_follows_goes_its_own_way_when_the_other_one_ends() -> None:
     made, _ = following()
     made.say("api", Finished("api", "c1", 1, "abort"))
     assert made.only(Plan).request == "c2"
-
-
-def test_who_follows_goes_its_own_way_after_a_while() -> None:
-    made, _ = following()
-    made.wait(6.0, "api", "prefill-0", "prefill-1", "decode-2")
-    assert "c2" in {plan.request for plan in made.heard(Plan)}
 
 
 def test_who_follows_can_end() -> None:
