@@ -52,6 +52,13 @@ def to_workers(bench: Bench) -> list[tuple[str, str]]:
     return [(to.worker, type(message).__name__) for to, message, _ in bench.wire.take_workers()]
 
 
+def test_a_request_that_reads_no_cache_has_no_hashes(bench: Bench) -> None:
+    bench.submit(prompt_logprobs=1)
+    (submit,) = bench.wire.take_core()
+    assert isinstance(submit, Submit)
+    assert submit.block_hashes == b""
+
+
 # --- the ways a call goes when nothing fails ---------------------------------------------
 
 
