@@ -71,12 +71,15 @@ class PlayedEngine:
         self.vllm_config = SimpleNamespace(
             model_config=self.model_config,
             parallel_config=SimpleNamespace(pipeline_parallel_size=1),
-            scheduler_config=SimpleNamespace(max_num_seqs=8, max_num_batched_tokens=2048),
+            scheduler_config=SimpleNamespace(
+                max_num_seqs=8, max_num_batched_tokens=2048, long_prefill_token_threshold=0
+            ),
             cache_config=SimpleNamespace(
                 block_size=16,
                 effective_attention_block_size=None,
                 num_gpu_blocks=100,
                 cache_dtype="auto",
+                enable_prefix_caching=True,
             ),
         )
 
