@@ -18,10 +18,9 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import islice
-from typing import NamedTuple
 
 from coordinator.standing import Standing
-from coordinator.state import Call, CallPhase, State, Worker
+from coordinator.state import Call, CallPhase, State, Stretches, Worker
 
 STRETCH_TOKENS = 512
 """The first stretches', a block at least."""
@@ -31,13 +30,6 @@ MARKED_BLOCKS = 1 << 20
 """What is behind them in a prompt is one stretch."""
 END_BITS = 32
 """Where a stretch ends is part of its key: what has one key has one length, whatever the hashes."""
-
-
-class Stretches(NamedTuple):
-    """Of all of a prompt's full blocks. ``ends``: blocks before each, and in all."""
-
-    keys: list[int]
-    ends: list[int]
 
 
 class Rooms:
@@ -51,16 +43,13 @@ class Rooms:
 
     def spared(self, call: Call) -> Callable[[str, int], int]:
         """Of so many blocks that a call would need on a worker, those that others have reserved."""
-        workers, known = self._state.workers, list[Stretches]()
+        workers = self._state.workers
 
         def spared(name: str, blocks: int) -> int:
             worker = workers[name]
             if not worker.beginnings:
                 return 0
-            if not known:
-                # All engines have blocks of one size.
-                known.append(_stretches(call, worker))
-            keys, ends = known[0]
+            keys, ends = _stretches(call, worker)
             return ends[min(_common(keys, worker.beginnings), _sharable(ends, blocks))]
 
         return spared
@@ -189,8 +178,14 @@ def _marks(stretch_blocks: int) -> tuple[int, ...]:
 
 
 def _stretches(call: Call, worker: Worker) -> Stretches:
-    hashes = memoryview(call.submit.block_hashes).cast("Q")
-    marks = _marks(max(1, STRETCH_TOKENS // worker.facts.block_size))
+    if call.stretches is None:
+        call.stretches = _divided(call.submit.block_hashes, worker.facts.block_size)
+    return call.stretches
+
+
+def _divided(block_hashes: bytes, block_size: int) -> Stretches:
+    hashes = memoryview(block_hashes).cast("Q")
+    marks = _marks(max(1, STRETCH_TOKENS // block_size))
     ends = list(marks[: bisect_right(marks, len(hashes))])
     if ends[-1] < len(hashes):
         ends.append(len(hashes))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import msgspec
 
@@ -404,6 +405,13 @@ class Api:
     calls: dict[str, Call] = field(default_factory=dict)
 
 
+class Stretches(NamedTuple):
+    """Of all of a prompt's full blocks; see ``Rooms``. ``ends``: blocks before each, and in all."""
+
+    keys: list[int]
+    ends: list[int]
+
+
 @dataclass(slots=True, eq=False)
 class Relocation:
     """A running call's way to another worker. ``blocks`` are reserved there."""
@@ -436,6 +444,8 @@ class Call:
     follows: Call | None = None
     """Who is bringing to a worker what it would have computed once more; it waits for that."""
     followers: dict[CallKey, Call] = field(default_factory=dict)
+    stretches: Stretches | None = None
+    """Of its prompt, once somebody has asked."""
     follows_until_s: float = float("inf")
     """Till when it may follow others, once it has begun to."""
     decode: Worker | None = None

@@ -201,13 +201,15 @@ def cheapest(
             places[worker.name] = costs.place(worker)
     costs.set_price(places.values())
     sources = costs.sources(peers, pull_s) if peers else []
-    free = [worker for worker in prefillers if not costs.breaks_promise(places[worker.name])]
+    free = prefillers
+    able = [places[worker.name] for worker in roomy]
+    if costs.promises:
+        free = [worker for worker in free if not costs.breaks_promise(places[worker.name])]
+        able = [place for place in able if not costs.held_up(place)] or able
     ways = [costs.way(places[worker.name], sources) for worker in free or prefillers]
     ways = sorted(ways)[:PREFILLERS_TRIED]
     found: list[tuple[float, str, str, str]] = []
     most = float("inf")
-    able = [places[worker.name] for worker in roomy if not costs.held_up(places[worker.name])]
-    able = able or [places[worker.name] for worker in roomy]
     # Who holds the most is first: what cannot be the best any more then is not looked into.
     able.sort(key=_cached, reverse=True)
     for place in able:
@@ -283,6 +285,8 @@ class _Costs:
         self._output_tokens = ask.expected_tokens or float(ask.output_tokens)
         self._always = placement.disaggregated == "always"
         self._gap_s = placement.gap_s
+        self.promises = self._gap_s > 0.0
+        """Workers owe what they decode a time between tokens."""
         self._preferred = placement.roles_shared
         """A role is what a worker does rather, not all that it does."""
         self._coefficients = outlook.speeds.prefill.coefficients
@@ -399,7 +403,7 @@ class _Costs:
                 if seconds < local[0]:
                     local = seconds, "", source.name
         found = [local]
-        elsewhere = self._always or self.breaks_promise(place)
+        elsewhere = self._always or (self.promises and self.breaks_promise(place))
         for way in ways:
             if here_s + way.seconds > most and not elsewhere:
                 break
@@ -414,8 +418,6 @@ class _Costs:
         """Computing the prompt would leave a worker too little time for the tokens that it owes.
         One without roles owes none."""
         gap_s, decode = self._gap_s, place.worker
-        if not gap_s:
-            return False
         owes = decode.ending or decode.role == "decode"
         owes = owes or (self._preferred and decode.role == "prefill" and len(decode.decodes) > 0)
         if not owes:
@@ -428,7 +430,7 @@ class _Costs:
     def held_up(self, place: _Place) -> bool:
         """Prompts leave a prefill worker too little time for the tokens of one call more."""
         gap_s, decode = self._gap_s, place.worker
-        if not gap_s or not self._preferred or decode.role != "prefill":
+        if not self._preferred or decode.role != "prefill":
             return False
         step_s = self._step_s + self._sequence_s * len(decode.decodes) + self._longer_s
         step_s += self._context_s * decode.gauge.context_tokens
