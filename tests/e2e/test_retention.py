@@ -96,6 +96,11 @@ class Small:
         (worker,) = self.control.snapshot().workers
         return worker.load
 
+    def pins_are_released(self) -> bool:
+        """The core keeps nothing pinned, as far as it knows."""
+        counters = self.control.snapshot().counters
+        return counters["pins_released"] == counters["pins"]
+
     def usage(self) -> float:
         """What share of its blocks the engine itself says are in use."""
         page = httpx.get(self.metrics).text
@@ -189,6 +194,6 @@ def test_a_hundred_runs_cancelled_at_random_leave_no_pinned_block(small: Small) 
         return (load.kv_blocks_used, load.kv_blocks_pinned, small.usage()) == (0, 0, 0.0)
 
     wait_for(is_empty, 2 * SETTLED_S, "an engine without a block in use")
-    counters = small.control.snapshot().counters
-    assert counters["pins"] > 0
-    assert counters["pins_released"] == counters["pins"]
+    # An engine may have given up a pin before the core takes it back.
+    wait_for(small.pins_are_released, SETTLED_S, "a core that keeps nothing")
+    assert small.control.snapshot().counters["pins"] > 0
