@@ -867,8 +867,7 @@ class Calls:
         assert call.computing is not None
         prompt_blocks = call.prompt_tokens // self._state.block_size
         uncached_blocks = -(-call.uncached_tokens // self._state.block_size)
-        elsewhere = call.pulled_blocks + call.loaded_blocks
-        call.promised_from = max(0, prompt_blocks - uncached_blocks - elsewhere)
+        call.promised_from = max(0, prompt_blocks - uncached_blocks)
         self._index.stored(call.computing.name, call.submit.block_hashes)
 
     def _break_promise(self, call: Call) -> None:

@@ -14,7 +14,7 @@ bisection.
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import islice
@@ -65,7 +65,7 @@ class Rooms:
         the first ``known_blocks`` of its prompt."""
         keys, ends = _stretches(call, worker)
         at = max(_common(keys, worker.beginnings), bisect_right(ends, known_blocks) - 1)
-        least_blocks = STRETCH_TOKENS // worker.facts.block_size
+        least_blocks = _shortest_blocks(worker.facts.block_size)
         if at == len(keys) or ends[at + 1] < known_blocks + least_blocks:
             return None
         for other in worker.decodes.values():
@@ -168,6 +168,10 @@ def checked_blocks(worker: Worker) -> int:
     return alone_blocks + common_blocks
 
 
+def _shortest_blocks(block_size: int) -> int:
+    return max(1, STRETCH_TOKENS // block_size)
+
+
 @cache
 def _marks(stretch_blocks: int) -> tuple[int, ...]:
     marks = [0]
@@ -185,7 +189,7 @@ def _stretches(call: Call, worker: Worker) -> Stretches:
 
 def _divided(block_hashes: bytes, block_size: int) -> Stretches:
     hashes = memoryview(block_hashes).cast("Q")
-    marks = _marks(max(1, STRETCH_TOKENS // block_size))
+    marks = _marks(_shortest_blocks(block_size))
     ends = list(marks[: bisect_right(marks, len(hashes))])
     if ends[-1] < len(hashes):
         ends.append(len(hashes))
@@ -201,14 +205,7 @@ def _sharable(ends: Sequence[int], blocks: int) -> int:
 
 def _common(keys: Sequence[int], beginnings: dict[int, int]) -> int:
     """How many of them some call has; who has one has all before it."""
-    low, high = 0, len(keys)
-    while low < high:
-        middle = (low + high) // 2
-        if keys[middle] in beginnings:
-            low = middle + 1
-        else:
-            high = middle
-    return low
+    return bisect_left(keys, True, key=lambda key: key not in beginnings)
 
 
 def _join(

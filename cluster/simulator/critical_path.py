@@ -13,6 +13,7 @@ devices, and leaves out what messages and the API process take.
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 
@@ -91,14 +92,7 @@ class _Seen:
 
 def _leading(hashes: Sequence[int], seen: set[int]) -> int:
     """How many of a chain's first blocks are in a set that has with each block all before it."""
-    low, high = 0, len(hashes)
-    while low < high:
-        middle = (low + high) // 2
-        if hashes[middle] in seen:
-            low = middle + 1
-        else:
-            high = middle
-    return low
+    return bisect_left(hashes, True, key=lambda block: block not in seen)
 
 
 class _Infinite:
