@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
+from typing import ParamSpec, TypeVar
 
 import msgspec
 from rich.console import Console
@@ -33,6 +34,9 @@ from cluster.simulator.results import Results
 from cluster.simulator.scenario import Scenario
 from cluster.simulator.source import open_source
 from cluster.workload.form import Workload
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 KILLED_AFTER_S = 5.0
 POLL_S = 0.2
@@ -156,11 +160,24 @@ def _outcomes(
             yield msgspec.json.decode(encoded, type=Outcome)
 
 
+class _Executor(ProcessPoolExecutor):
+    """An interrupt from a terminal reaches all processes, and all leave it to the parent: also one
+    that is only being started, as a signal mask is inherited before any code of ours runs."""
+
+    def submit(self, call: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Future[R]:
+        """Starts processes as they are needed."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
+        try:
+            return super().submit(call, *args, **kwargs)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 @contextmanager
 def pool(processes: int, tasks_left: int) -> Iterator[ProcessPoolExecutor]:
     """Processes that are gone when this is left, whatever they are doing."""
     others = multiprocessing.active_children()
-    executor = ProcessPoolExecutor(
+    executor = _Executor(
         max_workers=max(1, min(processes, tasks_left)),
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_begin_process,
@@ -180,8 +197,7 @@ def pool(processes: int, tasks_left: int) -> Iterator[ProcessPoolExecutor]:
 
 
 def _begin_process() -> None:
-    """An interrupt is the parent's affair, and a process goes when its parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """A process goes when its parent is gone."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

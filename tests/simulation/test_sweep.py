@@ -140,6 +140,26 @@ def test_an_interrupt_leaves_what_is_finished_and_nothing_else(
     assert "chains.pythia.completion_s_mean.against" in report["figures"]
 
 
+def test_an_interrupt_while_processes_are_starting_is_the_parents_alone(tmp_path: Path) -> None:
+    path, results = written(tmp_path), tmp_path / "results.jsonl"
+    process = command(path, results, "--seeds", "5000", "--processes", "2")
+    parent, ends_s = psutil.Process(process.pid), time.monotonic() + 120
+    while len(children := starting(parent)) < 2:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < ends_s
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "Traceback" not in said
+    assert gone(children)
+
+
+def starting(parent: psutil.Process) -> list[psutil.Process]:
+    """The replaying processes that have begun, without multiprocessing's own."""
+    return [child for child in parent.children() if "spawn_main" in " ".join(child.cmdline())]
+
+
 def test_processes_go_when_their_parent_is_killed(tmp_path: Path) -> None:
     path, results = written(tmp_path), tmp_path / "results.jsonl"
     process = command(path, results, "--seeds", "5000", "--processes", "2")
