@@ -623,6 +623,7 @@ class Calls:
         call.uncached_tokens = choice.uncached_tokens
         call.cached_blocks = choice.cached_blocks
         call.loaded_blocks = choice.loaded_blocks
+        call.held_blocks = choice.held_blocks
         if self.placement.single_flight and computes:
             self._promise(call)
         self._pace.planned(call, now_s)

@@ -232,12 +232,14 @@ class Ordering:
             del self._live[run], self._left_s[run]
 
     def wasted(self, call: Call, finished: Finished, now_s: float) -> None:
-        """What of a call's prompt was computed though its run had it before."""
+        """What of a call's prompt was computed though its run had it before, and no cache any more:
+        to compute what one still has may be the faster way."""
         new_tokens = self._profiles.new_tokens_of("\0".join(call.key))
         if not self._gated or new_tokens is None:
             return
         found = max(finished.prefill_cached_tokens, finished.local_cached_tokens)
-        again = call.submit.prompt_tokens - found - new_tokens
+        held = max(found, call.held_blocks * self._state.block_size)
+        again = call.submit.prompt_tokens - held - new_tokens
         if again > 0:
             seconds = self._pace.speeds.prefill_s(again, found)
             workers = len(self._state.workers)

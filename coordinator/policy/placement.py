@@ -60,6 +60,8 @@ class Choice(msgspec.Struct, frozen=True, gc=False):
     """What was compared."""
     loaded_blocks: int = 0
     """Of the prompt, what comes from the host of whoever prefills."""
+    held_blocks: int = 0
+    """Of the prompt, on whoever has the most of it."""
 
 
 class Wait(msgspec.Struct, frozen=True, gc=False):
@@ -173,6 +175,7 @@ def place(
         decode_blocks=min(blocks, decode.usable_blocks),
         prefill_blocks=0,
         cached_blocks=cached_blocks,
+        held_blocks=max(held.values(), default=0),
         uncached_tokens=prompt_tokens - cached_blocks * block_size,
         reason="local: served aggregated" if alone else "local: few uncached tokens",
     )
@@ -250,6 +253,7 @@ def _jointly(
         pulled_blocks=max(0, pull_blocks - own_blocks),
         seen=seen,
         loaded_blocks=loaded_blocks,
+        held_blocks=max(held.values(), default=0),
     )
 
 
@@ -286,6 +290,7 @@ def _with_prefill(
         decode_blocks=local.decode_blocks,
         prefill_blocks=min(blocks, prefill.usable_blocks),
         cached_blocks=local.cached_blocks,
+        held_blocks=local.held_blocks,
         uncached_tokens=ask.prompt_tokens - own_blocks * block_size,
         reason=f"remote: {local.uncached_tokens} tokens not cached on {local.decode}",
     )

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import msgspec
+import pytest
+
 from coordinator.core import Core
 from coordinator.limits import Limits, Placement
 from coordinator.protocol import (
@@ -191,3 +194,48 @@ def test_runs_that_pause_keep_nobody_from_workers_without_a_call() -> None:
     assert bed.finish("a1") == ["b2"]
     # Both runs are under way and pause; what waits at the door has the worker for itself.
     assert bed.finish("b2") == ["c1"]
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_only_what_no_cache_has_any_more_is_forgotten(kept: bool) -> None:
+    """To compute a prompt where a worker is free, though another one has it, is no sign that too
+    many runs are under way."""
+    facts = msgspec.structs.replace(FACTS, kv_blocks=6000, max_model_len=95_000)
+    bed = Bed(policy="least_kv", disaggregated="never")
+    for name in ("w", "w2"):
+        bed.core.handle(name.encode(), Ready(name, "1", "mixed", f"tcp://{name}", facts), 100.0)
+
+    def placed(request: str, run: str = "", tokens: int = 90_000) -> str:
+        """On which worker; empty: it waits. All prompts of run a are the same."""
+        hashes = range(1, tokens // 16 + 1) if run == "a" else ()
+        submit = Submit(
+            "api",
+            request,
+            1,
+            tokens,
+            16,
+            block_hashes=b"".join(block.to_bytes(8, "little") for block in hashes),
+            context=CallContext("team" if run else "", run, "agent" if run else ""),
+        )
+        sends = bed.core.handle(b"api", submit, bed.now_s)
+        bed.core.tick(bed.now_s)
+        plans = [send.message for send in sends if isinstance(send.message, Plan)]
+        return plans[0].decode.worker if plans else ""
+
+    for run in "bc":
+        placed(run, run, 100)
+        bed.finish(run)
+    busy = placed("x1")
+    free = placed("a1", "a")
+    assert {busy, free} == {"w", "w2"}
+    bed.finish("a1")
+    if not kept:
+        again = Ready(free, "2", "mixed", f"tcp://{free}", facts)
+        bed.core.handle(free.encode(), again, bed.now_s)
+    assert placed("x2") == free
+    bed.finish("x1")
+    assert placed("a2", "a") == busy
+    bed.finish("a2")
+    assert placed("x3") == busy
+    # Three runs are under way. No more may be, where two have been in each other's way.
+    assert bool(placed("d1", "d", 100)) is kept
