@@ -480,14 +480,21 @@ class _Costs:
             return seconds
         return seconds + self._forgotten_s(decode, self._prompt_tokens + output_tokens)
 
-    def _forgotten_s(self, worker: WorkerView, tokens: float) -> float:
-        """To compute again what a worker gives up for so many tokens of the call."""
-        gauge, block_size = worker.gauge, self._block_size
+    def _forgotten_s(self, worker: WorkerView, tokens: float, then: Glance | None = None) -> float:
+        """To compute again what a worker gives up for so many tokens of the call: as it is, or was
+        ``then``."""
+        gauge = worker.gauge if then is None else then
+        room = self._outlook.room(worker.name) if then is None else then.room
+        block_size = self._block_size
         new_blocks = tokens / block_size - self._held.get(worker.name, 0)
-        lost_blocks = new_blocks - max(0, self._outlook.room(worker.name))
+        lost_blocks = new_blocks - max(0, room)
         seconds = 0.0
         if lost_blocks > 0.0:
-            host = self._hosts.of(worker.name) if self._hosts is not None else NO_HOST
+            host = NO_HOST
+            if then is not None:
+                host = then.host
+            elif self._hosts is not None:
+                host = self._hosts.of(worker.name)
             again_s = self._again_s(worker, lost_blocks, new_blocks, host)
             seconds = self._placement.forgotten * again_s * (1.0 + gauge.decoding + self._later)
         over_blocks = (gauge.context_tokens + tokens) / block_size
@@ -531,23 +538,20 @@ class _Costs:
         else:
             first_s = place.waiting_s + place.load_s + compute_s
             others_s += compute_s * glance.decoding
-        new_blocks = (self._prompt_tokens + output_tokens) / self._block_size
-        new_blocks -= self._held.get(place.worker.name, 0)
-        lost_blocks = max(0.0, new_blocks - max(0, glance.room))
-        again_s = self._again_s(place.worker, lost_blocks, new_blocks, glance.host)
-        again_s *= self._placement.forgotten * (1.0 + glance.decoding + self._later)
+        tokens = self._prompt_tokens + output_tokens
+        forgotten_s = self._forgotten_s(place.worker, tokens, glance)
         decode_s = output_tokens * step_s
         return Option(
             decode=place.worker.name,
             prefill=way.name if way is not None else "",
-            total_s=first_s + decode_s + others_s + later_s + again_s,
+            total_s=first_s + decode_s + others_s + later_s + forgotten_s,
             first_token_s=first_s,
             waiting_s=waiting_s,
             moving_s=moving_s,
             decode_s=decode_s,
             others_s=others_s,
             later_s=later_s,
-            forgotten_s=again_s,
+            forgotten_s=forgotten_s,
             cached_tokens=place.cached * self._block_size,
             pull=source.name if source is not None else "",
             loaded_tokens=computes.loaded * self._block_size if source is None else 0,
