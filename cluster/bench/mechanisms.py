@@ -7,11 +7,13 @@ which one is measured at a time, taking turns in pairs:
     defaults    those that are on unless the file says otherwise, against none
     prefetch    the defaults and prefetch, against the defaults
     retention   the defaults, against them without retention
+    warm_up     static prompts computed ahead, against the defaults (``warming``)
     placement   where a call decodes and how its KV gets there chosen together, against the
                 decode worker with the most free KV; pulls and retention are off on both
 
 A round is a few runs of the workflow side by side, with a question that no cache has seen, and what
-counts is how long a run takes in the mean. Ratios are the other side's times over ours: above 1 we
+counts is how long a run takes in the mean; of ``warm_up`` as many first calls of agents, and what
+counts is the time to their first tokens. Ratios are the other side's times over ours: above 1 we
 are faster. How many prompt tokens engines computed in a round is what vLLM counts.
 """
 
@@ -37,6 +39,7 @@ from rich.progress import Progress
 
 from cluster.bench.report import show_parts, write
 from cluster.bench.sides import HOST, cluster_config, progress_bar, scratch
+from cluster.bench.warming import first_calls
 from cluster.demo import EXAMPLE
 from cluster.launch import LaunchError, LocalCluster
 from cluster.progress import progress_for
@@ -53,6 +56,7 @@ COMPUTED = "vllm:prompt_tokens_by_source_total{"
 COUNTERS = ("plans_pull", "tokens_pulled", "prefetches", "prefetches_used", "tokens_prefetched")
 """Of the core, that rows tell."""
 OFF = Placement(pulls=False, single_flight=False, admission=False, retention=False)
+WARM_UP = "warm_up"
 PARTS: dict[str, dict[str, Placement]] = {
     "mechanisms": {
         "on": Placement(prefetch=True, warm_up=True),
@@ -61,6 +65,7 @@ PARTS: dict[str, dict[str, Placement]] = {
     "defaults": {"default": Placement(), "off": OFF},
     "prefetch": {"prefetch": Placement(prefetch=True), "default": Placement()},
     "retention": {"default": Placement(), "without": Placement(retention=False)},
+    WARM_UP: {"warmed": Placement(warm_up=True), "default": Placement()},
     "placement": {
         "joint": Placement(pulls=False, retention=False),
         "least_kv": Placement(policy="least_kv", retention=False),
@@ -71,7 +76,8 @@ PARTS: dict[str, dict[str, Placement]] = {
 
 class Setup(msgspec.Struct, frozen=True):
     """What is measured: ``pairs`` of rounds of ``runs`` side by side, behind ``warm_rounds`` of
-    each side from which the core learns; ``parts``: comma-separated."""
+    each side from which the core learns; ``parts``: comma-separated; ``static_words``: of each
+    static prompt of ``warm_up``."""
 
     model: str = "tiny-llama"
     parts: str = "mechanisms,placement"
@@ -80,6 +86,7 @@ class Setup(msgspec.Struct, frozen=True):
     runs: int = 2
     document_words: int = 200
     answer_tokens: int = 16
+    static_words: int = 1000
 
 
 class Side:
@@ -106,7 +113,7 @@ class Side:
 def run(setup: Setup | None = None, console: Console | None = None) -> dict[str, Any]:
     """Measure. Returns ``{"figures": ..., "rows": ...}``.
 
-    LaunchError, TimeoutError or an error of the client's if a server fails; ValueError for an
+    LaunchError, TimeoutError or an error of the clients' if a server fails; ValueError for an
     unknown part.
     """
     setup = setup or Setup()
@@ -126,7 +133,7 @@ def main(json_path: Path | None = None, **options: Any) -> int:
     show_parts(
         report,
         list(PARTS),
-        "seconds of a run, in the mean of a round",
+        f"seconds of a run in the mean of a round, of {WARM_UP} until a call's first token",
         "ratios are the other side's / ours, medians over pairs",
         console,
     )
@@ -193,7 +200,7 @@ def _take_turns(
         for name in (ours, others) if pair % 2 else (others, ours):
             task = progress.task_ids[0]
             progress.update(task, description=f"{part}, pair {pair}, {name}")
-            row |= _round(setup, workflow, name, sides[name], question)
+            row |= _round(part, setup, workflow, name, sides[name], question)
             progress.advance(task)
         row["completion_ratio"] = row[f"{others}_s"] / row[f"{ours}_s"]
         row["computed_ratio"] = row[f"{others}_computed_tokens"] / row[f"{ours}_computed_tokens"]
@@ -203,10 +210,13 @@ def _take_turns(
 
 
 def _round(
-    setup: Setup, workflow: ModuleType, name: str, side: Side, question: str
+    part: str, setup: Setup, workflow: ModuleType, name: str, side: Side, question: str
 ) -> dict[str, float]:
     before = side.counted()
-    seconds = asyncio.run(_runs(setup, workflow, side.cluster, question))
+    if part == WARM_UP:
+        seconds = first_calls(side.cluster, setup.runs, setup.static_words, setup.answer_tokens)
+    else:
+        seconds = asyncio.run(_runs(setup, workflow, side.cluster, question))
     after = side.counted()
     told = {f"{name}_{what}": after[what] - before[what] for what in after}
     return {f"{name}_s": statistics.mean(seconds)} | told
