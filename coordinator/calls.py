@@ -33,6 +33,7 @@ import msgspec
 
 from coordinator.errands import Errands
 from coordinator.explaining import Explanations
+from coordinator.following import Following
 from coordinator.kv_index import KvIndex
 from coordinator.limits import Placement
 from coordinator.moves import Incarnation, Moves, begin_some
@@ -81,9 +82,6 @@ OUTCOME_PHASES = {
 
 REGISTRATION_GRACE_BEATS = 2
 """How long after its registration an API process is not told that a call is unknown."""
-
-FOLLOWED_S = 5.0
-"""How long a call waits for KV that another one brings to its worker."""
 
 CHECKS_MAX = 3
 """How often the API process is asked within ``check_s`` before a call is given up."""
@@ -153,7 +151,6 @@ class Calls:
         self.placement = placement
         self._tracker = tracker
         self._placer = placer
-        self._follows = placement.single_flight and placement.policy == "pythia" and placer is None
         self._arrivals = 0
         self._rate = CompletionRate()
         self.groups: dict[tuple[str, str], Group] = {}
@@ -165,6 +162,9 @@ class Calls:
             self.queue = CallQueue(state.limits.queue_s, placer.rank)
         else:
             self.queue = Ordering(state, placement, tracker.learner, pace)
+        follows = placement.single_flight and placement.policy == "pythia"
+        ordering = self.queue if follows and isinstance(self.queue, Ordering) else None
+        self._following = Following(state, self._rooms, pace, ordering)
         self.recent: OrderedDict[CallKey, Ended] = OrderedDict()
 
     # --- what API processes say ---------------------------------------------------
@@ -356,7 +356,7 @@ class Calls:
         if now_s >= call.deadline_s:
             self._refuse(call, 504, "the call is over its deadline", now_s)
         elif call.follows is not None:
-            self._recall(call, now_s)
+            self._following.recall(call, now_s)
         elif call.phase is CallPhase.QUEUED:
             self._refuse(call, 503, "no room within the longest wait", now_s)
         elif call.overdue < CHECKS_MAX:
@@ -382,9 +382,7 @@ class Calls:
                 break
             decision = self._place(call, now_s)
             if isinstance(decision, Choice):
-                leader = self._leader(call, decision, now_s)
-                if leader is not None:
-                    self._follow(call, leader, decision, now_s)
+                if self._following.waits(call, decision, now_s):
                     continue
                 self.queue.remove(call)
                 self._plan(call, decision, now_s)
@@ -395,46 +393,6 @@ class Calls:
                 self.queue.blocked(call, now_s)
                 break
         self._state.room_changed = False
-
-    def _leader(self, call: Call, choice: Choice, now_s: float) -> Call | None:
-        """Who is bringing to the chosen worker what this call would have computed once more."""
-        moves = choice.prefill or choice.pull or choice.loaded_blocks
-        if not moves or not self._follows or now_s >= call.follows_until_s:
-            return None
-        if self.queue.at_door(call):
-            # It would not count as under way.
-            return None
-        worker = self._state.workers[choice.decode]
-        known_tokens = call.prompt_tokens - choice.uncached_tokens
-        return self._rooms.leader(call, worker, known_tokens // self._state.block_size)
-
-    def _follow(self, call: Call, leader: Call, choice: Choice, now_s: float) -> None:
-        """A waiting call is placed anew when another one's KV is there, or will not come; at last
-        when it has waited for as long as all would wait for what it computes once more."""
-        assert isinstance(self.queue, Ordering)
-        known_tokens = call.prompt_tokens - choice.uncached_tokens
-        worker = self._state.workers[choice.prefill or choice.decode]
-        compute_s = self._pace.speeds.prefill_s(choice.uncached_tokens, known_tokens)
-        wait_s = min(FOLLOWED_S, compute_s * (1 + worker.gauge.decoding))
-        self.queue.set_aside(call)
-        call.follows = leader
-        call.follows_until_s = min(call.follows_until_s, now_s + wait_s)
-        leader.followers[call.key] = call
-        self._set_due(call, call.follows_until_s)
-        self._state.counters["calls_followed"] += 1
-
-    def _recall(self, call: Call, now_s: float) -> None:
-        """It follows nobody any more."""
-        assert isinstance(self.queue, Ordering)
-        assert call.follows is not None
-        del call.follows.followers[call.key]
-        call.follows = None
-        self._set_due(call, max(now_s + FOLLOWED_S, self.queue.recalled(call, now_s)))
-        self._state.room_changed = True
-
-    def _lead_no_more(self, call: Call, now_s: float) -> None:
-        for follower in list(call.followers.values()):
-            self._recall(follower, now_s)
 
     # --- asking, answering ------------------------------------------------------------
 
@@ -694,7 +652,7 @@ class Calls:
         self._release_prefill(call)
         self._pulls.release(call)
         self._rooms.decodes(call)
-        self._lead_no_more(call, now_s)
+        self._following.lead_no_more(call, now_s)
         self._pace.started(call, now_s)
         self._index.stored(call.decode.name, call.submit.block_hashes)
         self._retention.decoding(call, now_s)
@@ -803,8 +761,7 @@ class Calls:
         """
         state = self._state
         if call.phase is CallPhase.QUEUED:
-            if call.follows is not None:
-                self._recall(call, now_s)
+            self._following.recall(call, now_s)
             self.queue.remove(call)
             state.room_changed = True
         left_on = call.prefill if finished is not None and finished.undecoded else call.decode
@@ -904,7 +861,7 @@ class Calls:
     def _release(self, call: Call, now_s: float) -> None:
         """Give back all room; nothing happens if there is none."""
         self._break_promise(call)
-        self._lead_no_more(call, now_s)
+        self._following.lead_no_more(call, now_s)
         self._release_prefill(call)
         self._pulls.forgotten(call)
         self._moves.forgotten(call)
