@@ -39,7 +39,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from coordinator.gauge import FADING_S
+from coordinator.gauge import FADING_S, Gauge
 from coordinator.limits import Placement
 from coordinator.policy.ask import Ask
 from coordinator.policy.sources import MESSAGES_S, STEPS_WAITED, Source, most_cached
@@ -361,8 +361,10 @@ class _Costs:
     def way(self, place: _Place, sources: Sequence[Source]) -> _Way:
         """To compute the prompt there for another worker."""
         worker = place.worker
-        decoding = worker.gauge.decoding
-        forgotten_s = self._forgotten_s(worker, self._prompt_tokens)
+        gauge = worker.gauge
+        decoding = gauge.decoding
+        room = self._outlook.room(worker.name)
+        forgotten_s = self._forgotten_s(worker, gauge, room, self._prompt_tokens)
         ready_s = place.waiting_s + place.load_s + place.own_s
         others_s, pull = place.own_s * (decoding + self.later(place.own_s)), ""
         for source in sources:
@@ -478,23 +480,27 @@ class _Costs:
         seconds = own_s + together * self._longer_s
         if seconds > most:
             return seconds
-        return seconds + self._forgotten_s(decode, self._prompt_tokens + output_tokens)
+        room = self._outlook.room(decode.name)
+        tokens = self._prompt_tokens + output_tokens
+        return seconds + self._forgotten_s(decode, gauge, room, tokens)
 
-    def _forgotten_s(self, worker: WorkerView, tokens: float, then: Glance | None = None) -> float:
-        """To compute again what a worker gives up for so many tokens of the call: as it is, or was
-        ``then``."""
-        gauge = worker.gauge if then is None else then
-        room = self._outlook.room(worker.name) if then is None else then.room
+    def _forgotten_s(
+        self,
+        worker: WorkerView,
+        gauge: Gauge | Glance,
+        room: int,
+        tokens: float,
+        host: Host | None = None,
+    ) -> float:
+        """To compute again what a worker with such a ``gauge`` and ``room`` gives up for so many
+        tokens of the call."""
         block_size = self._block_size
         new_blocks = tokens / block_size - self._held.get(worker.name, 0)
         lost_blocks = new_blocks - max(0, room)
         seconds = 0.0
         if lost_blocks > 0.0:
-            host = NO_HOST
-            if then is not None:
-                host = then.host
-            elif self._hosts is not None:
-                host = self._hosts.of(worker.name)
+            if host is None:
+                host = self._hosts.of(worker.name) if self._hosts is not None else NO_HOST
             again_s = self._again_s(worker, lost_blocks, new_blocks, host)
             seconds = self._placement.forgotten * again_s * (1.0 + gauge.decoding + self._later)
         over_blocks = (gauge.context_tokens + tokens) / block_size
@@ -539,7 +545,7 @@ class _Costs:
             first_s = place.waiting_s + place.load_s + compute_s
             others_s += compute_s * glance.decoding
         tokens = self._prompt_tokens + output_tokens
-        forgotten_s = self._forgotten_s(place.worker, tokens, glance)
+        forgotten_s = self._forgotten_s(place.worker, glance, glance.room, tokens, glance.host)
         decode_s = output_tokens * step_s
         return Option(
             decode=place.worker.name,
