@@ -113,6 +113,7 @@ class Moves:
             cached_blocks=0,
             uncached_tokens=call.prompt_tokens - tokens,
             reason=f"moved with {tokens} tokens",
+            held_blocks=max(call.held_blocks, tokens // self._state.block_size),
         )
 
     def declined(self, call: Call, message: MoveDeclined, now_s: float) -> None:

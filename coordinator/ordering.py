@@ -241,7 +241,7 @@ class Ordering:
         held = max(found, call.held_blocks * self._state.block_size)
         again = call.submit.prompt_tokens - held - new_tokens
         if again > 0:
-            seconds = self._pace.speeds.prefill_s(again, found)
+            seconds = self._pace.speeds.prefill_s(again, held)
             workers = len(self._state.workers)
             self.gate.wasted(seconds, workers, self._under_way(now_s), workers, now_s)
 

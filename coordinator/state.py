@@ -473,7 +473,7 @@ class Call:
     loaded_blocks: int = 0
     """What by its plan comes from the host of who computes the prompt."""
     held_blocks: int = 0
-    """What the index believed somebody to hold when the call was planned."""
+    """What somebody was believed to hold of the prompt when the call was planned."""
     expected_tokens: float = 0.0
     """What it is expected to generate by its plan."""
     context_tokens: float = 0.0

@@ -91,13 +91,15 @@ class Outlook(NamedTuple):
 
 
 class Glance(NamedTuple):
-    """What a worker decoded, and had room for, when it was considered."""
+    """What a worker decoded, and had room for, when it was considered. ``capacity``: blocks for
+    all that it decodes, what calls have in common counted for each."""
 
     decoding: int
     context_tokens: float
     left_tokens: float
     batch: int
     room: int
+    capacity: int
     host: Host
 
 
@@ -252,6 +254,7 @@ def _glances(
             gauge.left_tokens,
             len(worker.decodes),
             outlook.room(name),
+            worker.usable_blocks + worker.kv_blocks_shared,
             outlook.hosts.of(name) if outlook.hosts is not None else NO_HOST,
         )
         glances.append((place, glance))
@@ -364,7 +367,8 @@ class _Costs:
         gauge = worker.gauge
         decoding = gauge.decoding
         room = self._outlook.room(worker.name)
-        forgotten_s = self._forgotten_s(worker, gauge, room, self._prompt_tokens)
+        capacity = worker.usable_blocks + worker.kv_blocks_shared
+        forgotten_s = self._forgotten_s(worker, gauge, room, capacity, self._prompt_tokens)
         ready_s = place.waiting_s + place.load_s + place.own_s
         others_s, pull = place.own_s * (decoding + self.later(place.own_s)), ""
         for source in sources:
@@ -481,19 +485,21 @@ class _Costs:
         if seconds > most:
             return seconds
         room = self._outlook.room(decode.name)
+        capacity = decode.usable_blocks + decode.kv_blocks_shared
         tokens = self._prompt_tokens + output_tokens
-        return seconds + self._forgotten_s(decode, gauge, room, tokens)
+        return seconds + self._forgotten_s(decode, gauge, room, capacity, tokens)
 
     def _forgotten_s(
         self,
         worker: WorkerView,
         gauge: Gauge | Glance,
         room: int,
+        capacity: int,
         tokens: float,
         host: Host | None = None,
     ) -> float:
-        """To compute again what a worker with such a ``gauge`` and ``room`` gives up for so many
-        tokens of the call."""
+        """To compute again what a worker gives up for so many tokens of the call. How it is comes
+        from the caller, as it may have been some time ago."""
         block_size = self._block_size
         new_blocks = tokens / block_size - self._held.get(worker.name, 0)
         lost_blocks = new_blocks - max(0, room)
@@ -503,8 +509,7 @@ class _Costs:
                 host = self._hosts.of(worker.name) if self._hosts is not None else NO_HOST
             again_s = self._again_s(worker, lost_blocks, new_blocks, host)
             seconds = self._placement.forgotten * again_s * (1.0 + gauge.decoding + self._later)
-        over_blocks = (gauge.context_tokens + tokens) / block_size
-        over_blocks -= worker.usable_blocks + worker.kv_blocks_shared
+        over_blocks = (gauge.context_tokens + tokens) / block_size - capacity
         if over_blocks > 0.0:
             seconds += OVERFLOW_WEIGHT * over_blocks * self._block_s
         return seconds
@@ -545,7 +550,9 @@ class _Costs:
             first_s = place.waiting_s + place.load_s + compute_s
             others_s += compute_s * glance.decoding
         tokens = self._prompt_tokens + output_tokens
-        forgotten_s = self._forgotten_s(place.worker, glance, glance.room, tokens, glance.host)
+        forgotten_s = self._forgotten_s(
+            place.worker, glance, glance.room, glance.capacity, tokens, glance.host
+        )
         decode_s = output_tokens * step_s
         return Option(
             decode=place.worker.name,

@@ -61,7 +61,7 @@ class Choice(msgspec.Struct, frozen=True, gc=False):
     loaded_blocks: int = 0
     """Of the prompt, what comes from the host of whoever prefills."""
     held_blocks: int = 0
-    """Of the prompt, on whoever has the most of it."""
+    """Of the prompt, on whoever has the most of it, in a cache or on a host."""
 
 
 class Wait(msgspec.Struct, frozen=True, gc=False):
@@ -231,7 +231,9 @@ def _jointly(
     )
     computing = prefill or decode
     own_blocks = cached_blocks_of(ask, held, computing, block_size)
-    loaded_blocks = 0
+    held_blocks, loaded_blocks = max(held.values(), default=0), 0
+    if outlook.hosts is not None:
+        held_blocks = max(held_blocks, max(outlook.hosts.held.values(), default=0))
     if outlook.hosts is not None and not pull:
         # Engines read what a peer holds for them, or what their host has.
         hosted_blocks = cached_blocks_of(ask, outlook.hosts.held, computing, block_size)
@@ -253,7 +255,7 @@ def _jointly(
         pulled_blocks=max(0, pull_blocks - own_blocks),
         seen=seen,
         loaded_blocks=loaded_blocks,
-        held_blocks=max(held.values(), default=0),
+        held_blocks=held_blocks,
     )
 
 

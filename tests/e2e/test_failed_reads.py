@@ -1,4 +1,4 @@
-"""A read that fails inside an engine: computed there instead, and not counted as moved.
+"""A read that an engine gives up: computed there instead, and not counted as moved.
 
 Workers are spoken to as API processes do, with a handle whose blocks its source does not have: what
 an API process would send for a peer that lost them after it had named them.

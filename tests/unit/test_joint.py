@@ -466,6 +466,27 @@ def test_what_is_told_of_a_pull_is_what_was_reckoned(workers: tuple[Seen, ...]) 
     assert any(pull == "a" for _, _, pull in told)
 
 
+def test_what_is_told_later_is_what_was_then() -> None:
+    d = crowd("d", usable_blocks=5000, kv_blocks_shared=9000)
+    choice = chosen(d)
+    assert choice.seen is not None
+    (told,) = options(choice.seen)
+    d.kv_blocks_shared = 0
+    assert options(choice.seen) == [told]
+    # It would have been too much.
+    assert options(chosen(d).seen)[0].forgotten_s > told.forgotten_s  # type: ignore[arg-type]
+
+
+def test_what_anybody_has_of_a_prompt_is_told() -> None:
+    choice = chosen(crowd("a"), worker("b"), held={"a": 400, "b": 10})
+    assert (choice.decode, choice.pull, choice.held_blocks) == ("b", "", 400)
+    d, p = worker("d", warm_sources={"p"}), worker("p", "prefill")
+    remote = chosen(d, p, worker("e", up=False), held={"e": 7}, disaggregated="always")
+    assert (remote.prefill, remote.held_blocks) == ("p", 7)
+    assert on_host(crowd("e"), worker("d"), e=300).held_blocks == 300
+    assert chosen(d).held_blocks == 0
+
+
 def test_a_few_blocks_are_computed_rather_than_pulled() -> None:
     free = worker("b", warm_sources={"a"})
     assert chosen(crowd("a"), free, held={"a": 400, "b": 399}).pull == ""

@@ -108,6 +108,8 @@ def test_what_counts_is_not_the_prompt_but_what_is_not_cached_of_it() -> None:
     decode, prefill = Seen("d", warm_sources={"p"}), Seen("p", "prefill")
     assert chosen(decode, prefill, held={"d": 14}).prefill == ""
     assert chosen(decode, prefill, held={"d": 13}).prefill == "p"
+    assert chosen(decode, prefill, held={"d": 13, "other": 17}).held_blocks == 17
+    assert chosen(decode, prefill, held={"d": 14, "other": 17}).held_blocks == 17
     whole = chosen(decode, prefill, held={"d": 20})
     assert (whole.cached_blocks, whole.uncached_tokens) == (19, 16)
 
