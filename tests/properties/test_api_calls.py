@@ -716,5 +716,5 @@ def test_calls_over_a_bad_network() -> None:
             suppress_health_check=list(HealthCheck),
         ),
     )
-    assert Network.moves["made"] > 10
+    assert Network.moves["made"] > 0
     assert Network.moves["begun"] > Network.moves["made"]
