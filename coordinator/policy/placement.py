@@ -234,11 +234,11 @@ def _jointly(
     held_blocks, loaded_blocks = max(held.values(), default=0), 0
     if outlook.hosts is not None:
         held_blocks = max(held_blocks, max(outlook.hosts.held.values(), default=0))
-    if outlook.hosts is not None and not pull:
-        # Engines read what a peer holds for them, or what their host has.
-        hosted_blocks = cached_blocks_of(ask, outlook.hosts.held, computing, block_size)
-        loaded_blocks = max(0, hosted_blocks - own_blocks)
-        own_blocks += loaded_blocks
+        if not pull:
+            # Engines read what a peer holds for them, or what their host has.
+            hosted_blocks = cached_blocks_of(ask, outlook.hosts.held, computing, block_size)
+            loaded_blocks = max(0, hosted_blocks - own_blocks)
+            own_blocks += loaded_blocks
     way = f"remote: {seconds:.3f} s" if prefill else f"local: {seconds:.3f} s"
     if pull:
         way += f", {pull_blocks * block_size} tokens from {pull}"

@@ -7,22 +7,21 @@ an API process would send for a peer that lost them after it had named them.
 from __future__ import annotations
 
 import contextlib
-import time
 import uuid
 from collections.abc import Iterator
 
 import msgspec
 import pytest
 import zmq
-from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
-from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
+from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.metrics.stats import PrefillStats
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from coordinator import protocol
 from tests.e2e.harness import BLOCK_TOKENS, MODEL, Control, Server
 from tests.e2e.test_pulls import fresh_tokens
+from tests.unit.recording_wire import engine_request
 from transfer import handle as handles
 
 ANSWER_S = 60.0
@@ -49,7 +48,7 @@ class Stranger:
     def prefill(self, request: str, prompt: list[int]) -> protocol.PrefillDone:
         """Have a prompt computed and held."""
         header = protocol.Prefill(request, 1, self.incarnation)
-        self._send(header, self._request(request, prompt, 1))
+        self._send(header, prompt, 1)
         done, _ = self._receive()
         assert isinstance(done, protocol.PrefillDone), done
         return done
@@ -59,7 +58,7 @@ class Stranger:
     ) -> tuple[list[int], PrefillStats]:
         """The answer, and what the engine says of the prompt."""
         header = protocol.Decode(request, 1, self.incarnation, handle)
-        self._send(header, self._request(request, prompt, output_tokens))
+        self._send(header, prompt, output_tokens)
         tokens: list[int] = []
         stats = None
         while True:
@@ -72,25 +71,17 @@ class Stranger:
                     assert stats is not None
                     return tokens, stats
 
-    def _request(self, request: str, prompt: list[int], output_tokens: int) -> EngineCoreRequest:
-        return EngineCoreRequest(
-            request_id=request,
-            prompt_token_ids=prompt,
-            mm_features=None,
-            sampling_params=SamplingParams(
-                max_tokens=output_tokens,
-                temperature=0.0,
-                ignore_eos=True,
-                output_kind=RequestOutputKind.DELTA,
-            ),
-            pooling_params=None,
-            arrival_time=time.time(),
-            lora_request=None,
-            cache_salt=None,
-            data_parallel_rank=None,
+    def _send(
+        self, header: protocol.Prefill | protocol.Decode, prompt: list[int], output_tokens: int
+    ) -> None:
+        request = engine_request(
+            header.request,
+            prompt,
+            max_tokens=output_tokens,
+            temperature=0.0,
+            ignore_eos=True,
+            output_kind=RequestOutputKind.DELTA,
         )
-
-    def _send(self, header: protocol.Message, request: EngineCoreRequest) -> None:
         self._socket.send_multipart([protocol.encode(header), *self._encoder.encode(request)])
 
     def _receive(self) -> tuple[object, list[bytes]]:

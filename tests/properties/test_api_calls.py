@@ -43,6 +43,7 @@ from tests.simulation.pull_everything import PullEverything
 from tests.unit.recording_wire import engine_request
 
 API_PEER = b"api"
+ROUNDS_MOST = 8
 LEASE_S = 12.0
 MARGIN_S = 4.0
 UNIX_OFFSET_S = 5_000.0
@@ -707,14 +708,16 @@ def test_pulls_over_a_bad_network() -> None:
 
 @pytest.mark.timeout(300)
 def test_calls_over_a_bad_network() -> None:
-    run_state_machine_as_test(
-        Network,
-        settings=settings(
-            max_examples=80,
-            stateful_step_count=60,
-            deadline=None,
-            suppress_health_check=list(HealthCheck),
-        ),
+    profile = settings(
+        max_examples=80,
+        stateful_step_count=60,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
     )
-    assert Network.moves["made"] > 0
+    for _ in range(ROUNDS_MOST):
+        run_state_machine_as_test(Network, settings=profile)
+        # Stories come in kinds: in some rounds hardly any call is moved to its end.
+        if Network.moves["made"] > 10:
+            break
+    assert Network.moves["made"] > 10
     assert Network.moves["begun"] > Network.moves["made"]
